@@ -1,0 +1,175 @@
+"""Configurations: frozen dataclasses that build what they describe, and their JSON form.
+
+Every layer and projection has one frozen, keyword-only config next to its module. `kind` names it in JSON;
+`register` fills the only registry. Reading order: `Config`, `LayerConfig`, `ProjectionConfig`, `layer_config`, `parse_set`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from nogemm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nogemm.layers._base import FFN
+    from nogemm.projections._base import Projection
+
+ConfigT = TypeVar("ConfigT", bound="Config")
+_REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(ABC):
+    """A frozen description with a JSON form; the base of layer and projection configs."""
+
+    kind: ClassVar[str]
+    family: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return {"kind": ..., field: value, ...}; nested configs likewise, JSON values only."""
+        out: dict[str, Any] = {"kind": self.kind}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            out[field.name] = value.to_dict() if isinstance(value, Config) else value
+        return out
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig(Config):
+    """Describes one compute-lite FFN; `build` makes the module."""
+
+    family: ClassVar[str] = "layer"
+
+    @abstractmethod
+    def build(
+        self,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> FFN:
+        """Make the layer for inputs of width `d_model` and outputs of width `d_out` (default: the same).
+
+        `hidden`, `activation` and `gated` describe the dense FFN that is replaced; layers without neurons ignore them.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProjectionConfig(Config):
+    """Describes a linear map; `build` makes the module."""
+
+    family: ClassVar[str] = "projection"
+
+    @abstractmethod
+    def build(self, d_in: int, d_out: int) -> Projection:
+        """Make the projection from width `d_in` to width `d_out`."""
+
+
+def register(cls: type[ConfigT]) -> type[ConfigT]:
+    """Add a config class to the registry under its `kind` (class decorator)."""
+    known = _REGISTRY[cls.family]
+    if cls.kind in known and known[cls.kind].__qualname__ != cls.__qualname__:
+        raise ConfigError(f"{cls.family} kind {cls.kind!r} is already taken by {known[cls.kind].__qualname__}")
+    known[cls.kind] = cls
+    return cls
+
+
+def layer_config(data: dict[str, Any]) -> LayerConfig:
+    """Read a layer config back from `to_dict`'s form.
+
+    Raises:
+        ConfigError: unknown kind, unknown field, or a value out of range; the message names it.
+    """
+    config = _from_dict("layer", data)
+    assert isinstance(config, LayerConfig)
+    return config
+
+
+def layer_class(kind: str) -> type[LayerConfig]:
+    """Return the layer config class registered as `kind`, or raise ConfigError with the known names."""
+    return typing.cast("type[LayerConfig]", _lookup_kind("layer", kind))
+
+
+def parse_set(cls: type[LayerConfig], assignments: Sequence[str]) -> LayerConfig:
+    """Make a config from command-line words such as `tables=64` or `projection.block=32`.
+
+    Values are read as JSON where that works (numbers, true, null), as plain words otherwise. A nested field starts from
+    its default; `projection=dense` or `projection.kind=dense` chooses another kind.
+    """
+    tree: dict[str, Any] = {"kind": cls.kind}
+    for word in assignments:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set {word!r}: expected NAME=VALUE, for example tables=64")
+        *parents, leaf = key.split(".")
+        node = tree
+        for name in parents:
+            child = node.setdefault(name, {})
+            if not isinstance(child, dict):
+                child = node[name] = {"kind": child}
+            node = child
+        if isinstance(node.get(leaf), dict):
+            node[leaf]["kind"] = _read_value(text)
+        else:
+            node[leaf] = _read_value(text)
+    return layer_config(tree)
+
+
+def _read_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _lookup_kind(family: str, kind: Any) -> type[Config]:
+    known = _REGISTRY[family]
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(f"unknown {family} kind {kind!r}; known kinds: {', '.join(sorted(known))}")
+    return known[kind]
+
+
+def _from_dict(family: str, data: Any, default_kind: str | None = None) -> Config:
+    if isinstance(data, str):  # `projection=dense` on a command line
+        data = {"kind": data}
+    if not isinstance(data, dict):
+        raise ConfigError(f"expected a {family} config as a mapping with a 'kind', got {data!r}")
+    cls = _lookup_kind(family, data.get("kind", default_kind))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name == "kind":
+            continue
+        if name not in fields:
+            raise ConfigError(f"{cls.__name__} has no field {name!r}; it has: {', '.join(fields)}")
+        default = _default_of(fields[name])
+        if isinstance(default, ProjectionConfig):
+            value = _from_dict("projection", value, default.kind)
+        values[name] = value
+    return cls(**values)
+
+
+def _default_of(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def check_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:
+    """Raise ConfigError unless `value` is an int in [low, high]; `owner` and `name` go into the message."""
+    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        raise ConfigError(f"{owner}: {name} must be an integer {bounds}, got {name}={value!r}")
+
+
+def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{owner}: {name} must be one of {', '.join(choices)}, got {name}={value!r}")
