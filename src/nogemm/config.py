@@ -1,7 +1,8 @@
 """Configurations: frozen dataclasses that build what they describe, and their JSON form.
 
 Every layer and projection has one frozen, keyword-only config next to its module. `kind` names it in JSON;
-`register` fills the only registry. Reading order: `Config`, `LayerConfig`, `ProjectionConfig`, `layer_config`, `parse_set`.
+`register` fills the only registry. Reading order: `Config`, `LayerConfig`, `ProjectionConfig`, `layer_config`,
+`parse_set`.
 """
 
 from __future__ import annotations

@@ -25,9 +25,7 @@ class Cost:
     parameters: int
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(
-            self.flops + other.flops, self.bytes_read + other.bytes_read, self.parameters + other.parameters
-        )
+        return Cost(self.flops + other.flops, self.bytes_read + other.bytes_read, self.parameters + other.parameters)
 
     def __radd__(self, other: int) -> Cost:
         if other != 0:  # sum() starts at 0

@@ -1,0 +1,18 @@
+"""Compute-lite feed-forward layers and their dense baselines: config, module and packed twin of each."""
+
+from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
+from nogemm.layers.lookup import LookupConfig, LookupFFN
+
+__all__ = [
+    "ACTIVATIONS",
+    "FFN",
+    "PACK_DTYPES",
+    "DenseConfig",
+    "DenseFFN",
+    "LookupConfig",
+    "LookupFFN",
+    "NoConfig",
+    "NoFFN",
+    "PackedFFN",
+]

@@ -1,0 +1,148 @@
+"""What every layer is: a replacement for one transformer FFN, trainable (FFN) or packed for evaluation (PackedFFN).
+
+Flattening of leading dimensions and the checks of shape and dtype happen here, once.
+
+Legend: N tokens (all leading dimensions flattened), D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.config import LayerConfig
+from nogemm.cost import Cost
+from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
+
+if TYPE_CHECKING:
+    from nogemm.layers.dense import DenseFFN
+
+PACK_DTYPES = ("fp32", "bf16", "int8")
+
+
+def flatten_tokens(owner: str, config: LayerConfig, x: Tensor, width: int) -> Tensor:
+    """Return x as [N, width], or say in the caller's words why it does not fit."""
+    if x.dim() == 0 or x.shape[-1] != width:
+        raise ShapeError(f"{owner}: expected last dim {width}, got x of shape {tuple(x.shape)}; built from {config}")
+    if not x.is_floating_point():
+        raise DtypeError(f"{owner}: expected a floating-point x, got {x.dtype}")
+    return x.reshape(-1, width)
+
+
+class FFN(nn.Module, ABC):
+    """A trainable feed-forward layer that maps [..., d_model] to [..., d_out].
+
+    Attributes:
+        fitted: where the weights come from: "random", "exact" (equal to the dense layer), "closed-form" (fitted to
+            activations without training) or "distilled".
+    """
+
+    def __init__(self, config: LayerConfig, d_model: int, d_out: int | None) -> None:
+        super().__init__()
+        d_out = d_model if d_out is None else d_out
+        if d_model < 1 or d_out < 1:
+            raise ConfigError(f"{type(self).__name__}: widths must be positive, got d_model={d_model}, d_out={d_out}")
+        self.config = config
+        self.d_model = d_model
+        self.d_out = d_out
+        self.fitted = "random"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., d_model] to [..., d_out], computing in the parameters' dtype and returning x's."""
+        x_ND = flatten_tokens(type(self).__name__, self.config, x, self.d_model)
+        y_ND = self.tokens(x_ND.to(self.compute_dtype()))
+        return y_ND.to(x.dtype).reshape(*x.shape[:-1], self.d_out)
+
+    @abstractmethod
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        """Map [N, d_model] to [N, d_out]; x has the parameters' dtype."""
+
+    @abstractmethod
+    def cost(self, n_tokens: int = 1) -> Cost:
+        """Return FLOP, distinct weight bytes touched (expected, uniform codes) and parameters for `n_tokens` tokens."""
+
+    def compute_dtype(self) -> torch.dtype:
+        """Return the dtype that the layer computes in: its first floating parameter's."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    def fit_dense(self, dense: DenseFFN) -> str:
+        """Start from the dense layer's weights where the method allows it; return and set `fitted`."""
+        return self.fitted
+
+    def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
+        """Fit in closed form to the dense layer on activations x [N, d_model]; return and set `fitted`."""
+        return self.fitted
+
+    def pack(self, dtype: str = "fp32") -> PackedFFN:
+        """Make the evaluation-only twin, weights laid out for the native kernels; the layer is untouched.
+
+        Raises:
+            PackedError: in training mode.
+            ConfigError: an unknown dtype.
+        """
+        if dtype not in PACK_DTYPES:
+            raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
+        if self.training:
+            raise PackedError(f"pack: {type(self).__name__} is in training mode; call eval() first")
+        return self._pack(dtype)
+
+    @abstractmethod
+    def _pack(self, dtype: str) -> PackedFFN:
+        """Make the packed twin; mode and dtype are checked."""
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model} -> {self.d_out}, {self.config}"
+
+
+class _NoBackward(torch.autograd.Function):
+    """Pass y through, and explain instead of giving a silent zero when somebody asks for a gradient."""
+
+    @staticmethod
+    def forward(ctx: object, y: Tensor, x: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: object, *grad: Tensor) -> tuple[None, None]:
+        raise PackedError("packed layers have no gradient; train the unpacked model (pack with keep=True keeps it)")
+
+
+class PackedFFN(nn.Module, ABC):
+    """A layer packed for evaluation: no training mode, no gradient, no place in a checkpoint.
+
+    Attributes:
+        dtype: "fp32", "bf16" or "int8", see `nogemm.pack`.
+        source: the unpacked layer, if it was kept.
+    """
+
+    def __init__(self, layer: FFN, dtype: str) -> None:
+        super().__init__()
+        self.config = layer.config
+        self.d_model = layer.d_model
+        self.d_out = layer.d_out
+        self.dtype = dtype
+        self.source: FFN | None = None
+        self.training = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [..., d_model] to [..., d_out]; y has x's dtype."""
+        x_ND = flatten_tokens(type(self).__name__, self.config, x, self.d_model)
+        with torch.no_grad():
+            y = self.tokens(x_ND).reshape(*x.shape[:-1], self.d_out)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _NoBackward.apply(y, x)  # type: ignore[no-any-return]
+        return y
+
+    @abstractmethod
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        """Map [N, d_model] to [N, d_out] in x's dtype."""
+
+    def train(self, mode: bool = True) -> PackedFFN:
+        if mode:
+            raise PackedError(f"{type(self).__name__} is for evaluation only; train the unpacked model")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"{self.d_model} -> {self.d_out}, dtype={self.dtype}, {self.config}"

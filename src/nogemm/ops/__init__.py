@@ -1,0 +1,22 @@
+"""Ops: schema, readable reference, fake and backward of each; native CPU kernels join from the extension."""
+
+from nogemm.ops._library import isa, native_available, set_isa, supported_isas
+from nogemm.ops.block_product import block_product, block_product_reference
+from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
+from nogemm.ops.hadamard import hadamard, hadamard_reference
+from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
+
+__all__ = [
+    "block_product",
+    "block_product_reference",
+    "gather_accumulate",
+    "gather_accumulate_reference",
+    "hadamard",
+    "hadamard_reference",
+    "hash_codes",
+    "hash_codes_reference",
+    "isa",
+    "native_available",
+    "set_isa",
+    "supported_isas",
+]
