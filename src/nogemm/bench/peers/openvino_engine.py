@@ -1,0 +1,87 @@
+"""OpenVINO: f32, bf16, and int8 calibrated by NNCF on sample activations."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.bench.peers._base import Engine, Inputs, Runner
+
+
+class OpenVinoRunner(Runner):
+    """Run one inference request; inputs and outputs are shared, not copied."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.request = compiled.create_infer_request()
+
+    def prepare(self, inputs: Inputs) -> Any:
+        return {index: x.contiguous().numpy() for index, x in enumerate(inputs)}
+
+    def run(self, prepared: Any) -> Any:
+        return self.request.infer(prepared, share_inputs=True, share_outputs=True)
+
+    def result(self, outputs: Any) -> tuple[Tensor, ...]:
+        # The arrays are the request's own memory: copy, or the next call changes them.
+        return tuple(torch.from_numpy(y.copy()).float() for y in outputs.values())
+
+
+class OpenVinoEngine(Engine):
+    """Convert from torch, fix the example's shape (OpenVINO's fastest way), compile for latency."""
+
+    static = True
+
+    def __init__(self, precision: str) -> None:
+        self.precision = "fp32" if precision == "f32" else precision
+
+    def compile(self, module: nn.Module, example: Inputs, calibration: Sequence[Inputs]) -> Runner:
+        import openvino
+
+        with _quiet():
+            model = openvino.convert_model(module, example_input=example)
+        if self.precision == "int8":
+            model = _quantise(model, calibration)
+        model.reshape({item: list(x.shape) for item, x in zip(model.inputs, example, strict=True)})
+        config = {
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "NUM_STREAMS": 1,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
+        }
+        return OpenVinoRunner(openvino.Core().compile_model(model, "CPU", config))
+
+
+def _quantise(model: Any, calibration: Sequence[Inputs]) -> Any:
+    with _quiet():
+        import nncf
+
+        samples = [{i: x.numpy() for i, x in enumerate(inputs)} for inputs in calibration]
+        if not samples:
+            raise ValueError("openvino-int8 is calibrated: at least one sample input is needed")
+        return nncf.quantize(
+            model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep progress bars and notices of the converters out of our output."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def make(precision: str) -> Engine:
+    """Make the OpenVINO engine for "f32", "bf16" or "int8"."""
+    return OpenVinoEngine(precision)
