@@ -50,10 +50,9 @@ def fit_tables(
     with torch.no_grad():
         problem = _Problem(layer, x_ND)
         target = y_ND.to(layer.tables.dtype)
-        # The bias is solved for by centring: scores are positive, so without it the tables would have to carry the mean.
+        # The bias takes the mean first: scores are positive, so the tables would have to carry it otherwise.
         mean_D = target.mean(0) if layer.bias is not None else torch.zeros_like(target[0])
         residual_ND = target - mean_D - problem.rows_to_tokens(layer.tables)
-        start = residual_ND.square().sum(0)
         penalty = ridge * problem.mass_TR.mean()
         scale_TR1 = 1.0 / (problem.mass_TR + penalty).unsqueeze(-1)
         gradient = problem.tokens_to_rows(residual_ND)
@@ -62,6 +61,7 @@ def fit_tables(
         step = scale_TR1 * gradient
         direction = step.clone()
         energy_D = (gradient * step).sum((0, 1))
+        goal = tol**2 * energy_D.sum()
         for _ in range(iterations):
             moved_ND = problem.rows_to_tokens(direction)
             curvature_D = moved_ND.square().sum(0) + penalty * direction.square().sum((0, 1))
@@ -72,9 +72,7 @@ def fit_tables(
             step = scale_TR1 * gradient
             energy_new_D = (gradient * step).sum((0, 1))
             direction = step + (energy_new_D / energy_D.clamp_min(1e-30)) * direction
-            if energy_new_D.sum() <= tol**2 * energy_D.sum().clamp_min(1e-30) or residual_ND.square().sum() <= tol * (
-                start.sum() * tol
-            ):
+            if energy_new_D.sum() <= goal:
                 break
             energy_D = energy_new_D
         layer.tables.copy_(solution)

@@ -88,8 +88,8 @@ def hash_codes(z_NM: Tensor, bits: int, neighbours: int = 1, gelu: bool = True) 
     The F sets are the `neighbours` with the least sum of |z|, in that order (ties: smaller mask first). A table whose z
     holds a NaN or an infinity keeps an index in range and gets score NaN.
 
-    Source: LookupFFN (Zeng et al., 2023), equations 7 and 8 and Remark 3.1 without the constant 1.175. Differs in N: the
-    exact nearest codes instead of sampled ones.
+    Source: LookupFFN (Zeng et al., 2023), equations 7 and 8 and Remark 3.1 without the constant 1.175. Differs in N:
+    the exact nearest codes instead of sampled ones.
 
     Args:
         z_NM: [N, T K].
@@ -100,8 +100,8 @@ def hash_codes(z_NM: Tensor, bits: int, neighbours: int = 1, gelu: bool = True) 
         codes: int32 [N, T, neighbours]; scores: z's dtype, same shape.
     Raises:
         ShapeError: if z is not [N, T K].
-    Gradient: to z through the scores, dscore_F / dz_j = p_F (S_Fj + a_F (S_Fj - tanh z_j)) (gelu) or p_F (S_Fj - tanh z_j),
-        S_Fj = +1 or -1 as bit j of code_F is set or not. Nothing flows through the discrete code.
+    Gradient: to z through the scores, dscore_F / dz_j = p_F (S_Fj + a_F (S_Fj - tanh z_j)) (gelu) or
+        p_F (S_Fj - tanh z_j); S_Fj = +1 or -1 as bit j of code_F is set or not. Nothing flows through the discrete code.
     Cost: T K exponentials per token, no FLOP by the papers' count.
     Example:
         >>> codes, scores = hash_codes(torch.tensor([[1.0, -2.0]]), bits=2)

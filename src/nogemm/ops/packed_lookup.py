@@ -1,0 +1,161 @@
+"""A whole LookupFFN in one native call: pack its weights once, then run.
+
+The op has no backward and no reference of its own: its twin is the composition of the single ops, which tests compare
+it with. It exists only where the extension is loaded.
+
+Legend: N tokens, D width, T tables, K bits, R = 2^K rows per table, M = T K.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nogemm.errors import ConfigError
+from nogemm.ops._library import LIBRARY, native
+from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
+
+_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
+_ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class LookupWeights:
+    """Everything that the packed form of one LookupFFN is made of, float32 except the rows.
+
+    Attributes:
+        weight: dense projection [M, D], or BH blocks [r, m, n, B, B], rows are outputs.
+        mix: share of the BH product in mix * product + (1 - mix) * x; 1 for none.
+        rows: [T, R, d_out] float32, bfloat16, or int8 with `row_scale` [T, R].
+        gamma, beta: of the inner LayerNorm [D]; None for no LayerNorm.
+    """
+
+    d: int
+    bits: int
+    neighbours: int
+    gelu: bool
+    weight: Tensor
+    mix: float
+    projection_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+    rows: Tensor
+    row_scale: Tensor | None
+    bias: Tensor | None
+
+
+class _Spec(ctypes.Structure):
+    """Mirrors NogemmLookupSpec in csrc/lookup_pack.h; every field is 8 bytes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("mode", "d", "d_out", "tables", "bits", "neighbours", "score")),
+        *((name, ctypes.c_int64) for name in ("projection", "rounds", "block", "repeats", "tables_dtype")),
+        ("eps", ctypes.c_double),
+        ("mix", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("gamma", "beta", "weight", "proj_bias")),
+        *((name, ctypes.c_void_p) for name in ("table_rows", "row_scale", "out_bias")),
+    )
+
+
+def has_packed_kernel(neighbours: int) -> bool:
+    """Say whether the fused kernel serves this number of neighbours."""
+    return neighbours in NATIVE_NEIGHBOURS
+
+
+def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
+    """Lay one layer's weights out for `packed_lookup`.
+
+    Args:
+        dtype: "fp32", "bf16" (rows and projection in 16 bits) or "int8" (rows with a scale each, projection in 16 bits).
+    Returns:
+        one uint8 buffer with a header; valid for the instruction sets of this build, not a file format.
+    Raises:
+        NativeError: no extension.
+        ConfigError: the kernel refuses the combination; the message says why.
+    """
+    library = native()
+    library.nogemm_lookup_pack_size.restype = ctypes.c_int64
+    library.nogemm_lookup_pack.restype = ctypes.c_char_p
+    library.nogemm_lookup_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    spec, kept_alive = _spec(weights, dtype)
+    size = max(int(library.nogemm_lookup_pack_size(ctypes.byref(spec))), 0)
+    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % _ALIGNMENT
+    buffer = memory[offset : offset + size]
+    error = library.nogemm_lookup_pack(ctypes.byref(spec), buffer.data_ptr(), size)
+    del kept_alive
+    if error:
+        raise ConfigError(f"pack: {error.decode()}")
+    return buffer
+
+
+def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    """Run a packed LookupFFN.
+
+        y = bias + sum_t sum_f score[t, f] * table[t, code[t, f]],   codes and scores from projection(norm(x))
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+        packed: from `pack_lookup`, in the same process.
+        d_out: width of y; must be the packed layer's.
+    Returns:
+        y [..., d_out] in x's dtype, accumulated in float32.
+    Raises:
+        RuntimeError: a buffer that `pack_lookup` did not make, or a width that is not the layer's.
+    Cost: hash 2 r m D B + r m D log2 D FLOP, gather 2 T F d_out FLOP per token; see `LookupFFN.cost`.
+    """
+    return torch.ops.nogemm.packed_lookup(x, packed, d_out)
+
+
+def _spec(weights: LookupWeights, dtype: str) -> tuple[_Spec, list[Tensor]]:
+    """Fill the C structure; the tensors it points into are returned too, to be kept alive."""
+    kept_alive: list[Tensor] = []
+
+    def address(tensor: Tensor | None, as_float: bool = True) -> int | None:
+        if tensor is None:
+            return None
+        plain = tensor.detach().to(torch.float32 if as_float else tensor.dtype).contiguous()
+        kept_alive.append(plain)
+        return plain.data_ptr()
+
+    weight = weights.weight
+    is_bh = weight.dim() == 5
+    rows = weights.rows if weights.rows.dtype in _ROW_DTYPES else weights.rows.float()
+    spec = _Spec(
+        mode=_MODES[dtype],
+        d=weights.d,
+        d_out=rows.shape[2],
+        tables=rows.shape[0],
+        bits=weights.bits,
+        neighbours=weights.neighbours,
+        score=0 if weights.gelu else 1,
+        projection=1 if is_bh else 0,
+        rounds=weight.shape[1] if is_bh else 0,
+        block=weight.shape[4] if is_bh else 0,
+        repeats=weight.shape[0] if is_bh else 0,
+        tables_dtype=_ROW_DTYPES[rows.dtype],
+        eps=weights.eps,
+        mix=weights.mix,
+        gamma=address(weights.gamma),
+        beta=address(weights.beta),
+        weight=address(weight),
+        proj_bias=address(weights.projection_bias),
+        table_rows=address(rows, as_float=False),
+        row_scale=address(weights.row_scale),
+        out_bias=address(weights.bias),
+    )
+    return spec, kept_alive
+
+
+def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+LIBRARY.define("packed_lookup(Tensor x, Tensor packed, int d_out) -> Tensor")
+torch.library.register_fake("nogemm::packed_lookup", _fake, lib=LIBRARY)
