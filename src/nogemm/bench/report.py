@@ -74,8 +74,8 @@ def _tiles(results: Results) -> str:
 def _best_ratio(rows: Sequence[SpeedRow]) -> tuple[str, str] | None:
     """Ours against torch fp32 at the largest size; the whole field stands in the table below."""
     rows = [row for row in rows if row.size == max(r.size for r in rows)]
-    own = [row.us for row in rows if row.ours]
-    dense = [row.us for row in rows if row.contender == "torch-fp32"]
+    own = [row.us for row in rows if row.ours and row.us is not None]
+    dense = [row.us for row in rows if row.contender == "torch-fp32" and row.us is not None]
     if not own or not dense:
         return None
     ratio = dense[0] / min(own)
@@ -144,32 +144,34 @@ def _name_cell(row: QualityRow) -> str:
 
 def _layer_section(rows: Sequence[SpeedRow]) -> str:
     parts = []
-    for shape, setting in _unique((row.shape, row.setting) for row in rows):
-        chosen = [row for row in rows if (row.shape, row.setting) == (shape, setting)]
+    timed = [row for row in rows if row.us is not None]
+    for shape, setting in _unique((row.shape, row.setting) for row in timed):
+        chosen = [row for row in timed if (row.shape, row.setting) == (shape, setting)]
         colours = _colours(chosen)
-        series = [
-            (
-                name,
-                colour,
-                sorted((row.size[0], row.us / row.size[0]) for row in chosen if row.contender == name),
-            )
-            for name, colour in colours
-        ]
+        series = [(name, colour, _per_token(chosen, name)) for name, colour in colours]
         chart = lines(series, x_label="tokens in the batch", y_label="us per token")
         parts.append(_figure(f"{shape}, {setting}", chart + legend(colours)))
-    if not parts:
+    if not rows:
         return ""
     plots = f'<div class="charts">{"".join(parts)}</div>'
     return f"<section><h2>Layer: speed against batch</h2>{plots}{_speed_table(rows, 'us')}</section>"
 
 
+def _per_token(rows: Sequence[SpeedRow], contender: str) -> list[tuple[float, float]]:
+    return sorted((r.size[0], r.us / r.size[0]) for r in rows if r.contender == contender and r.us is not None)
+
+
 def _model_section(rows: Sequence[SpeedRow]) -> str:
     parts = []
     for shape, size in _unique((row.shape, row.size) for row in rows):
-        chosen = sorted((row for row in rows if (row.shape, row.size) == (shape, size)), key=lambda row: row.us)
-        data = [Bar(row.contender, row.us, f"{number(row.us / 1000)} ms", 0 if row.ours else 1) for row in chosen]
-        parts.append(_figure(_size(size), bars(data)))
-    if not parts:
+        data = [
+            Bar(row.contender, row.us, f"{number(row.us / 1000)} ms", 0 if row.ours else 1)
+            for row in rows
+            if (row.shape, row.size) == (shape, size) and row.us is not None
+        ]
+        if data:
+            parts.append(_figure(_size(size), bars(sorted(data, key=lambda bar: bar.value))))
+    if not rows:
         return ""
     plots = f'<div class="charts">{"".join(parts)}</div>'
     hint = "<p class='hint'>Whole model, one call. Size = (sequences, tokens in each).</p>"
@@ -194,8 +196,7 @@ def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:
             escape(", ".join(part for part in (row.shape, row.setting) if part)),
             escape(row.contender),
             _size(row.size),
-            number(row.us / scale, 4),
-            f"{number(row.us_p10 / scale)} to {number(row.us_p90 / scale)}",
+            *_times(row, scale),
             "" if row.ratio is None else f"{row.ratio:.2f}",
         ]
         for key, _ in extras:
@@ -205,6 +206,12 @@ def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:
     hint = "<p class='hint'>ratio = the contender's median / ours in the same run: above 1, ours is faster.</p>"
     table = _table([*head, *(name for _, name in extras)], body)
     return f"<details><summary>All timings</summary>{table}{hint}</details>"
+
+
+def _times(row: SpeedRow, scale: float) -> tuple[str, str]:
+    if row.us is None or row.us_p10 is None or row.us_p90 is None:
+        return "not run", f"<small>{escape(row.why_not)}</small>"
+    return number(row.us / scale, 4), f"{number(row.us_p10 / scale)} to {number(row.us_p90 / scale)}"
 
 
 def _memory_section(rows: Sequence[QualityRow]) -> str:

@@ -51,17 +51,21 @@ class QualityRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedRow:
-    """One timing: `shape` names the layer or the model, `size` the batch in tokens or (sequences, length)."""
+    """One timing: `shape` names the layer or the model, `size` the batch in tokens or (sequences, length).
+
+    `us` and its percentiles are None for a contender that could not run; `why_not` then says why.
+    """
 
     shape: str
     contender: str
     ours: bool
     size: tuple[int, ...]
-    us: float
-    us_p10: float
-    us_p90: float
+    us: float | None
+    us_p10: float | None
+    us_p90: float | None
     ratio: float | None
     setting: str
+    why_not: str
     detail: Mapping[str, Any]
 
 
@@ -106,25 +110,10 @@ def read_results(paths: Sequence[str | Path]) -> Results:
             _READERS[kind](data, results)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: not a complete {kind} result ({type(error).__name__}: {error})") from error
-        machine = machine_line(data.get("machine", {}))
+        machine = data.get("machine", {}).get("line", "")
         if machine and machine not in results.machines:
             results.machines.append(machine)
     return results
-
-
-def machine_line(machine: Mapping[str, Any]) -> str:
-    """Write a machine as one line: processor, cores, threads, instruction set, library versions."""
-    parts = [str(machine[key]) for key in ("cpu", "model", "name") if machine.get(key)][:1]
-    for key, form in (
-        ("cores", "{} cores"),
-        ("threads", "{} threads"),
-        ("isa", "ISA {}"),
-        ("torch", "torch {}"),
-        ("date", "{}"),
-    ):
-        if machine.get(key):
-            parts.append(form.format(machine[key]))
-    return ", ".join(parts)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -193,7 +182,7 @@ def _read_demo(data: Mapping[str, Any], results: Results) -> None:
 
 
 def _site_row(row: Mapping[str, Any]) -> SiteRow:
-    before, after = row["cost_before"], row["cost_after"]
+    before, after = row["before"], row["after"]
     return SiteRow(
         name=row["name"],
         config=config_line(row["config"]),
@@ -238,11 +227,12 @@ def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], settin
         contender=row["contender"],
         ours=row["contender"].startswith("nogemm"),
         size=size,
-        us=row["us_median"],
-        us_p10=row["us_p10"],
-        us_p90=row["us_p90"],
+        us=row.get("us_median"),
+        us_p10=row.get("us_p10"),
+        us_p90=row.get("us_p90"),
         ratio=row.get("ratio"),
         setting=setting,
+        why_not=row.get("missing") or row.get("error") or "",
         detail=row,
     )
 
