@@ -68,9 +68,7 @@ def compressed_size(rows: list[dict[str, object]]) -> int:
 
 def main() -> int:
     """Write the largest sample that fits."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE.parent / "src/nogemm/data/sample.jsonl.gz")
     parser.add_argument("--limit", type=int, default=2_000_000, help="bytes")
     args = parser.parse_args()

@@ -117,8 +117,7 @@ def wordnet_rows(directory: Path, ids: Iterable[str]) -> list[dict[str, object]]
                 head, _, gloss = line.partition(" | ")
                 fields = head.split(" ")
                 words = [
-                    re.sub(r"\(\w+\)$", "", fields[4 + 2 * i]).replace("_", " ")
-                    for i in range(int(fields[3], 16))
+                    re.sub(r"\(\w+\)$", "", fields[4 + 2 * i]).replace("_", " ") for i in range(int(fields[3], 16))
                 ]
                 definition = re.split(r'; "', gloss)[0].strip()
                 found[letter + line[:8]] = {"id": letter + line[:8], "words": words, "gloss": definition}
@@ -161,16 +160,12 @@ def report_difference(rows: list[dict[str, object]], path: Path, key: str) -> in
 
 def main() -> int:
     """Run the command line described at the top of this file."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     debian = commands.add_parser("debian")
     debian.add_argument("packages")
     debian.add_argument("translation")
-    debian.add_argument(
-        "--all", action="store_true", help="every package, not only those of the file kept here"
-    )
+    debian.add_argument("--all", action="store_true", help="every package, not only those of the file kept here")
     wordnet = commands.add_parser("wordnet")
     wordnet.add_argument("directory", type=Path)
     for command in (debian, wordnet):

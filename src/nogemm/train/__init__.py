@@ -1,0 +1,24 @@
+"""Training of converted models: distillation from the dense teacher, its data, checkpoints and options."""
+
+from nogemm.train.data import Batch, Batches, TokenFile, tokenise
+from nogemm.train.distil import distil
+from nogemm.train.errors import DataError, TrainingError, TrainingInterrupted
+from nogemm.train.options import DistilOptions, DistilReport, StageReport
+from nogemm.train.sources import SearchPairs, load_split, texts
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataError",
+    "DistilOptions",
+    "DistilReport",
+    "SearchPairs",
+    "StageReport",
+    "TokenFile",
+    "TrainingError",
+    "TrainingInterrupted",
+    "distil",
+    "load_split",
+    "texts",
+    "tokenise",
+]

@@ -1,0 +1,154 @@
+"""Checkpoints of a run: safetensors and JSON in a directory of their own, made visible by one rename.
+
+    output_dir/step-00000120/{model,optimiser,spread}.safetensors, state.json
+    output_dir/latest.json                  {"checkpoint": "step-00000120"}: replaced last
+
+A checkpoint is written into a temporary sibling, synced, renamed; then `latest.json` is replaced; then older ones go.
+Killed at any moment, a run finds either the old or the new checkpoint whole. `Lock` keeps a second writer out.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nogemm.errors import CheckpointError
+from nogemm.train.errors import TrainingError
+
+VERSION = 1
+PARTS = ("model", "optimiser", "spread")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: named tensors in three parts, and JSON values."""
+
+    parts: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+class Lock:
+    """Hold `output_dir/lock` while a run writes there; a second run is refused at once."""
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / "lock"
+        self._file = None
+
+    def __enter__(self) -> Lock:
+        self._file = open(self._path, "w", encoding="utf-8")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.close()
+            raise TrainingError(f"another run is writing to {self._path.parent}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, make it the latest, remove the others; return its directory."""
+    final = directory / f"step-{step:08d}"
+    temporary = directory / f"{final.name}.tmp-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name in PARTS:
+            # Equal storage under two names (tied weights) is stored twice: safetensors refuses shared memory.
+            tensors = {
+                key: value.detach().clone(memory_format=_contiguous()) for key, value in checkpoint.parts[name].items()
+            }
+            save_file(tensors, temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", {"version": VERSION, **checkpoint.state})
+        for file in temporary.iterdir():
+            _sync(file)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    pointer = directory / f"latest.json.tmp-{os.getpid()}"
+    _write_json(pointer, {"checkpoint": final.name})
+    _sync(pointer)
+    os.replace(pointer, directory / "latest.json")
+    _sync(directory)
+    for old in directory.glob("step-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest(directory: Path) -> Path | None:
+    """Return the directory of the latest whole checkpoint, or None if there is none."""
+    pointer = directory / "latest.json"
+    if not pointer.is_file():
+        return None
+    try:
+        path = directory / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{pointer} is damaged: {error}") from error
+    return path
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint directory.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or of a newer version.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        parts = {name: load_file(path / f"{name}.safetensors") for name in PARTS}
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
+    if state.get("version") != VERSION:
+        raise CheckpointError(f"{path} was written by another version of nogemm (format {state.get('version')})")
+    return Checkpoint(parts, state)
+
+
+def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join two levels of names with "|"."""
+    return {f"{outer}|{inner}": value for outer, part in groups.items() for inner, value in part.items()}
+
+
+def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Undo `flatten`."""
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        outer, _, inner = key.rpartition("|")
+        out.setdefault(outer, {})[inner] = value
+    return out
+
+
+def _contiguous():
+    import torch
+
+    return torch.contiguous_format
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

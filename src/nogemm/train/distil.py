@@ -1,0 +1,393 @@
+"""Distil a converted model from its dense teacher: layer by layer, then end to end; interruptible and resumable.
+
+Reading order: `distil`, `Run.train`, `Run.save` and `Run.restore`; steps are in `stages.py`, data in `data.py`.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nogemm.convert.sites import converted, inner_model
+from nogemm.train import checkpoint as ckpt
+from nogemm.train.data import Batch, Batches, tokenise
+from nogemm.train.errors import TrainingError, TrainingInterrupted
+from nogemm.train.losses import Spread, hidden_states, pooled
+from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
+from nogemm.train.options import DistilOptions, DistilReport, StageReport
+from nogemm.train.progress import Progress
+from nogemm.train.sources import describe, texts
+from nogemm.train.stages import LayerStage, ModelStage, Stage, run
+
+VALIDATION_TOKENS = 50_000
+"""At most this many validation tokens are measured at a time."""
+
+
+def distil(
+    model: nn.Module,
+    teacher: nn.Module,
+    data: str | Path | Iterable[Any] = "sample",
+    *,
+    tokenizer: Any = None,
+    validation: str | Path | Iterable[Any] | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    bar: bool | None = None,
+    options: DistilOptions | None = None,
+    **changes: Any,
+) -> DistilReport:
+    """Train the converted FFNs of `model` to reproduce `teacher`, in place.
+
+    Stage 1 fits every new layer to the teacher's FFN of the same name, from one teacher pass per batch; stage 2 trains
+    the whole model on the teacher's hidden states and task output. `DistilOptions` holds every choice and its default.
+
+    Args:
+        model: a transformers model after `nogemm.convert` (or a smaller one with the teacher's interface). Its
+            converted layers are marked as distilled at the end, so that packing and saving no longer warn.
+        teacher: the dense model; never changed.
+        data: "sample", a text or JSONL file, a `datasets` dataset, or an iterable of texts; see `train.sources.texts`.
+        tokenizer: the models' tokenizer; by default the one saved with the teacher.
+        validation: texts to measure agreement on; the validation split when `data` is "sample".
+        output_dir: where tokens and checkpoints go; without it nothing can be resumed.
+        resume: continue from the last checkpoint in `output_dir`, if there is one.
+        bar: show a progress bar; by default on a terminal.
+        options, changes: `DistilOptions`, or single fields of it as keywords.
+    Returns:
+        DistilReport: tokens, seconds, losses of every stage, agreement before and after.
+    Raises:
+        TrainingError: a loss or gradient is not finite (the last checkpoint stays), or a directory in use.
+        TrainingInterrupted: Ctrl-C; the state was saved, and the message says how to resume.
+        DataError: no text, an unreadable file, or a directory with other data.
+    Example:
+        >>> report = nogemm.distil(model, teacher, "sample", tokens=1_000_000, output_dir="run")  # doctest: +SKIP
+    """
+    options = replace(options or DistilOptions(), **changes)
+    start = time.monotonic()
+    scratch = Path(tempfile.mkdtemp(prefix="nogemm-")) if output_dir is None else None
+    directory = Path(output_dir) if output_dir is not None else scratch
+    assert directory is not None
+    try:
+        with ckpt.Lock(directory), evaluation_mode(model, teacher):
+            job = Run(model, teacher, options, directory, start, keep=scratch is None)
+            job.load_data(data, validation, tokenizer)
+            if resume and scratch is None:
+                job.restore()
+            with Progress(options.log_seconds, bar) as progress, interrupts() as stop:
+                job.train(progress, stop)
+            return job.finish(describe(data))
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+class Run:
+    """One run: models, data, counters, and where it is saved."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        options: DistilOptions,
+        directory: Path,
+        start: float,
+        keep: bool,
+    ) -> None:
+        self.model, self.teacher = inner_model(model), inner_model(teacher)
+        self.options, self.directory, self.keep = options, directory, keep
+        self.start = start
+        self.tokens = 0
+        self.stopped = ""
+        self.history: list[dict[str, float]] = []
+        self.validation: list[Batch] = []
+        self.resumed: ckpt.Checkpoint | None = None
+        self.plan = self._plan()
+        self.reports = [StageReport(stage) for stage, _, _ in self.plan]
+
+    def _plan(self) -> list[tuple[str, float, float]]:
+        """Return (stage, from, to) in parts of the budget; a model without sites to fit has only the second."""
+        share = self.options.stage1_share
+        if not LayerStage(self.model, self.teacher, self.options).layers:
+            share = 0.0
+        stages = [("layers", 0.0, share), ("model", share, 1.0)]
+        return [entry for entry in stages if entry[2] > entry[1]]
+
+    def load_data(self, data: Any, validation: Any, tokenizer: Any) -> None:
+        """Tokenise what is not yet tokenised, and open it."""
+        options = self.options
+        tokenizer = tokenizer or default_tokenizer(self.teacher)
+        key = {
+            "data": describe(data),
+            "tokenizer": type(tokenizer).__name__,
+            "vocabulary": len(tokenizer),
+            "field": options.field,
+        }
+        common = {"tokenizer": tokenizer, "max_length": options.max_length}
+        file = tokenise(
+            texts(data, options.field),
+            directory=self.directory / "tokens",
+            key=key,
+            max_tokens=options.tokens,
+            **common,
+        )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.batches = Batches(file, batch_tokens=options.batch_tokens, seed=options.seed, pad_id=pad)
+        split: str | None = None
+        if validation is None and isinstance(data, str) and data == "sample":
+            validation, split = "sample", "validation"
+        if validation is not None:
+            held_out = tokenise(
+                texts(validation, options.field, split),
+                directory=self.directory / "validation",
+                key={**key, "data": f"{describe(validation)} {split}"},
+                max_tokens=VALIDATION_TOKENS,
+                **common,
+            )
+            source = Batches(held_out, batch_tokens=2 * options.batch_tokens, seed=0, pad_id=pad)
+            while source.position.epoch == 0:
+                self.validation.append(next(source))
+
+    # -- time and budget
+
+    def seconds(self) -> float:
+        """Return how long the run has lasted, earlier sessions included."""
+        return time.monotonic() - self.start
+
+    def fraction(self) -> float:
+        """Return which part of the budget is used up."""
+        by_tokens = self.tokens / self.options.tokens if self.options.tokens is not None else 0.0
+        by_time = self.seconds() / max(self.options.max_seconds, 1e-9) if self.options.max_seconds is not None else 0.0
+        return max(by_tokens, by_time)
+
+    # -- training
+
+    def train(self, progress: Progress, stop: threading.Event) -> None:
+        """Run the stages that are not finished yet."""
+        progress.begin(self.fraction(), self.tokens)
+        first = 0 if self.resumed is None else int(self.resumed.state["stage"])
+        for index in range(first, len(self.plan)):
+            if not self.stopped:
+                self._train_stage(index, progress, stop)
+
+    def _train_stage(self, index: int, progress: Progress, stop: threading.Event) -> None:
+        name, low, high = self.plan[index]
+        kind = LayerStage if name == "layers" else ModelStage
+        stage: Stage = kind(self.model, self.teacher, self.options)
+        optimiser, rates = make_optimiser(stage.groups, self.options)
+        if self.resumed is not None and self.resumed.state["stage"] == index:
+            load_optimiser_tensors(optimiser, self.resumed.parts["optimiser"])
+            for key, state in ckpt.unflatten(self.resumed.parts["spread"]).items():
+                stage.spreads.setdefault(key, Spread(0)).load_state(state)
+        report = self.reports[index]
+        saved = begun = time.monotonic()
+        seconds_before = report.seconds
+        with gradients_for(stage, self.model):
+            while self.fraction() < high and not self.stopped:
+                part = (self.fraction() - low) / (high - low)
+                set_rates(optimiser, rates, rate_factor(part, self.options.warmup))
+                losses = self._step(stage, optimiser, next(self.batches))
+                report.add(losses, seconds_before + time.monotonic() - begun, self.tokens)
+                progress.update(name, min(self.fraction(), 1.0), self.tokens, losses["loss"])
+                self._validate_when_due()
+                due = time.monotonic() - saved >= self.options.checkpoint_seconds
+                if self.keep and (stop.is_set() or due):
+                    self.save(index, optimiser, stage)
+                    saved = time.monotonic()
+                if stop.is_set():
+                    raise TrainingInterrupted(self._how_to_resume())
+        if isinstance(stage, LayerStage) and self.options.solve_tokens:
+            report.last |= stage.solve(self._take(self.options.solve_tokens))
+        self.resumed = None
+
+    def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+        try:
+            losses = stage.step(batch)
+        except TrainingError as error:
+            # The parameters are still those of the step before: only a finite gradient is ever applied.
+            kept = ckpt.latest(self.directory) if self.keep else None
+            where = f"; the last checkpoint is {kept}" if kept else ""
+            raise TrainingError(f"stopped after {self.tokens:,} tokens: {error}{where}") from error
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        self.tokens += batch.tokens
+        return losses
+
+    def _take(self, tokens: int) -> list[Batch]:
+        """Return the next batches that hold about this many tokens; they count towards the budget."""
+        taken: list[Batch] = []
+        while sum(batch.tokens for batch in taken) < tokens:
+            taken.append(next(self.batches))
+        self.tokens += sum(batch.tokens for batch in taken)
+        return taken
+
+    def _validate_when_due(self) -> None:
+        """Measure agreement every `validate_tokens` tokens; stop at the target, or when it no longer rises."""
+        options = self.options
+        measured = int(self.history[-1]["tokens"]) if self.history else 0
+        if not (options.validate_tokens and self.validation and self.tokens >= measured + options.validate_tokens):
+            return
+        value = self.agreement()
+        self.history.append({"tokens": self.tokens, "seconds": self.seconds(), "agreement": value})
+        values = [entry["agreement"] for entry in self.history]
+        since_best = len(values) - 1 - values.index(max(values))
+        if options.target is not None and value >= options.target:
+            self.stopped = "target"
+        elif options.patience and since_best >= options.patience:
+            self.stopped = "patience"
+
+    def agreement(self) -> float:
+        """Return the mean cosine of the validation texts' pooled embeddings with the teacher's."""
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for batch in self.validation:
+                ours, theirs = (
+                    pooled(hidden_states(run(model, batch, hidden=True))[-1], batch.mask)
+                    for model in (self.model, self.teacher)
+                )
+                total += float((ours * theirs).sum())
+                count += len(batch.ids)
+        return total / count
+
+    # -- saving
+
+    def save(self, stage_index: int, optimiser: torch.optim.Optimizer, stage: Stage) -> None:
+        """Write everything that a resumed run needs."""
+        state = {
+            "stage": stage_index,
+            "tokens": self.tokens,
+            "seconds": self.seconds(),
+            "position": self.batches.state(),
+            "history": self.history,
+            "reports": [asdict(report) for report in self.reports],
+            "options": self.options.to_dict(),
+        }
+        parts = {
+            "model": self.model.state_dict(),
+            "optimiser": optimiser_tensors(optimiser),
+            "spread": ckpt.flatten({name: spread.state() for name, spread in stage.spreads.items()}),
+        }
+        ckpt.write_checkpoint(self.directory, sum(r.steps for r in self.reports), ckpt.Checkpoint(parts, state))
+
+    def restore(self) -> None:
+        """Continue from the last checkpoint, if there is one."""
+        path = ckpt.latest(self.directory)
+        if path is None:
+            return
+        self.resumed = ckpt.read_checkpoint(path)
+        state = self.resumed.state
+        different = changed_options(state["options"], self.options.to_dict())
+        if different:
+            raise TrainingError(f"cannot resume {path}: it was started with other options: {'; '.join(different)}")
+        try:
+            self.model.load_state_dict(self.resumed.parts["model"])
+        except RuntimeError as error:
+            raise TrainingError(f"cannot resume {path}: it holds another model ({error})") from error
+        self.tokens = state["tokens"]
+        self.start = time.monotonic() - state["seconds"]
+        self.batches.load_state(state["position"])
+        self.history = state["history"]
+        self.reports = [StageReport(**report) for report in state["reports"]]
+
+    def _how_to_resume(self) -> str:
+        if not self.keep:
+            return "distil was interrupted; nothing was saved because no output_dir was given"
+        return (
+            f"distil was interrupted after {self.tokens:,} tokens; its state is in {self.directory}. "
+            "Call it again with the same arguments and resume=True (--resume on the command line) to continue"
+        )
+
+    def finish(self, data: str) -> DistilReport:
+        """Mark the layers as trained, measure agreement, and report."""
+        for layer in converted(self.model).values():
+            layer.fitted = "distilled"
+        return DistilReport(
+            stages=self.reports,
+            tokens=self.tokens,
+            seconds=self.seconds(),
+            stopped=self.stopped or "budget",
+            agreement=self.agreement() if self.validation else None,
+            history=self.history,
+            options=self.options.to_dict(),
+            data=data,
+        )
+
+
+def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
+    free = {"log_seconds", "checkpoint_seconds"}
+    before = {**before, "hidden_map": as_tuple(before["hidden_map"]), "field": as_tuple(before["field"])}
+    now = {**now, "hidden_map": as_tuple(now["hidden_map"]), "field": as_tuple(now["field"])}
+    return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
+
+
+def as_tuple(value: Any) -> Any:
+    """Turn JSON's lists back into tuples."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+def default_tokenizer(teacher: nn.Module) -> Any:
+    """Load the tokenizer that was saved with the teacher."""
+    name = getattr(getattr(teacher, "config", None), "_name_or_path", "")
+    if not name:
+        raise TrainingError("distil needs a tokenizer: the teacher does not say where it was loaded from")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(name)
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Switch dropout off for the whole run, and give every module its mode back afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
+    """Let only the stage's parameters collect gradients, and restore every flag afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter) for group in stage.groups.values() for parameter in group}
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that is looked at between steps; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    old = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, old)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, old)

@@ -1,0 +1,106 @@
+"""Optimiser of a distillation: one group each for projections, tables, the rest of the new layers, and the backbone.
+
+Tables and projections want other rates than pretrained weights: a table row sees a token only when its code is hit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.train.options import DistilOptions
+
+
+def layer_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
+    """Sort the parameters of new layers into "projection", "tables" and "other"."""
+    groups: dict[str, list[nn.Parameter]] = {"projection": [], "tables": [], "other": []}
+    for layer in layers:
+        taken: set[int] = set()
+        for name in ("projection", "tables"):
+            method = getattr(layer, "projection_parameters" if name == "projection" else "table_parameters", None)
+            for parameter in method() if method is not None else ():
+                groups[name].append(parameter)
+                taken.add(id(parameter))
+        groups["other"].extend(p for p in layer.parameters() if id(p) not in taken)
+    return groups
+
+
+def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embeddings: bool) -> list[nn.Parameter]:
+    """Return the model's parameters outside the new layers, with or without embedding tables."""
+    skip = {id(p) for layer in layers for p in layer.parameters()}
+    if not embeddings:
+        skip |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    return [p for p in model.parameters() if id(p) not in skip]
+
+
+def make_optimiser(
+    groups: Mapping[str, list[nn.Parameter]], options: DistilOptions
+) -> tuple[torch.optim.AdamW, dict[str, float]]:
+    """Make AdamW with one group for each non-empty entry whose rate is above 0; return it and the peak rates."""
+    rates = {
+        "projection": options.lr_projection,
+        "tables": options.lr_tables,
+        "other": options.lr_other,
+        "backbone": options.lr_backbone,
+    }
+    rows: list[dict[str, Any]] = []
+    for name, parameters in groups.items():
+        if not parameters or rates[name] == 0:
+            continue
+        decayed = [p for p in parameters if p.dim() > 1 and name != "tables"]
+        plain = [p for p in parameters if p.dim() <= 1 or name == "tables"]
+        for part, decay in ((decayed, options.weight_decay), (plain, 0.0)):
+            if part:
+                rows.append({"params": part, "lr": rates[name], "weight_decay": decay, "name": name})
+    optimiser = torch.optim.AdamW(rows, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    return optimiser, rates
+
+
+def set_rates(optimiser: torch.optim.Optimizer, rates: Mapping[str, float], factor: float) -> None:
+    """Set every group's rate to its peak times `factor`."""
+    for group in optimiser.param_groups:
+        group["lr"] = rates[group["name"]] * factor
+
+
+def rate_factor(fraction: float, warmup: float) -> float:
+    """Rise linearly from 0 to 1 over `warmup`, then fall linearly to 0 at fraction 1."""
+    fraction = min(max(fraction, 0.0), 1.0)
+    if fraction < warmup:
+        return max(fraction / warmup, 1e-3)
+    return max((1.0 - fraction) / max(1.0 - warmup, 1e-9), 1e-3)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
+    """Scale gradients down to a norm of at most `largest`; return the norm before, which may be NaN or infinite."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norm = float(torch.nn.utils.get_total_norm(gradients))
+    if math.isfinite(norm) and norm > largest:
+        for gradient in gradients:
+            gradient.mul_(largest / norm)
+    return norm
+
+
+def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as named tensors: `index.moment`."""
+    out: dict[str, Tensor] = {}
+    for index, state in optimiser.state_dict()["state"].items():
+        for name, value in state.items():
+            out[f"{index}.{name}"] = torch.as_tensor(value)
+    return out
+
+
+def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take over what `optimiser_tensors` returned for an optimiser with the same groups."""
+    packed = optimiser.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    packed["state"] = state
+    optimiser.load_state_dict(packed)
