@@ -1,0 +1,28 @@
+// Included once per instruction set, after NOGEMM_NS is defined: compiles every kernel and gathers them in one table.
+// Nothing with external linkage besides kTable may come out of these files, hence no standard library templates here.
+#pragma once
+#include "kernel_table.h"
+#include "kernels/vec.h"
+//
+#include "kernels/block_product.h"
+#include "kernels/gather_accumulate.h"
+#include "kernels/gather_backward.h"
+#include "kernels/hadamard.h"
+#include "kernels/hash_codes.h"
+#include "kernels/roofline.h"
+
+namespace nogemm::NOGEMM_NS {
+
+static constexpr KernelTable make_table(const char* name) {
+  KernelTable t{};
+  t.name = name;
+  t.lanes = kLanes;
+  t.hadamard = hadamard_kernels();
+  t.block_product = block_product_kernels();
+  t.hash_codes = hash_codes_kernels();
+  t.gather = gather_kernels();
+  t.roofline = roofline_kernels();
+  return t;
+}
+
+}  // namespace nogemm::NOGEMM_NS

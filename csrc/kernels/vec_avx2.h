@@ -1,0 +1,150 @@
+// vec.h for AVX2 + FMA + F16C (x86-64-v3): eight lanes, sixteen registers. Included by vec.h only.
+#pragma once
+#include <immintrin.h>
+
+namespace nogemm::NOGEMM_NS {
+
+inline constexpr int kLanes = 8;
+inline constexpr int kRegisters = 16;
+
+struct F {
+  __m256 v;
+};
+struct I {
+  __m256i v;
+};
+struct M {
+  __m256 v;  // all bits of a lane set or clear
+};
+
+NOGEMM_INLINE F zero() { return {_mm256_setzero_ps()}; }
+NOGEMM_INLINE F set1(float x) { return {_mm256_set1_ps(x)}; }
+NOGEMM_INLINE I set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
+
+NOGEMM_INLINE __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+NOGEMM_INLINE F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+NOGEMM_INLINE F load(const bf16* p) {
+  const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+}
+NOGEMM_INLINE F load(const fp16* p) {
+  return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+}
+NOGEMM_INLINE F load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+NOGEMM_INLINE F load_part(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+template <class T>
+NOGEMM_INLINE F load_part(const T* p, int n) {
+  T part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(T));
+  return load(part);
+}
+NOGEMM_INLINE I load(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+
+NOGEMM_INLINE __m128i to_bf16(F a) {
+  const __m256i u = _mm256_castps_si256(a.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i quiet = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  const __m256i r = _mm256_blendv_epi8(rounded, quiet, nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+}
+NOGEMM_INLINE void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+NOGEMM_INLINE void store(bf16* p, F a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16(a)); }
+NOGEMM_INLINE void store(fp16* p, F a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+NOGEMM_INLINE void store(int32_t* p, I a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a.v); }
+NOGEMM_INLINE void store_part(float* p, F a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
+template <class T>
+NOGEMM_INLINE void store_part(T* p, F a, int n) {
+  T part[kLanes];
+  store(part, a);
+  std::memcpy(p, part, static_cast<size_t>(n < kLanes ? n : kLanes) * sizeof(T));
+}
+// Past the caches when the address allows: for results far larger than the caches.
+NOGEMM_INLINE void stream(float* p, F a) {
+  if ((reinterpret_cast<uintptr_t>(p) & 31) == 0) {
+    _mm256_stream_ps(p, a.v);
+  } else {
+    store(p, a);
+  }
+}
+template <class T>
+NOGEMM_INLINE void stream(T* p, F a) {
+  store(p, a);
+}
+NOGEMM_INLINE void stream_fence() { _mm_sfence(); }
+
+NOGEMM_INLINE F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+NOGEMM_INLINE F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+NOGEMM_INLINE F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+NOGEMM_INLINE F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+NOGEMM_INLINE F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+NOGEMM_INLINE F fnma(F a, F b, F c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
+NOGEMM_INLINE F max(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+NOGEMM_INLINE F min(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+NOGEMM_INLINE F abs(F a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+NOGEMM_INLINE F sqrt(F a) { return {_mm256_sqrt_ps(a.v)}; }
+NOGEMM_INLINE F round_even(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+NOGEMM_INLINE F with_sign(F magnitude, F sign) {
+  const __m256 bit = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(_mm256_andnot_ps(bit, magnitude.v), _mm256_and_ps(bit, sign.v))};
+}
+
+NOGEMM_INLINE M gt(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
+NOGEMM_INLINE M lt(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
+NOGEMM_INLINE M le(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
+NOGEMM_INLINE M eq(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+NOGEMM_INLINE M lt(I a, I b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
+NOGEMM_INLINE M operator&(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
+NOGEMM_INLINE M operator|(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
+NOGEMM_INLINE M operator~(M a) { return {_mm256_xor_ps(a.v, _mm256_castsi256_ps(_mm256_set1_epi32(-1)))}; }
+NOGEMM_INLINE uint32_t mask_bits(M m) { return static_cast<uint32_t>(_mm256_movemask_ps(m.v)); }
+NOGEMM_INLINE F blend(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.v)}; }
+NOGEMM_INLINE I blend(M m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))}; }
+
+NOGEMM_INLINE I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+NOGEMM_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
+NOGEMM_INLINE I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
+NOGEMM_INLINE I operator^(I a, I b) { return {_mm256_xor_si256(a.v, b.v)}; }
+NOGEMM_INLINE M any_bit(I a, I b) {
+  const __m256i none = _mm256_cmpeq_epi32(_mm256_and_si256(a.v, b.v), _mm256_setzero_si256());
+  return ~M{_mm256_castsi256_ps(none)};
+}
+NOGEMM_INLINE F to_float(I a) { return {_mm256_cvtepi32_ps(a.v)}; }
+
+// p * 2^n for p in [0.5, 2) and an integral n in [-126, 1].
+NOGEMM_INLINE F scale_exponent(F p, F n) {
+  const __m256i e = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(p.v, _mm256_castsi256_ps(e))};
+}
+NOGEMM_INLINE float hsum(F a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+// Sum of the lanes of each of kLanes vectors, as one vector: pairs are added while they are transposed.
+NOGEMM_INLINE F hsum_each(const F* a) {
+  const __m256 q0 = _mm256_hadd_ps(_mm256_hadd_ps(a[0].v, a[1].v), _mm256_hadd_ps(a[2].v, a[3].v));
+  const __m256 q1 = _mm256_hadd_ps(_mm256_hadd_ps(a[4].v, a[5].v), _mm256_hadd_ps(a[6].v, a[7].v));
+  return {_mm256_add_ps(_mm256_permute2f128_ps(q0, q1, 0x20), _mm256_permute2f128_ps(q0, q1, 0x31))};
+}
+// Lane i swapped with lane i ^ STEP.
+template <int STEP>
+NOGEMM_INLINE F swap_lanes(F a) {
+  if constexpr (STEP == 1) return {_mm256_permute_ps(a.v, 0xB1)};
+  if constexpr (STEP == 2) return {_mm256_permute_ps(a.v, 0x4E)};
+  if constexpr (STEP == 4) return {_mm256_permute2f128_ps(a.v, a.v, 1)};
+  return a;
+}
+NOGEMM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+NOGEMM_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+
+}  // namespace nogemm::NOGEMM_NS
