@@ -9,10 +9,24 @@ Importing nogemm registers its ops, and its checkpoint format as soon as transfo
 """
 
 from nogemm.config import layer_config
+from nogemm.convert import (
+    compress,
+    convert,
+    converted,
+    decompress,
+    importers,
+    pack,
+    register_site,
+    save,
+    sites,
+    unpack,
+)
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
+from nogemm.hardware.environment import env
 from nogemm.layers import DenseConfig, LookupConfig, NoConfig
 from nogemm.projections import BHConfig, DenseProjectionConfig
+from nogemm.train import DistilOptions, DistilReport, distil
 
 __all__ = [
     "BHConfig",
@@ -21,6 +35,8 @@ __all__ = [
     "Cost",
     "DenseConfig",
     "DenseProjectionConfig",
+    "DistilOptions",
+    "DistilReport",
     "DtypeError",
     "LookupConfig",
     "NativeError",
@@ -28,6 +44,18 @@ __all__ = [
     "NogemmError",
     "PackedError",
     "ShapeError",
+    "compress",
+    "convert",
+    "converted",
+    "decompress",
+    "distil",
+    "env",
+    "importers",
     "layer_config",
+    "pack",
+    "register_site",
+    "save",
+    "sites",
+    "unpack",
 ]
 __version__ = "0.1.0"

@@ -1,0 +1,85 @@
+"""The table of families: which class of transformers holds an FFN, and under which names.
+
+Every class listed computes exactly what its group's adapter says; a test compares their source with the group's first
+class. Add a family here, or at run time with `nogemm.register_site`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteAdapter:
+    """Paths below the module that holds an FFN; see `register_site` for what each means."""
+
+    up: str
+    down: str
+    activation: str
+    gate: str | None = None
+    fused: bool = False
+    dropout: str | None = None
+    put: str = ""
+
+
+# Split into two modules, with dropout, residual and LayerNorm inside the second: our layer takes the place of the
+# first, and the second's matrix becomes Identity.
+_SPLIT = SiteAdapter(
+    up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    down="output.dense",
+    put="intermediate",
+)
+# fc1 and fc2 inline in the decoder layer, which also flattens to [tokens, width] and adds dropout and residual.
+_INLINE = SiteAdapter(up="fc1", activation="activation_fn", down="fc2", put="fc1")
+_GATED = SiteAdapter(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
+_GATE_UP = SiteAdapter(up="gate_up_proj", activation="activation_fn", down="down_proj", fused=True)
+_WI_WO_GLU = SiteAdapter(up="Wi", activation="act", down="Wo", fused=True)
+_FC = SiteAdapter(up="fc1", activation="activation_fn", down="fc2")
+_CONV1D = SiteAdapter(up="c_fc", activation="act", down="c_proj", dropout="dropout")
+_LIN = SiteAdapter(up="lin1", activation="activation", down="lin2", dropout="dropout")
+# The dropout of these lies between the matrices and goes with them; the caller's own dropout stays.
+_T5 = SiteAdapter(up="wi", activation="act", down="wo")
+_T5_GATED = SiteAdapter(gate="wi_0", up="wi_1", activation="act", down="wo")
+
+GROUPS: dict[SiteAdapter, tuple[str, ...]] = {
+    _SPLIT: (
+        "BertLayer",
+        "RobertaLayer",
+        "XLMRobertaLayer",
+        "CamembertLayer",
+        "ElectraLayer",
+        "ErnieLayer",
+        "Data2VecTextLayer",
+        "LayoutLMLayer",
+        "SplinterLayer",
+        "RoCBertLayer",
+    ),
+    _INLINE: ("OPTDecoderLayer",),
+    _GATED: (
+        "LlamaMLP",
+        "MistralMLP",
+        "Qwen2MLP",
+        "Qwen3MLP",
+        "GemmaMLP",
+        "Gemma2MLP",
+        "Gemma3MLP",
+        "SmolLM3MLP",
+        "OlmoMLP",
+        "Olmo2MLP",
+        "Olmo3MLP",
+        "GraniteMLP",
+        "StableLmMLP",
+        "NomicBertMLP",
+        "EuroBertMLP",
+    ),
+    _GATE_UP: ("Phi3MLP", "GlmMLP", "Glm4MLP"),
+    _WI_WO_GLU: ("ModernBertMLP",),
+    _FC: ("ViTMLP", "DeiTMLP", "ViTMAEMLP", "Dinov2MLP", "CLIPMLP", "SiglipMLP", "PhiMLP"),
+    _CONV1D: ("GPT2MLP", "GPTBigCodeMLP", "GPTNeoMLP"),
+    _LIN: ("FFN",),  # DistilBERT
+    _T5: ("T5DenseActDense", "MT5DenseActDense", "UMT5DenseActDense", "LongT5DenseActDense"),
+    _T5_GATED: ("T5DenseGatedActDense", "MT5DenseGatedActDense", "UMT5DenseGatedActDense"),
+}
+
+FAMILIES: dict[str, SiteAdapter] = {name: adapter for adapter, names in GROUPS.items() for name in names}

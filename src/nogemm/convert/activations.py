@@ -1,0 +1,111 @@
+"""Run a model on texts and keep the inputs of its FFNs, in bounded memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.convert.sites import Site, inner_model, record_sites
+from nogemm.errors import ConfigError
+
+BATCH = 16
+MAX_LENGTH = 256
+MAX_TOKENS = 65_536
+MAX_BYTES = 512 * 2**20
+
+Sample = str | Mapping[str, Tensor]
+
+
+def collect_inputs(
+    model: nn.Module, chosen: Sequence[Site], data: Iterable[Sample], tokenizer: Any = None
+) -> dict[str, Tensor]:
+    """Return {site name: inputs [N, d_in]} in fp32, padding left out.
+
+    Args:
+        data: texts, or mappings of keyword arguments for the model (images, ready token ids).
+        tokenizer: default: the SentenceTransformer's own, or the one stored with the model.
+    Raises:
+        ConfigError: no tokenizer is found, or the data holds no token.
+    Cost: forward passes until 65,536 tokens or 512 MB are kept, whatever the data's size.
+    """
+    width = sum(site.d_in for site in chosen)
+    limit = max(1, min(MAX_TOKENS, MAX_BYTES // (4 * width)))
+    kept: dict[str, list[Tensor]] = {site.name: [] for site in chosen}
+    inner = inner_model(model)
+    was_training = inner.training
+    inner.eval()
+    tokens = 0
+    try:
+        with torch.no_grad(), record_sites(inner, list(kept)) as seen:
+            for batch in _batches(model, data, tokenizer):
+                seen.clear()
+                inner(**batch)
+                counts = []
+                for name, (x, _) in seen.items():
+                    rows = _real_tokens(x, batch.get("attention_mask"))[: limit - tokens].float()
+                    kept[name].append(rows)
+                    counts.append(rows.shape[0])
+                # A model that routes tokens may show its sites different numbers; the largest decides when to stop.
+                tokens += max(counts, default=0)
+                if tokens >= limit:
+                    break
+    finally:
+        inner.train(was_training)
+    empty = [name for name, rows in kept.items() if not sum(r.shape[0] for r in rows)]
+    if empty:
+        raise ConfigError(f"convert: the data gave no token to {', '.join(empty)}; is it empty?")
+    return {name: torch.cat(rows) for name, rows in kept.items()}
+
+
+def _batches(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    if isinstance(data, (str, Mapping)):
+        raise ConfigError("convert: data must be a list of texts, not one text")
+    items = iter(data)
+    inner = inner_model(model)
+    device = next(inner.parameters()).device
+    while chunk := list(itertools.islice(items, BATCH)):
+        texts = [sample for sample in chunk if isinstance(sample, str)]
+        for sample in chunk:
+            if not isinstance(sample, str):
+                yield {key: value.to(device) for key, value in sample.items()}
+        if not texts:
+            continue
+        tokenizer = tokenizer or _find_tokenizer(model)
+        batch = dict(_tokenize(tokenizer, texts))
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = batch["input_ids"]
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> Mapping[str, Tensor]:
+    if getattr(tokenizer, "pad_token", "") is None:  # GPT-2 and others come without one
+        tokenizer.pad_token = tokenizer.eos_token
+    length = min(MAX_LENGTH, getattr(tokenizer, "model_max_length", MAX_LENGTH))
+    return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+
+
+def _find_tokenizer(model: nn.Module) -> Any:
+    own = getattr(model, "tokenizer", None)
+    if callable(own):
+        return own
+    path = getattr(getattr(inner_model(model), "config", None), "_name_or_path", "")
+    if not path:
+        raise ConfigError("convert: data is text, but the model has no stored tokenizer; pass tokenizer=")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"convert: no tokenizer found at {path!r}; pass tokenizer=") from error
+
+
+def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Flatten to [tokens, width], without padding where the mask describes x's leading dimensions."""
+    flat = x.reshape(-1, x.shape[-1])
+    if mask is None or mask.numel() != flat.shape[0]:
+        return flat
+    return flat[mask.reshape(-1).bool()]

@@ -1,0 +1,205 @@
+"""The checkpoint format, and its lazy registration with transformers.
+
+A converted model is an ordinary transformers checkpoint with three additions. `config.json` holds, under
+`quantization_config`, {site: layer config}, a format version, a checksum per tensor of ours and an id of this save.
+The weight files hold the same id, and empty tensors (sentinels) under the names of the dense weights that are gone.
+And `config.json` asks for attention and expert implementations that do not exist: transformers alone stops at them
+with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. docs/checkpoints.md
+has the whole contract. Importing transformers costs seconds, so everything that needs it lives in `quantizer.py`, which
+the import hook below loads as soon as transformers' own quantizers are imported.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import sys
+import uuid
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.convert.fitted import fitted_state
+from nogemm.convert.sites import converted
+from nogemm.errors import CheckpointError
+
+FORMAT = 1
+METHOD = "nogemm"
+SAVE_ID = "nogemm_save_id"
+GUARD = "none: this checkpoint needs `import nogemm` before it is loaded"
+_TRIGGER = "transformers.quantizers.auto"
+
+
+def manifest(model: nn.Module) -> dict[str, Any]:
+    """Describe the converted sites of a transformers model, as `config.json` stores it.
+
+    Site names are relative to the base model (`encoder.layer.0`, not `bert.encoder.layer.0`), so that a checkpoint of
+    a task model loads into the base model and back.
+    """
+    layers = converted(model)
+    return {
+        "format": FORMAT,
+        "sites": {base_name(model, name): layer.config.to_dict() for name, layer in layers.items()},
+        "fitted": {base_name(model, name): fitted_state(layer) for name, layer in layers.items()},
+    }
+
+
+def seal(model: nn.Module, stored: dict[str, Any], state: dict[str, Tensor]) -> str:
+    """Add checksums of our tensors and a fresh save id to `stored`; return the id."""
+    stored["save_id"] = uuid.uuid4().hex
+    paths = {id(module): path for path, module in model.named_modules()}
+    stored["checksums"] = {}
+    for name, layer in converted(model).items():
+        path = paths[id(layer)]
+        stored["checksums"][base_name(model, name)] = {
+            key: checksum(state[f"{path}.{key}"]) for key in layer.state_dict()
+        }
+    return stored["save_id"]
+
+
+def sentinels(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an empty tensor for every dense weight that conversion removed."""
+    empty: dict[str, Tensor] = {}
+    for name, layer in converted(model).items():
+        for vanished in layer.site.vanished:  # type: ignore[union-attr]
+            key = f"{name}.{vanished}"
+            if key not in state:
+                empty[key] = torch.zeros(0)
+    return empty
+
+
+def base_name(model: nn.Module, name: str) -> str:
+    """Return a site's name relative to the base model."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name.removeprefix(f"{prefix}.") if prefix else name
+
+
+def checksum(tensor: Tensor) -> str:
+    """Return the CRC-32 of a tensor's bytes, dtype and shape."""
+    data = memoryview(tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    label = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    return f"{zlib.crc32(data, zlib.crc32(label)):08x}"
+
+
+def check_format(stored: dict[str, Any]) -> None:
+    """Raise CheckpointError unless this version can read the stored description."""
+    version = stored.get("format")
+    if isinstance(version, int) and version > FORMAT:
+        raise CheckpointError(
+            f"the checkpoint has format {version}, this nogemm reads up to {FORMAT}: upgrade nogemm to load it"
+        )
+    if version != FORMAT or not isinstance(stored.get("sites"), dict) or not stored["sites"]:
+        raise CheckpointError(
+            "config.json: quantization_config is not a complete nogemm description (format and sites); restore it "
+            "from the save, or save the model again"
+        )
+
+
+def check_files(stored: dict[str, Any], files: Sequence[str | Path] | None) -> None:
+    """Check that weight files and config come from one completed save, and that our tensors are as saved.
+
+    Raises:
+        CheckpointError: a file is truncated, belongs to another save, or holds an altered tensor of ours.
+    """
+    if files is None or "save_id" not in stored:
+        return  # loaded from a state dict, or the user removed the seal on purpose
+    wanted = [(site, key, crc) for site, keys in stored.get("checksums", {}).items() for key, crc in keys.items()]
+    tails = tuple({f".{key}" for _, key, _ in wanted})
+    present: set[tuple[str, str]] = set()
+    for file in files:
+        for name, value in _read_checked(Path(file), stored["save_id"], tails):
+            present.update((tail, value) for tail in tails if name.endswith(tail))
+    for site, key, crc in wanted:
+        if (f".{key}", crc) not in present:
+            raise CheckpointError(
+                f"the weights of {site!r} ({key}) are missing or differ from what was saved; the checkpoint is "
+                "corrupted or was edited. If on purpose, remove save_id from quantization_config in config.json"
+            )
+
+
+def _read_checked(file: Path, save_id: str, tails: tuple[str, ...]) -> Iterable[tuple[str, str]]:
+    """Yield (name, checksum) of the tensors in one file that may be ours."""
+    from safetensors import SafetensorError, safe_open
+
+    if file.suffix != ".safetensors":
+        raise CheckpointError(f"{file.name}: converted models are stored as safetensors only")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = (tensors.metadata() or {}).get(SAVE_ID)
+            if found != save_id:
+                raise CheckpointError(
+                    f"{file.name} and config.json come from different saves (an interrupted save_pretrained, or files "
+                    "mixed by hand); save again, with nogemm.save, which cannot be interrupted half-way"
+                )
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
+                if name.endswith(tails):
+                    yield name, checksum(tensors.get_tensor(name))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file.name} is truncated or corrupted: {error}") from error
+
+
+def attach(model: nn.Module) -> None:
+    """Make `save_pretrained` of a converted transformers model, and of the models inside it, write our format."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return
+    from nogemm.convert.quantizer import attach_quantizer
+
+    for module in model.modules():
+        if isinstance(module, sys.modules["transformers.modeling_utils"].PreTrainedModel) and converted(module):
+            attach_quantizer(module)
+
+
+def is_checkpoint(path: str | Path) -> bool:
+    """Tell whether `path` is a directory that holds a converted model."""
+    try:
+        config = json.loads((Path(path) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD
+
+
+class _RegisterAfter(importlib.abc.Loader):
+    """Run the real loader of transformers' quantizer registry, then register ours."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.loader.exec_module(module)
+        importlib.import_module("nogemm.convert.quantizer")
+
+    def __getattr__(self, name: str) -> Any:  # get_source, get_code and others that tools ask a loader for
+        return getattr(self.loader, name)
+
+
+class _Hook(importlib.abc.MetaPathFinder):
+    """Notice the import of transformers' quantizer registry; every other import passes by."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _TRIGGER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _RegisterAfter(spec.loader)
+        return spec
+
+
+def register_with_transformers() -> None:
+    """Register the format now if transformers' quantizers are loaded, else when they will be. Costs microseconds."""
+    if _TRIGGER in sys.modules:
+        importlib.import_module("nogemm.convert.quantizer")
+    elif not any(isinstance(finder, _Hook) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Hook())

@@ -1,0 +1,174 @@
+"""Replace the FFNs of a model in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from nogemm.config import LayerConfig
+from nogemm.convert._families import FAMILIES
+from nogemm.convert.activations import Sample, collect_inputs
+from nogemm.convert.checkpoint import attach
+from nogemm.convert.fitted import mark_random
+from nogemm.convert.report import ConversionReport, SiteReport
+from nogemm.convert.sites import Site, inner_model, installed, placement, site_names, sites
+from nogemm.cost import Cost
+from nogemm.errors import ConfigError
+from nogemm.layers import ACTIVATIONS, FFN, DenseConfig
+
+Layers = str | int | Sequence[str | int]
+
+
+def convert(
+    model: nn.Module,
+    config: LayerConfig | Mapping[str, LayerConfig],
+    layers: Layers = "all",
+    data: Iterable[Sample] | None = None,
+    *,
+    tokenizer: Any = None,
+) -> ConversionReport:
+    """Replace FFNs of a transformers model (or of the one inside a SentenceTransformer) in place.
+
+    The new layers start from the dense weights where the method allows it, and with `data` from a closed-form fit to
+    the dense FFNs' answers. Dropout, residual and LayerNorm stay the model's own.
+
+    Args:
+        config: one config for all chosen sites, or {glob on site names: config}, of which the first match counts.
+        layers: "all", site indices in model order (encoder before decoder), or globs on site names.
+        data: texts, or mappings of the model's keyword arguments, for closed-form fits.
+        tokenizer: for the texts; default: the one stored with the model.
+    Returns:
+        what changed, one entry per site.
+    Raises:
+        ConfigError: the model has no known site, a name or glob matches nothing, or a site is converted already. The
+            model is unchanged then.
+    """
+    chosen = _choose(model, config, layers)
+    inputs = {} if data is None else collect_inputs(model, [site for site, _ in chosen], data, tokenizer)
+    built = [(site, *_build(site, cfg, inputs.get(site.name))) for site, cfg in chosen]
+    reports = []
+    for site, layer, before in built:
+        site.install(layer)
+        if layer.fitted == "random":
+            mark_random(layer)
+        reports.append(SiteReport(site.name, layer.config, before, layer.cost(1), layer.fitted))
+    attach(inner_model(model))
+    return ConversionReport(tuple(reports))
+
+
+def empty_layer(site: Site, config: LayerConfig) -> FFN:
+    """Build the layer that `config` puts at a site, on the site's device and in its dtype, not fitted."""
+    device, dtype = placement(site)
+    activation = site.activation if site.activation in ACTIVATIONS else "gelu"
+    with torch.device(device):
+        layer = config.build(site.d_in, site.d_out, hidden=site.hidden, activation=activation, gated=site.gated)
+    layer.train(site.owner.training)
+    for parameter in layer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return layer
+
+
+def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN, Cost]:
+    """Build and fit the layer for a site, in fp32; return it with the dense FFN's cost."""
+    before = _dense_cost(site)
+    device, dtype = placement(site)
+    layer = empty_layer(site, config)
+    if x is None and site.activation not in ACTIVATIONS and not isinstance(config, DenseConfig):
+        return layer, before  # nothing to start from: our dense layer cannot express this activation
+    dense = site.dense()
+    if dtype == torch.float32:
+        layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
+    else:
+        layer, dense = layer.float(), dense.float()
+        layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
+        layer = layer.to(dtype)
+    return layer.to(device), before
+
+
+def _dense_cost(site: Site) -> Cost:
+    paths = [p for p in (site.adapter.up, site.adapter.gate, site.adapter.down) if p is not None]
+    parameters = [p for path in paths for p in site.owner.get_submodule(path).parameters()]
+    macs = site.hidden * (site.d_in * (2 if site.gated else 1) + site.d_out)
+    return Cost(
+        2.0 * macs,
+        float(sum(p.numel() * p.element_size() for p in parameters)),
+        sum(p.numel() for p in parameters),
+    )
+
+
+def _choose(
+    model: nn.Module, config: LayerConfig | Mapping[str, LayerConfig], layers: Layers
+) -> list[tuple[Site, LayerConfig]]:
+    """Resolve `layers` and `config` to open sites, or say what is wrong before anything is touched."""
+    names = site_names(model)
+    if not names:
+        raise ConfigError(_no_site(model))
+    wanted = select_sites(names, layers)
+    table = config if isinstance(config, Mapping) else {"*": config}
+    for glob, value in table.items():
+        if not isinstance(value, LayerConfig):
+            raise ConfigError(f"convert: expected a layer config such as nogemm.LookupConfig(), got {value!r}")
+        if not any(fnmatchcase(name, glob) for name in wanted):
+            raise ConfigError(_no_match(glob, names))
+    picks = {name: next((c for g, c in table.items() if fnmatchcase(name, g)), None) for name in wanted}
+    taken = installed(model)
+    twice = [name for name, value in picks.items() if value is not None and name in taken]
+    if twice:
+        left = [name for name in names if name not in taken]
+        raise ConfigError(
+            f"convert: converted already: {', '.join(twice)}. "
+            + (f"Still dense: {', '.join(left)}" if left else "No site of this model is dense any more")
+        )
+    open_sites = {site.name: site for site in sites(model)}
+    return [(open_sites[name], value) for name, value in picks.items() if value is not None]
+
+
+def select_sites(names: list[str], layers: Layers) -> list[str]:
+    """Resolve "all", indices or globs to site names, in model order.
+
+    Raises:
+        ConfigError: an index is out of range, or a glob matches nothing; the message lists the names.
+    """
+    if isinstance(layers, str) and layers == "all":
+        return names
+    words = [layers] if isinstance(layers, (str, int)) else list(layers)
+    chosen: set[str] = set()
+    for word in words:
+        if isinstance(word, bool) or not isinstance(word, (str, int)):
+            raise ConfigError(f'layers must be "all", indices or globs, got {word!r}')
+        if isinstance(word, int):
+            if not -len(names) <= word < len(names):
+                raise ConfigError(f"layers: index {word} is out of range, the model has {len(names)} sites")
+            chosen.add(names[word])
+            continue
+        matches = [name for name in names if fnmatchcase(name, word)]
+        if not matches:
+            raise ConfigError(_no_match(word, names))
+        chosen.update(matches)
+    if not chosen:
+        raise ConfigError("layers: the list is empty")
+    return [name for name in names if name in chosen]
+
+
+def _no_match(glob: str, names: list[str]) -> str:
+    return f"layers: {glob!r} matches no site to convert. The sites are: {', '.join(names)}"
+
+
+def _no_site(model: nn.Module) -> str:
+    inner = inner_model(model)
+    classes = sorted({type(m).__name__ for m in inner.modules() if _looks_like_ffn(m)})
+    hint = f" Classes that look like FFNs: {', '.join(classes)}." if classes else ""
+    return (
+        f"convert: {type(inner).__name__} has no FFN that nogemm knows (known classes: {', '.join(FAMILIES)}).{hint} "
+        'Teach it one with nogemm.register_site("ClassName", up="...", activation="...", down="...")'
+    )
+
+
+def _looks_like_ffn(module: nn.Module) -> bool:
+    """Guess, for an error message: a module with one child linear layer that widens and one that narrows back."""
+    shapes = [child.weight.shape for child in module.children() if isinstance(child, nn.Linear)]
+    return any(a[0] == b[1] and a[1] == b[0] and a[0] > a[1] for a in shapes for b in shapes)

@@ -1,0 +1,107 @@
+"""Turn layers of published reference code into ours, with equal outputs.
+
+Legend: D padded width, B block, n blocks, r repeats, T tables, K bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from nogemm.errors import CheckpointError
+from nogemm.layers import LookupConfig, LookupFFN
+from nogemm.projections import BHConfig, DenseProjectionConfig
+
+ROUNDS = 4  # the reference knows BH4 only
+
+_KEYS = (
+    "LayerNorm.weight",
+    "LayerNorm.bias",
+    "hash.projection.weight",
+    "hash.projection.bias",
+    "tables",
+    "bias",
+)
+
+
+def lookupffn(state_dict: Mapping[str, Tensor], *, eps: float = 1e-5, mix: float = 0.7) -> LookupFFN:
+    """Import one LookupFFN of the reference code (mlpen/LookupFFN), with the semantics of its GPU kernels.
+
+    | key | shape |
+    |---|---|
+    | LayerNorm.weight, LayerNorm.bias | [d] |
+    | hash.projection.weight | BH4 [r, 4, n, B, B], blocks [out, in]; or dense [T K, d] |
+    | hash.projection.bias | [T K] |
+    | tables | [T, 2^K, d_out] |
+    | bias | [d_out] |
+
+    The reference's Hadamard transform is not normalised; ours is, so each of the four rounds takes a factor sqrt(D).
+
+    Args:
+        state_dict: the layer's tensors, prefix stripped (`roberta.encoder.layer.{i}.FFN.` in a whole model).
+        eps: of the LayerNorm.
+        mix: share of the product in mix * BH4(x) + (1 - mix) * x; 0.7 in the reference. Unused with a dense projection.
+    Raises:
+        CheckpointError: a key is missing, unknown or of the wrong shape; the message names it.
+    """
+    state = _check_keys(state_dict)
+    d = _shape(state, "LayerNorm.weight", (None,))[0]
+    _shape(state, "LayerNorm.bias", (d,))
+    tables, rows, d_out = _shape(state, "tables", (None, None, None))
+    bits = rows.bit_length() - 1
+    if rows != 2**bits or not 1 <= bits <= 16:
+        raise CheckpointError(f"tables: the second dimension must be 2^bits with bits from 1 to 16, got {rows}")
+    _shape(state, "bias", (d_out,))
+    _shape(state, "hash.projection.bias", (tables * bits,))
+    weight = state["hash.projection.weight"]
+    if weight.dim() == 2:
+        _shape(state, "hash.projection.weight", (tables * bits, d))
+        projection: BHConfig | DenseProjectionConfig = DenseProjectionConfig()
+    else:
+        width = 1 << max(d - 1, 0).bit_length()
+        repeats = max(1, math.ceil(tables * bits / width))
+        block = weight.shape[-1] if weight.dim() == 5 else 1
+        blocks = width // block if block and width % block == 0 else None
+        _shape(state, "hash.projection.weight", (repeats, ROUNDS, blocks, block, block))
+        weight = weight * math.sqrt(width)
+        projection = BHConfig(rounds=ROUNDS, block=block, residual=mix)
+    config = LookupConfig(tables=tables, bits=bits, projection=projection, score="gelu", norm=True)
+    layer = config.build(d, d_out).to(weight.dtype)
+    assert layer.norm is not None
+    assert layer.bias is not None
+    assert layer.projection.bias is not None
+    layer.norm.eps = eps
+    with torch.no_grad():
+        layer.norm.weight.copy_(state["LayerNorm.weight"])
+        layer.norm.bias.copy_(state["LayerNorm.bias"])
+        layer.projection.weight.copy_(weight)
+        layer.projection.bias.copy_(state["hash.projection.bias"])
+        layer.tables.copy_(state["tables"])
+        layer.bias.copy_(state["bias"])
+    layer.fitted = "exact"
+    return layer
+
+
+def _check_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    missing = [key for key in _KEYS if key not in state_dict]
+    extra = [key for key in state_dict if key not in _KEYS]
+    if missing or extra:
+        parts = [f"missing: {', '.join(missing)}"] if missing else []
+        parts += [f"unknown: {', '.join(extra)}"] if extra else []
+        raise CheckpointError(f"lookupffn: {'; '.join(parts)}. Expected one layer with the keys {', '.join(_KEYS)}")
+    return {key: value.detach() for key, value in state_dict.items()}
+
+
+def _shape(state: Mapping[str, Tensor], key: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Return the shape of a tensor, or say which key does not have the expected one (None: any positive size)."""
+    shape = tuple(state[key].shape)
+    fits = len(shape) == len(expected) and all(
+        size > 0 if want is None else size == want for size, want in zip(shape, expected, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if want is None else str(want) for want in expected)
+        raise CheckpointError(f"lookupffn: {key} has shape {list(shape)}, expected [{wanted}]")
+    return shape

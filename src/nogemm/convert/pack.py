@@ -1,0 +1,95 @@
+"""Pack layers and models for evaluation."""
+
+from __future__ import annotations
+
+import sys
+from typing import overload
+
+from torch import nn
+
+from nogemm.convert.fitted import warn_if_random
+from nogemm.convert.sites import Installed, converted, inner_model, installed, mark_installed
+from nogemm.errors import ConfigError, PackedError
+from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
+
+
+@overload
+def pack(target: FFN, dtype: str = "fp32", keep: bool = False) -> PackedFFN: ...
+@overload
+def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False) -> nn.Module: ...
+def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False) -> nn.Module:
+    """Lay weights out for the native kernels: one call per FFN, for evaluation only.
+
+    A layer gives a new packed layer and stays untouched. A model is changed in place: its converted FFNs become packed
+    ones, and the unpacked weights are freed unless `keep`. Afterwards train(), backward and save_pretrained() raise.
+
+    Args:
+        dtype: "fp32"; "bf16": rows and projection bf16; "int8": rows int8 with a scale per row, projection bf16.
+        keep: keep the unpacked weights in memory, so that `unpack` can bring them back.
+    Raises:
+        PackedError: training mode, or packed already.
+        ConfigError: unknown dtype, or the model has no converted FFN.
+    """
+    if isinstance(target, FFN):
+        packed = target.pack(dtype)
+        if keep:
+            object.__setattr__(packed, "source", target)
+        return packed
+    _check_model(target, dtype)
+    warn_if_random(target, "pack")
+    model = inner_model(target)
+    for path in _paths(model):
+        layer = model.get_submodule(path)  # one at a time: no list keeps the unpacked weights alive
+        assert isinstance(layer, FFN)
+        packed = layer.pack(dtype)
+        record = getattr(layer, "site", None)
+        assert isinstance(record, Installed)
+        mark_installed(packed, record)
+        # Past nn.Module's registration: a kept layer must not show up in parameters() or state_dict().
+        object.__setattr__(packed, "source", layer if keep else None)
+        model.set_submodule(path, packed)
+        del layer
+    _tell_quantizers(model, packed=True)
+    return target
+
+
+def unpack(model: nn.Module) -> nn.Module:
+    """Put the unpacked layers of a model packed with keep=True back in place.
+
+    Raises:
+        PackedError: the unpacked weights were freed; load the checkpoint again.
+    """
+    inner = inner_model(model)
+    packed = {name: layer for name, layer in installed(inner).items() if isinstance(layer, PackedFFN)}
+    if any(layer.source is None for layer in packed.values()):
+        raise PackedError("unpack: the unpacked weights were freed (keep=False); load the checkpoint again")
+    paths = {id(module): path for path, module in inner.named_modules()}
+    for layer in packed.values():
+        assert layer.source is not None
+        inner.set_submodule(paths[id(layer)], layer.source)
+    _tell_quantizers(inner, packed=False)
+    return model
+
+
+def _check_model(model: nn.Module, dtype: str) -> None:
+    """Refuse before the first layer is touched, so that a model is never half packed."""
+    layers = installed(model)
+    if dtype not in PACK_DTYPES:
+        raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
+    if not layers:
+        raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
+    if any(isinstance(layer, PackedFFN) for layer in layers.values()):
+        raise PackedError("pack: the model is packed already")
+    if inner_model(model).training or any(layer.training for layer in layers.values()):
+        raise PackedError("pack: the model is in training mode; call model.eval() first")
+
+
+def _paths(model: nn.Module) -> list[str]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    return [paths[id(layer)] for layer in converted(model).values()]
+
+
+def _tell_quantizers(model: nn.Module, packed: bool) -> None:
+    quantizer = sys.modules.get("nogemm.convert.quantizer")
+    if quantizer is not None:
+        quantizer.set_packed(model, packed)

@@ -1,0 +1,203 @@
+"""transformers' side of the checkpoint format; imports transformers, so only the hook in `checkpoint.py` loads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nogemm.config import LayerConfig, layer_config
+from nogemm.convert import checkpoint
+from nogemm.convert.fitted import mark_random, warn_if_random
+from nogemm.convert.sites import Installed, Site, converted, installed, sites
+from nogemm.errors import CheckpointError, ConfigError, PackedError
+from nogemm.layers import PackedFFN
+
+SAVE_PACKED = (
+    "a packed model is for evaluation only and cannot be saved: save before packing, or pack a copy. "
+    "After nogemm.pack(model, keep=True), nogemm.unpack(model) brings the unpacked weights back"
+)
+
+
+class NogemmConfig(QuantizationConfigMixin):
+    """What to convert while loading: `from_pretrained(dense, quantization_config=NogemmConfig(LookupConfig()))`.
+
+    Also the form in which a converted model's config.json is read back.
+
+    Args:
+        config: a layer config, or {glob: layer config}, as in `nogemm.convert`.
+        layers: "all", indices or globs, as in `nogemm.convert`.
+    """
+
+    def __init__(
+        self,
+        config: LayerConfig | Mapping[str, LayerConfig] | None = None,
+        layers: str | int | Sequence[str | int] = "all",
+        **stored: Any,
+    ) -> None:
+        stored.pop("quant_method", None)
+        self.quant_method = checkpoint.METHOD  # type: ignore[assignment]
+        self.config = config
+        self.layers = layers
+        self.stored = stored
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON form that config.json keeps."""
+        return {"quant_method": checkpoint.METHOD, **self.stored}
+
+
+class NogemmQuantizer(HfQuantizer):
+    """Puts our layers into the model's skeleton before its weights are loaded, and writes our format."""
+
+    packed = False
+
+    @property
+    def request(self) -> NogemmConfig:
+        """The config, known to be ours."""
+        assert isinstance(self.quantization_config, NogemmConfig)
+        return self.quantization_config
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            checkpoint.check_format(self.request.stored)
+        elif self.request.config is None:
+            raise ConfigError("NogemmConfig: give it a layer config, such as NogemmConfig(nogemm.LookupConfig())")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if getattr(config, name, None) == checkpoint.GUARD:
+                setattr(config, name, None)
+        return config
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            stored = self.request.stored
+            checkpoint.check_files(stored, kwargs.get("checkpoint_files"))
+            _install_skeleton(model, stored["sites"])
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.pre_quantized:
+            _check_loaded(model)
+            for name, layer in converted(model).items():
+                stored = self.request.stored.get("fitted", {})
+                layer.fitted = stored.get(checkpoint.base_name(model, name), "trained")
+                if layer.fitted == "random":
+                    mark_random(layer)
+            checkpoint.attach(model)
+        else:
+            from nogemm.convert.convert import convert
+
+            assert self.request.config is not None  # validate_environment saw to it
+            convert(model, self.request.config, self.request.layers)
+        return model
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
+        if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
+            raise PackedError(SAVE_PACKED)
+        warn_if_random(model, "save_pretrained")
+        attach_quantizer(model)
+        state = model.state_dict()
+        save_id = checkpoint.seal(model, model.config.quantization_config.stored, state)
+        state.update(checkpoint.sentinels(model, state))
+        return state, {checkpoint.SAVE_ID: save_id}
+
+    def is_serializable(self) -> bool:
+        if self.packed:  # transformers asks before it makes the directory
+            raise PackedError(SAVE_PACKED)
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+# Called, not used as decorators: those forget the type of the class.
+register_quantization_config(checkpoint.METHOD)(NogemmConfig)
+register_quantizer(checkpoint.METHOD)(NogemmQuantizer)
+
+
+def attach_quantizer(model: Any) -> None:
+    """Give a converted PreTrainedModel our quantizer and an up-to-date description in its config."""
+    config = NogemmConfig(**checkpoint.manifest(model))
+    quantizer = NogemmQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    # transformers refuses .half(), .float() and training for models with this flag; ours allow all three.
+    model.is_quantized = False
+    model.config._is_quantized = False
+    model.config.quantization_config = config
+    model.config.attn_implementation = checkpoint.GUARD
+    model.config.experts_implementation = checkpoint.GUARD
+
+
+def set_packed(model: nn.Module, packed: bool) -> None:
+    """Tell every quantizer in the model whether saving must be refused."""
+    for module in model.modules():
+        quantizer = getattr(module, "hf_quantizer", None)
+        if isinstance(quantizer, NogemmQuantizer):
+            quantizer.packed = packed
+
+
+def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
+    from nogemm.convert.convert import empty_layer
+
+    open_sites = {checkpoint.base_name(model, site.name): site for site in sites(model)}
+    missing = [name for name in stored if name not in open_sites]
+    whole = type(model).__name__ in (model.config.architectures or ())
+    if missing and (whole or len(missing) == len(stored)):
+        raise CheckpointError(
+            f"config.json names FFNs that {type(model).__name__} does not have: {', '.join(missing)}. It has: "
+            f"{', '.join(open_sites)}"
+        )
+    ignore: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
+    for name, site in open_sites.items():
+        if name not in stored:
+            continue
+        try:
+            layer = empty_layer(site, layer_config(stored[name]))
+        except ConfigError as error:
+            raise CheckpointError(f"config.json, site {name!r}: {error}") from error
+        site.install(layer)
+        ignore.update(_sentinel_patterns(model, site, name, layer.site))  # type: ignore[arg-type]
+    model._keys_to_ignore_on_load_unexpected = ignore
+
+
+def _sentinel_patterns(model: Any, site: Site, name: str, record: Installed) -> list[str]:
+    return [rf"(^|\.){re.escape(f'{name}.{vanished}')}$" for vanished in record.vanished]
+
+
+def _check_loaded(model: Any) -> None:
+    """Refuse a model in which any FFN weight did not come from the checkpoint.
+
+    transformers only warns about missing tensors, and about wrong shapes if told to ignore them.
+    """
+    missing = []
+    for name, layer in converted(model).items():
+        missing += [f"{name}: {key}" for key, value in layer.state_dict(keep_vars=True).items() if not _loaded(value)]
+    for site in sites(model):
+        weights = [site.up.weight, site.down.weight]
+        missing += [f"{site.name} (dense)" for weight in weights if not _loaded(weight)][:1]
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks weights of FFNs, or has them in another shape: {', '.join(missing[:6])}"
+            + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
+            + ". Was config.json edited, or did a save stop half-way?"
+        )
+
+
+def _loaded(value: Any) -> bool:
+    # Offloaded weights stay on the meta device and are fetched when needed.
+    return bool(getattr(value, "_is_hf_initialized", False)) or value.is_meta
