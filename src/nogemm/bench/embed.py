@@ -112,7 +112,7 @@ def masked_losses(
 
     sums, counts = np.zeros(len(texts)), np.zeros(len(texts))
     with _evaluating(model):
-        for order, inputs in _batches(tokenizer, texts, max_length, batch_tokens):
+        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens):
             labels = holes(inputs, order)
             score_NLV = model(**inputs).logits.float()
             loss = nn.functional.cross_entropy(score_NLV.transpose(1, 2), labels, reduction="none")
@@ -154,7 +154,7 @@ def _map_batches(
     out: NDArray[np.float32] | None = None
     done = 0
     with _evaluating(model):
-        for order, inputs in _batches(tokenizer, texts, max_length, batch_tokens):
+        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens):
             rows = function(inputs).numpy()
             if out is None:
                 out = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
@@ -167,7 +167,7 @@ def _map_batches(
     return out
 
 
-def _batches(
+def batches(
     tokenizer: Any, texts: Sequence[str], max_length: int, batch_tokens: int
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
     """Yield (places in `texts`, padded inputs), longest texts first so that memory peaks at once."""

@@ -16,6 +16,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nogemm.bench.embed import embed
+
+__all__ = [
+    "Figure",
+    "agreement",
+    "bootstrap_difference",
+    "bootstrap_mean",
+    "bootstrap_ratio",
+    "compare_search",
+    "cosines",
+    "embed",
+    "old_index",
+    "reciprocal_ranks",
+    "search_metrics",
+    "search_ranks",
+]
+
 RESAMPLES = 1000
 CUT = 10
 _CHUNK = 1 << 22

@@ -44,7 +44,7 @@ def _machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "virtual": "hypervisor" in flags,
         "logical_cores": os.cpu_count(),
-        "usable_cores": _usable_cores(),
+        "usable_cores": usable_cores(),
         "caches": caches(),
         "isa": [name for name, flag in _FLAGS.items() if flag in flags],
         "governor": _read(_CPU / "cpu0/cpufreq/scaling_governor"),
@@ -130,7 +130,8 @@ def _cpuinfo() -> dict[str, str]:
     return facts
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
 

@@ -1,0 +1,228 @@
+"""The worker's side of `nogemm bench layer`: dense contenders and our packed layer, verified, then called.
+
+Legend: N tokens, D width, F hidden width, T tables, C copies of the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.bench import peers
+from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
+from nogemm.bench.pool import TokenPool
+from nogemm.config import layer_class, parse_set
+from nogemm.layers import FFN, LookupFFN
+from nogemm.layers.dense import ACTIVATIONS
+
+# As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
+COPIES = 12
+COPIED_BATCH = 8
+_CALIBRATION = 16
+_ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
+
+
+class DenseStack(nn.Module):
+    """C dense layers of their own weights; copy c maps input c, so one call passes through all."""
+
+    def __init__(self, width: int, hidden: int, activation: str, copies: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.up = nn.ModuleList(_linear(width, hidden, generator) for _ in range(copies))
+        self.down = nn.ModuleList(_linear(hidden, width, generator) for _ in range(copies))
+        self.activation = ACTIVATIONS[activation]
+        self.eval().requires_grad_(False)
+
+    def forward(self, *x_ND: Tensor) -> tuple[Tensor, ...]:
+        layers = zip(self.up, self.down, x_ND, strict=True)
+        return tuple(down(self.activation(up(x))) for up, down, x in layers)
+
+
+class _LayerContender:
+    """Draw tokens for C copies of a layer, fresh or warm; what both kinds of contender share."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.pool: TokenPool | None = None
+        self.warm: Any = None
+        self.batch = self.copies = 0
+
+    def _open(self, case: dict[str, Any], dtype: torch.dtype) -> None:
+        self.batch = case["batch"]
+        fresh = case["cache"] == "fresh"
+        self.copies = COPIES if fresh and self.batch <= COPIED_BATCH else 1
+        if self.pool is None or self.pool.tokens_ND.dtype != dtype:
+            self.pool = TokenPool(Path(self.settings["pool"]), self.settings["d"], dtype)
+        self.warm = None
+        self.warm = None if fresh else self.draw()
+
+    def _tokens(self) -> tuple[Tensor, ...]:
+        assert self.pool is not None
+        return tuple(self.pool.draw(self.batch) for _ in range(self.copies))
+
+    def draw(self) -> Any:
+        return self.warm if self.warm is not None else self._prepare(self._tokens())
+
+    def _prepare(self, tokens: tuple[Tensor, ...]) -> Any:
+        return tokens
+
+
+class DenseContender(_LayerContender):
+    """A dense layer in one of the engines, held against float64."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.engine = peers.engine(settings["engine"])
+        self.runner: peers.Runner | None = None
+        self.compiled: tuple[int, int] | None = None
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        s = self.settings
+        precision = self.engine.precision
+        self._open(case, torch.bfloat16 if s["engine"] in ("torch-bf16", "inductor-bf16") else torch.float32)
+        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"])
+        key = (self.copies, self.batch if self.engine.static else 0)
+        if key != self.compiled:
+            self.runner = None
+            example = tuple(x.float() for x in self._tokens())
+            self.runner = self.engine.compile(stack, example, self._samples())
+            self.compiled = key
+        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision)
+        facts = {
+            "layers": self.copies,
+            "flops": flops,
+            "bytes_read": size,
+            "weight_bytes": size * self.copies,
+            "computes_in": precision,
+            "token_bytes": s["d"] * self._tokens()[0].element_size(),
+        }
+        return facts | self._verify(stack, DENSE_BOUNDS[precision])
+
+    def _verify(self, stack: DenseStack, bound: Bound) -> dict[str, Any]:
+        assert self.runner is not None
+        tokens = self._tokens()
+        outputs = self.runner.result(self.runner.run(self.runner.prepare(tokens)))
+        rows = some_rows(self.batch)
+        reference = stack.double()(*(x[rows].double() for x in tokens))
+        return compare(torch.cat([y[rows] for y in outputs]), torch.cat(reference), bound)
+
+    def _samples(self) -> list[tuple[Tensor, ...]]:
+        assert self.pool is not None
+        return [tuple(self.pool.draw(64).float() for _ in range(self.copies)) for _ in range(_CALIBRATION)]
+
+    def _prepare(self, tokens: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare(tokens) if self.runner is not None else tokens
+
+    def run(self, inputs: Any) -> Any:
+        assert self.runner is not None
+        return self.runner.run(inputs)
+
+
+class OurContender(_LayerContender):
+    """Our packed layer, held against the unpacked one in float64."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.layer = our_layer(settings)
+        self.packed: list[nn.Module] = []
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        dtype = self.settings["dtype"]
+        self._open(case, torch.float32)
+        if len(self.packed) != self.copies:
+            self.packed = []  # freed first: the copies are the memory
+            self.packed = [self._pack() for _ in range(self.copies)]
+        twin = rounded(self.layer, dtype)
+        cost = twin.cost(self.batch)
+        weight_bytes = sum(p.numel() * p.element_size() for p in (*twin.parameters(), *twin.buffers()))
+        facts = {
+            "layers": self.copies,
+            "flops": cost.flops,
+            "bytes_read": cost.bytes_read,
+            "row_bytes": row_bytes(twin, self.batch),
+            "weight_bytes": weight_bytes * self.copies,
+            "computes_in": "fp32",
+            "token_bytes": 4 * self.settings["d"],
+        }
+        return facts | self._verify(twin)
+
+    def _pack(self) -> nn.Module:
+        return self.layer.pack(self.settings["dtype"])
+
+    def _verify(self, twin: FFN) -> dict[str, Any]:
+        inputs, outputs = [], []
+        for _ in range(1 if self.batch * self.copies >= 64 else -(-64 // (self.batch * self.copies))):
+            tokens = self._tokens()
+            rows = some_rows(self.batch)
+            inputs += [x[rows].clone() for x in tokens]
+            outputs += [y[rows] for y in self.run(self._prepare(tokens))]
+        x_ND, y_ND = torch.cat(inputs)[:1024], torch.cat(outputs)[:1024]
+        with torch.inference_mode():
+            reference = copy.deepcopy(self.layer).double()(x_ND.double())
+            rounded_errors = token_errors(twin(x_ND), reference)
+        return compare(y_ND, reference, our_bound(self.settings["dtype"], rounded_errors))
+
+    def run(self, inputs: Any) -> Any:
+        with torch.inference_mode():
+            return [layer(x) for layer, x in zip(self.packed, inputs, strict=True)]
+
+
+def our_layer(settings: dict[str, Any]) -> FFN:
+    """Build the layer of random weights, or take one site of a distilled checkpoint."""
+    if settings.get("checkpoint") is None:
+        config = parse_set(layer_class(settings["method"]), settings["set"])
+        torch.manual_seed(settings["seed"])
+        layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"])
+        return layer.eval().requires_grad_(False)
+    from nogemm.bench.models import load_encoder
+    from nogemm.convert import converted
+
+    layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
+    return layers[settings["site"]].eval().requires_grad_(False)
+
+
+def rounded(layer: FFN, dtype: str) -> FFN:
+    """Return the unpacked layer with weights rounded as `pack(dtype)` rounds them; its error is what is allowed."""
+    twin = copy.deepcopy(layer)
+    if dtype == "fp32":
+        return twin
+    if isinstance(twin, LookupFFN) and twin.config.storage == "fp32":
+        twin.compress(dtype)
+    return twin.to(torch.bfloat16)
+
+
+def our_bound(dtype: str, rounded_errors: Tensor) -> Bound:
+    """Bound our error: exact arithmetic in fp32, else twice what rounding costs the unpacked layer.
+
+    In fp32 one token in a thousand (and one of any number) may read another row, where a bit's value is nearly zero.
+    """
+    if dtype == "fp32":
+        return Bound(rms=0.1, token=1e-3, share=1e-3, outlier=1.0)
+    rms, worst = float(rounded_errors.square().mean().sqrt()), float(rounded_errors.max())
+    return Bound(rms=min(2 * rms + 5e-3, 0.5), token=min(3 * worst + 2e-2, 1.5))
+
+
+def dense_work(width: int, hidden: int, tokens: int, precision: str) -> tuple[float, float]:
+    """Return FLOP and weight bytes of a dense layer with biases, 2 FLOP a multiply-add."""
+    weights = 2 * width * hidden
+    return 2.0 * weights * tokens, float(weights * _ITEMSIZE[precision] + 4 * (width + hidden))
+
+
+def row_bytes(layer: FFN, tokens: int) -> float:
+    """Return the bytes of all rows that the tokens read, repeats counted: what passes through the first cache."""
+    if isinstance(layer, LookupFFN):
+        each = layer.d_out * layer.tables.element_size()
+        return float(tokens) * layer.config.tables * layer.config.neighbours * each
+    return 0.0
+
+
+def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(width, out)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(out, width, generator=generator) / width**0.5)
+        layer.bias.copy_(0.1 * torch.randn(out, generator=generator))
+    return layer
