@@ -20,7 +20,8 @@ METRICS = {
     "recall_at_10": "recall@10",
     "agreement": "agreement",
     "old_index_mrr_at_10": "MRR@10, old index",
-    "kept": "MRR@10 kept",
+    "mlm_loss": "MLM loss",
+    "accuracy": "accuracy",
 }
 
 
@@ -110,7 +111,7 @@ def read_results(paths: Sequence[str | Path]) -> Results:
             _READERS[kind](data, results)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: not a complete {kind} result ({type(error).__name__}: {error})") from error
-        machine = data.get("machine", {}).get("line", "")
+        machine = data.get("machine_line") or data.get("machine", {}).get("line", "")
         if machine and machine not in results.machines:
             results.machines.append(machine)
     return results
@@ -163,7 +164,15 @@ def _quality_row(row: Mapping[str, Any], recorded: bool) -> QualityRow:
 
 
 def _read_quality(data: Mapping[str, Any], results: Results) -> None:
-    results.quality += [_quality_row(row, False) for row in data["rows"]]
+    settings = data["settings"]
+    for group, path in (("teacher", settings["teacher"]), ("ours", settings["model"])):
+        if group in data:
+            name = Path(path).name + (f", packed {settings['pack']}" if group == "ours" and settings["pack"] else "")
+            results.quality.append(
+                QualityRow(
+                    name=name, scores=_scores(data[group]), ours=group == "ours", note=f"{data['samples']} samples"
+                )
+            )
 
 
 def _read_study(data: Mapping[str, Any], results: Results) -> None:
@@ -209,16 +218,18 @@ def _read_layer(data: Mapping[str, Any], results: Results) -> None:
 
 
 def _read_model(data: Mapping[str, Any], results: Results) -> None:
-    results.models += [_model_row(row, data.get("model", "model")) for row in data["rows"]]
+    name = Path(data["settings"]["model"] or data["settings"]["dense"]).name
+    results.models += [_model_row(row, name) for row in data["rows"]]
 
 
 def _layer_row(row: Mapping[str, Any], data: Mapping[str, Any]) -> SpeedRow:
-    shape = f"{data.get('d', row.get('d', '?'))} x {data.get('hidden', row.get('hidden', '?'))}"
+    settings = data["settings"]
+    shape = f"{settings['d']} x {settings['hidden']}"
     return _speed_row(row, shape, (int(row["batch"]),), f"{row['cache']} tokens, {row['codes']} codes")
 
 
 def _model_row(row: Mapping[str, Any], model: str) -> SpeedRow:
-    return _speed_row(row, model, (int(row["batch"]), int(row["length"])), row.get("cache", ""))
+    return _speed_row(row, model, (int(row["batch"]), int(row["length"])), "")
 
 
 def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], setting: str) -> SpeedRow:

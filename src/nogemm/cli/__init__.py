@@ -1,0 +1,49 @@
+"""The `nogemm` command: thin calls of the library's functions, results as text and, with --json, as a file.
+
+Wrong input ends in one line and exit code 2. Reading order: `main`, then one module per group of commands.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from nogemm.cli import bench, info, models
+from nogemm.errors import NogemmError
+
+app = typer.Typer(
+    help="Replace dense feed-forward networks by layers that compute little; train, measure and run them on CPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("env")(info.env)
+app.command("convert")(models.convert)
+app.command("distil")(models.distil)
+app.command("eval")(models.evaluate)
+app.add_typer(bench.app, name="bench")
+app.command("report")(info.report)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 done, 2 wrong input, 130 interrupted.
+
+    With NOGEMM_TRACEBACK=1 in the environment an error is shown with its whole traceback.
+    """
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="nogemm")
+    except (NogemmError, ValueError, OSError) as error:
+        if os.environ.get("NOGEMM_TRACEBACK") == "1":
+            raise
+        print(f"nogemm: {_one_line(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: no such file or directory"
+    return " ".join(str(error).split()) or type(error).__name__

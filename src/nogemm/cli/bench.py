@@ -1,0 +1,135 @@
+"""Commands that time: `bench layer` and `bench model`. Dense peers stand beside ours in every run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from nogemm.cli.common import Json, clear_progress, finish, print_table, progress
+from nogemm.errors import ConfigError
+
+app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
+
+Dtype = Annotated[str, typer.Option(help="What ours is packed in: fp32, bf16 or int8.")]
+Against = Annotated[str | None, typer.Option(help="Dense contenders, with commas [all that are known].")]
+Threads = Annotated[int, typer.Option(help="Threads of every contender; 0: every usable core.")]
+Rounds = Annotated[int, typer.Option(help="Turns of each contender in each case.")]
+Seconds = Annotated[float, typer.Option(help="Time aimed at per turn.")]
+Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
+
+
+@app.command("layer")
+def layer(
+    method: Annotated[str, typer.Option(help="Kind of our layer.")] = "lookup",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")] = None,
+    d: Annotated[int, typer.Option("--d", help="Width of the model.")] = 384,
+    hidden: Annotated[int, typer.Option(help="Hidden width of the dense layer; 0: 4 d.")] = 0,
+    activation: Annotated[str, typer.Option(help="Of the dense layer.")] = "gelu",
+    dtype: Dtype = "fp32",
+    batch: Annotated[str, typer.Option(help="Tokens per call, with commas.")] = "1,64,512,4096",
+    against: Against = None,
+    cache: Annotated[str, typer.Option(help="fresh, warm or both, with commas.")] = "fresh",
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.1,
+    checkpoint: Annotated[str | None, typer.Option(help="Distilled model to take a trained layer from.")] = None,
+    site: Annotated[int, typer.Option(help="Which of its layers.")] = 0,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Time one layer of ours beside dense layers of the same shape."""
+    from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
+
+    args = LayerBenchArgs(
+        method=method,
+        set=tuple(set_ or ()),
+        d=d,
+        hidden=hidden,
+        activation=activation,
+        dtype=dtype,
+        batch=integers("--batch", batch),
+        cache=words(cache),
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        checkpoint=checkpoint,
+        site=site,
+        seed=seed,
+        **({} if against is None else {"against": words(against)}),
+    )
+    result = run_layer_bench(args, note=progress)
+    clear_progress()
+    _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
+    finish({"kind": "layer", **result}, json)
+
+
+@app.command("model")
+def model(
+    dense: Annotated[str, typer.Option(help="Directory of the dense model.")] = "all-MiniLM-L6-v2",
+    model: Annotated[str | None, typer.Option(help="Converted model [convert the dense one, random weights].")] = None,
+    method: Annotated[str, typer.Option(help="Kind of our layers, without --model.")] = "lookup",
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")] = None,
+    dtype: Dtype = "fp32",
+    shape: Annotated[str, typer.Option(help="TEXTSxTOKENS, with commas.")] = "1x16,1x128,32x128",
+    against: Against = None,
+    ceiling: Annotated[str | None, typer.Option(help="Engines that also run the model without its FFNs.")] = None,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.1,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Time a whole converted model beside the dense one."""
+    from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
+
+    chosen: dict[str, Any] = {
+        name: words(text) for name, text in (("against", against), ("ceiling", ceiling)) if text is not None
+    }
+    args = ModelBenchArgs(
+        dense=dense,
+        model=model,
+        method=method,
+        set=tuple(set_ or ()),
+        dtype=dtype,
+        shape=tuple(parse_shape(word) for word in words(shape)),
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        seed=seed,
+        **chosen,
+    )
+    result = run_model_bench(args, note=progress)
+    clear_progress()
+    _print_rows(result, ("batch", "length"), "ms", 1000.0)
+    finish({"kind": "model", **result}, json)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Split a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Split a list of whole numbers with commas; `option` goes into the message."""
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError:
+        raise ConfigError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
+
+
+def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+    print(result["machine_line"])
+    head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]
+    rows = []
+    for row in result["rows"]:
+        start = [row["contender"], *(str(row[key]) for key in keys)]
+        if row.get("us_median") is None:
+            rows.append([*start, row.get("missing") or row.get("error") or "not run", "", "", "", ""])
+            continue
+        times = [f"{row[name] / scale:.4g}" for name in ("us_median", "us_p10", "us_p90")]
+        ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
+        error = "" if row.get("max_error") is None else f"{row['max_error']:.1e}"
+        rows.append([*start, *times, ratio, error])
+    print_table(head, rows)

@@ -1,0 +1,79 @@
+"""What several commands share: the --json option, loading of models, printed tables."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nogemm.errors import ConfigError
+from nogemm.files import write_json
+
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
+
+
+def finish(result: dict[str, Any], path: Path | None) -> None:
+    """Write the result of a command to its --json file, if one was asked for."""
+    if path is not None:
+        write_json(path, result)
+
+
+def load_model(path: str) -> Any:
+    """Load a transformers model of the class that its config names; only from the disk."""
+    import transformers
+    from transformers.utils import logging
+
+    # Its bars would stand between our lines, and in front of an error's only line.
+    logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(_directory(path), local_files_only=True)
+    names = getattr(config, "architectures", None) or []
+    cls = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
+    return cls.from_pretrained(path, local_files_only=True).eval()
+
+
+def load_tokenizer(path: str) -> Any:
+    """Load the tokenizer that lies beside a model."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(_directory(path), local_files_only=True)
+
+
+def _directory(path: str) -> str:
+    if not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"{path}: not a directory with a transformers model (config.json is missing)")
+    return path
+
+
+def carry_over(source: str | Path, target: str | Path) -> None:
+    """Bring sentence-transformers' own files along, so that it loads `target` as it loaded `source`."""
+    for pattern in ("modules.json", "*sentence*.json", "*_Pooling", "*_Normalize"):
+        for item in Path(source).glob(pattern):
+            place = Path(target) / item.name
+            if item.is_dir():
+                shutil.copytree(item, place, dirs_exist_ok=True)
+            else:
+                shutil.copyfile(item, place)
+
+
+def progress(line: str) -> None:
+    """Show a line of progress on standard error, in place, where that is a terminal."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def clear_progress() -> None:
+    """Remove the last line of progress before results are printed."""
+    progress("")
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: the first to the left, the others to the right."""
+    table = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
+    for row in table:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())

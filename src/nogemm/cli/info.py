@@ -1,0 +1,37 @@
+"""Commands that change nothing: `env` and `report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nogemm.cli.common import Json, finish
+
+
+def env(json: Json = None) -> None:
+    """Say what runs here: instruction set, threads, versions, caches."""
+    from nogemm.hardware.environment import env as environment
+
+    result = environment()
+    native = f"native, {result['isa']} of {' '.join(result['isas'])}" if result["native"] else "PyTorch reference only"
+    print(f"nogemm {result['nogemm']}: {native}, {result['threads']} threads")
+    print(result["line"])
+    versions = {name: version for name, version in result["machine"]["versions"].items() if version is not None}
+    print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    finish(result, json)
+
+
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Result files, as --json of the other commands writes them.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    json: Json = None,
+) -> None:
+    """Write results as one self-contained HTML page."""
+    from nogemm.bench.report import write_report
+
+    path = write_report(results, output, title=title)
+    print(path)
+    finish({"report": str(path), "results": [str(file) for file in results]}, json)

@@ -1,0 +1,165 @@
+"""Commands on models: `convert`, `distil`, `eval`. Models are transformers directories, before and after."""
+
+from __future__ import annotations
+
+import json as json_format
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nogemm.cli.common import (
+    Json,
+    carry_over,
+    clear_progress,
+    finish,
+    load_model,
+    load_tokenizer,
+    print_table,
+    progress,
+)
+from nogemm.errors import ConfigError
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a transformers model.")]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One choice; may be repeated.")]
+Data = Annotated[str, typer.Option(help="Text or JSONL file (also .gz), or `sample` for the packaged one.")]
+Teacher = Annotated[str, typer.Option(help="Directory of the dense model.")]
+
+
+def convert(
+    model: ModelArgument,
+    output: OutputArgument,
+    method: Annotated[str, typer.Option(help="Kind of layer: lookup, dense or no.")] = "lookup",
+    set_: Set = None,
+    layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
+    data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
+    tables: Annotated[str | None, typer.Option(help="Store tables as int8 or bf16 instead of fp32.")] = None,
+    json: Json = None,
+) -> None:
+    """Replace the FFNs of MODEL and write the result to OUTPUT."""
+    import nogemm
+    from nogemm.config import layer_class, parse_set
+    from nogemm.train.sources import texts
+
+    config = parse_set(layer_class(method), set_ or [])
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    sample = None if data is None else list(texts(data))
+    report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
+    if tables is not None:
+        nogemm.compress(loaded, tables)
+    nogemm.save(loaded, output, tokenizer=tokenizer)
+    carry_over(model, output)
+    print(report)
+    print(output)
+    finish(report.to_dict(), json)
+
+
+def distil(
+    model: ModelArgument,
+    output: OutputArgument,
+    teacher: Teacher,
+    data: Data = "sample",
+    field: Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Texts to measure agreement on while training.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Directory of checkpoints [OUTPUT with `-run` added].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")] = False,
+    tokens: Annotated[int | None, typer.Option(help="Budget in tokens.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Budget in seconds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order of the data.")] = None,
+    set_: Set = None,
+    json: Json = None,
+) -> None:
+    """Train the replaced FFNs of MODEL against the dense TEACHER and write the result to OUTPUT."""
+    import nogemm
+
+    choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
+    named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field}
+    choices |= {name: value for name, value in named.items() if value is not None}
+    run = run or output.with_name(output.name + "-run")
+    loaded, dense, tokenizer = load_model(model), load_model(teacher), load_tokenizer(teacher)
+    options = distil_options(choices)
+    sources = {"tokenizer": tokenizer, "validation": validation}
+    try:
+        report = nogemm.distil(loaded, dense, data, **sources, output_dir=run, resume=resume, options=options)
+    except KeyboardInterrupt as stopped:  # its message says how to go on, which the command line would swallow
+        print(f"nogemm: {stopped}", file=sys.stderr)
+        raise
+    nogemm.save(loaded, output, tokenizer=tokenizer)
+    carry_over(model, output)
+    agreement = "" if report.agreement is None else f", agreement {report.agreement:.4f}"
+    print(f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.stopped}){agreement}")
+    print(output)
+    finish(report.to_dict(), json)
+
+
+def evaluate(
+    model: ModelArgument,
+    teacher: Annotated[str | None, typer.Option(help="Directory of the dense model to compare with.")] = None,
+    task: Annotated[str, typer.Option(help="search, mlm or classify.")] = "search",
+    data: Data = "sample",
+    split: Annotated[str, typer.Option(help="Of the data, where it has splits.")] = "test",
+    limit: Annotated[int, typer.Option(help="At most so many pairs, texts or rows; 0: all.")] = 0,
+    pack: Annotated[str | None, typer.Option(help="Evaluate it packed: fp32, bf16 or int8.")] = None,
+    max_length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
+    seed: Annotated[int, typer.Option(help="Of the resampling and of the masks.")] = 0,
+    json: Json = None,
+) -> None:
+    """Score MODEL beside its teacher: every figure with its 95 % interval."""
+    from nogemm.bench.evaluate import EvalArgs, run_eval
+
+    args = EvalArgs(
+        model=model,
+        teacher=teacher,
+        task=task,
+        data=data,
+        split=split,
+        limit=limit,
+        pack=pack,
+        max_length=max_length,
+        seed=seed,
+    )
+    result = run_eval(args, note=progress)
+    clear_progress()
+    rows = [
+        [name, group, f"{figure['value']:.4f}", f"{figure['low']:.4f}", f"{figure['high']:.4f}"]
+        for group in ("teacher", "ours", "kept", "difference")
+        for name, figure in result.get(group, {}).items()
+    ]
+    print_table(["figure", "of", "value", "low", "high"], rows)
+    finish({"kind": "quality", **result}, json)
+
+
+def distil_options(choices: dict[str, Any]) -> Any:
+    """Make DistilOptions, or say which option does not exist."""
+    from dataclasses import fields
+
+    from nogemm.train.options import DistilOptions
+
+    known = [field.name for field in fields(DistilOptions)]
+    for name in choices:
+        if name not in known:
+            raise ConfigError(f"--set {name}: distil has no such option; it has: {', '.join(known)}")
+    return DistilOptions(**choices)
+
+
+def parse_choice(word: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; the value as JSON where that works, as a plain word otherwise."""
+    name, equals, text = word.partition("=")
+    if not name or not equals:
+        raise ConfigError(f"--set {word!r}: expected NAME=VALUE, for example tokens=1000000")
+    try:
+        return name, json_format.loads(text)
+    except ValueError:
+        return name, text
+
+
+def parse_layers(text: str) -> str | list[int] | list[str]:
+    """Read `all`, indices, or globs, separated by commas."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if words == ["all"]:
+        return "all"
+    if not words:
+        raise ConfigError('--layers: expected "all", indices such as 0,1,5, or globs on module names')
+    return [int(word) for word in words] if all(word.isdecimal() for word in words) else words

