@@ -18,7 +18,7 @@ import json
 import sys
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -103,44 +103,48 @@ def check_format(stored: dict[str, Any]) -> None:
 
 
 def check_files(stored: dict[str, Any], files: Sequence[str | Path] | None) -> None:
-    """Check that weight files and config come from one completed save, and that our tensors are as saved.
+    """Check that the weight files and the config come from one save that was completed.
 
     Raises:
-        CheckpointError: a file is truncated, belongs to another save, or holds an altered tensor of ours.
+        CheckpointError: a file is truncated, or belongs to another save.
     """
     if files is None or "save_id" not in stored:
         return  # loaded from a state dict, or the user removed the seal on purpose
-    wanted = [(site, key, crc) for site, keys in stored.get("checksums", {}).items() for key, crc in keys.items()]
-    tails = tuple({f".{key}" for _, key, _ in wanted})
-    present: set[tuple[str, str]] = set()
-    for file in files:
-        for name, value in _read_checked(Path(file), stored["save_id"], tails):
-            present.update((tail, value) for tail in tails if name.endswith(tail))
-    for site, key, crc in wanted:
-        if (f".{key}", crc) not in present:
+    for file in map(Path, files):
+        if _metadata(file).get(SAVE_ID) != stored["save_id"]:
             raise CheckpointError(
-                f"the weights of {site!r} ({key}) are missing or differ from what was saved; the checkpoint is "
-                "corrupted or was edited. If on purpose, remove save_id from quantization_config in config.json"
+                f"{file.name} and config.json come from different saves (an interrupted save_pretrained, or files "
+                "mixed by hand); save again, with nogemm.save, which cannot be interrupted half-way"
             )
 
 
-def _read_checked(file: Path, save_id: str, tails: tuple[str, ...]) -> Iterable[tuple[str, str]]:
-    """Yield (name, checksum) of the tensors in one file that may be ours."""
+def check_tensors(stored: dict[str, Any], site: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check the tensors of one loaded site against their checksums.
+
+    Raises:
+        CheckpointError: a tensor differs from what was saved; the message names it.
+    """
+    if "save_id" not in stored:
+        return
+    expected: dict[str, str] = stored.get("checksums", {}).get(site, {})
+    for key, value in tensors.items():
+        if not value.is_meta and checksum(value) != expected.get(key):
+            raise CheckpointError(
+                f"the weights of {site!r} ({key}) differ from what was saved; the checkpoint is corrupted or was "
+                "edited. If on purpose, remove save_id from quantization_config in config.json"
+            )
+
+
+def _metadata(file: Path) -> dict[str, str]:
     from safetensors import SafetensorError, safe_open
 
     if file.suffix != ".safetensors":
         raise CheckpointError(f"{file.name}: converted models are stored as safetensors only")
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = (tensors.metadata() or {}).get(SAVE_ID)
-            if found != save_id:
-                raise CheckpointError(
-                    f"{file.name} and config.json come from different saves (an interrupted save_pretrained, or files "
-                    "mixed by hand); save again, with nogemm.save, which cannot be interrupted half-way"
-                )
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is no mapping)
-                if name.endswith(tails):
-                    yield name, checksum(tensors.get_tensor(name))
+            return tensors.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file.name} is missing, did a save stop half-way?") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file.name} is truncated or corrupted: {error}") from error
 

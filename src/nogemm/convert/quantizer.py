@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -55,6 +57,7 @@ class NogemmQuantizer(HfQuantizer):
     """Puts our layers into the model's skeleton before its weights are loaded, and writes our format."""
 
     packed = False
+    kept: Mapping[str, torch.dtype] = MappingProxyType({})  # our tensors, and the dtype they get after the check
 
     @property
     def request(self) -> NogemmConfig:
@@ -79,11 +82,19 @@ class NogemmQuantizer(HfQuantizer):
             stored = self.request.stored
             checkpoint.check_files(stored, kwargs.get("checkpoint_files"))
             _install_skeleton(model, stored["sites"])
+            self.kept = _dtypes(model)
         return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Leave our tensors as they are stored until their checksums are compared; all others as transformers does."""
+        if any(target in self.kept for target in getattr(converter, "target_patterns", ())):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             _check_loaded(model)
+            _check_and_cast(model, self.request.stored, self.kept)
             for name, layer in converted(model).items():
                 stored = self.request.stored.get("fitted", {})
                 layer.fitted = stored.get(checkpoint.base_name(model, name), "trained")
@@ -196,6 +207,24 @@ def _check_loaded(model: Any) -> None:
             + (f" and {len(missing) - 6} more" if len(missing) > 6 else "")
             + ". Was config.json edited, or did a save stop half-way?"
         )
+
+
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    paths = {id(module): path for path, module in model.named_modules()}
+    return {
+        f"{paths[id(layer)]}.{key}": value.dtype
+        for layer in converted(model).values()
+        for key, value in layer.state_dict().items()
+    }
+
+
+def _check_and_cast(model: Any, stored: dict[str, Any], dtypes: Mapping[str, torch.dtype]) -> None:
+    """Compare checksums, then give parameters the dtype that the caller of from_pretrained asked for."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for name, layer in converted(model).items():
+        checkpoint.check_tensors(stored, checkpoint.base_name(model, name), layer.state_dict())
+        for key, parameter in layer.named_parameters():
+            parameter.data = parameter.data.to(dtypes[f"{paths[id(layer)]}.{key}"])
 
 
 def _loaded(value: Any) -> bool:

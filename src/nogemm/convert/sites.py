@@ -274,8 +274,8 @@ def _adapter_of(module: nn.Module) -> SiteAdapter | None:
             getattr(type(module), method, None) is getattr(cls, method, None)
             for method in ("forward", "feed_forward_chunk", "ff_chunk")
         )
-        paths = [p for p in (adapter.up, adapter.gate, adapter.down, adapter.dropout) if p is not None]
-        return adapter if same and all(_is_module(module, path) for path in paths) else None
+        matrices = [path for path in (adapter.up, adapter.gate, adapter.down) if path is not None]
+        return adapter if same and all(_is_linear(module, path) for path in matrices) else None
     return None
 
 
@@ -315,6 +315,13 @@ def _activation_name(owner: nn.Module, path: str) -> str:
         return "gelu_pytorch_tanh"
     label = type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", str(act))
     return _ACTIVATION_OF_CLASS.get(label, label)
+
+
+def _is_linear(owner: nn.Module, path: str) -> bool:
+    if not _is_module(owner, path):
+        return False
+    linear = owner.get_submodule(path)
+    return isinstance(linear, nn.Linear) or type(linear).__name__ == "Conv1D"
 
 
 def _is_module(owner: nn.Module, path: str) -> bool:

@@ -238,7 +238,8 @@ def quantise_rows(tables_TRD: Tensor, dtype: str) -> tuple[Tensor, Tensor | None
 @cache
 def score_energy(bits: int, neighbours: int, gelu: bool) -> float:
     """Estimate E[sum_f score_f^2] for standard normal z, from a fixed sample of 4,096 draws."""
-    generator = torch.Generator().manual_seed(bits)
-    z = torch.randn(4096, bits, generator=generator, dtype=torch.float64)
     sample: Callable[..., tuple[Tensor, Tensor]] = hash_codes_reference
-    return sample(z, bits, min(neighbours, 64), gelu)[1].square().sum(-1).mean().item()
+    with torch.device("cpu"):  # also while transformers builds a model on the meta device
+        generator = torch.Generator().manual_seed(bits)
+        z = torch.randn(4096, bits, generator=generator, dtype=torch.float64)
+        return sample(z, bits, min(neighbours, 64), gelu)[1].square().sum(-1).mean().item()

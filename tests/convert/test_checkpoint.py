@@ -1,0 +1,266 @@
+"""Save and load through plain transformers: equal outputs, every family, every way of loading."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from tiny_models import FAMILIES, SMALL, Family, run_python, train_a_little
+
+import nogemm
+from nogemm.convert.checkpoint import is_checkpoint
+from nogemm.convert.quantizer import NogemmConfig, NogemmQuantizer
+from nogemm.layers import LookupFFN
+
+
+def saved(model: Any, folder: Path) -> Path:
+    train_a_little(model)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_round_trip_of_every_family(family: Family, tmp_path: Path) -> None:
+    model = family.build()
+    nogemm.convert(model, {family.names[0]: SMALL, family.names[1]: nogemm.DenseConfig(hidden=12)})
+    path = saved(model, tmp_path)
+    loaded, info = family.auto.from_pretrained(path, output_loading_info=True)
+    assert type(loaded) is type(model)
+    assert torch.equal(family.output(loaded), family.output(model))
+    assert not any(info.values()), info
+    assert {n: layer.config for n, layer in nogemm.converted(loaded).items()} == {
+        n: layer.config for n, layer in nogemm.converted(model).items()
+    }
+
+
+def test_one_converted_site_leaves_the_others_dense(family: Family, tmp_path: Path) -> None:
+    model = family.build()
+    nogemm.convert(model, SMALL, layers=[1])
+    loaded = family.auto.from_pretrained(saved(model, tmp_path))
+    assert list(nogemm.converted(loaded)) == [family.names[1]]
+    assert torch.equal(family.output(loaded), family.output(model))
+
+
+def test_base_and_task_models_load_each_others_checkpoint(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path / "task")
+    base = transformers.AutoModel.from_pretrained(tmp_path / "task")
+    ids = bert.inputs()
+    with torch.no_grad():
+        expected = converted_bert.bert(**ids).last_hidden_state
+        assert torch.equal(base(**ids).last_hidden_state, expected)
+        base.save_pretrained(tmp_path / "base")
+        task = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+        assert torch.equal(task.bert(**ids).last_hidden_state, expected)
+    assert list(nogemm.converted(base)) == ["encoder.layer.0", "encoder.layer.1"]
+    assert list(nogemm.converted(task)) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
+
+
+def test_the_encoder_alone_loads_from_a_whole_t5(tmp_path: Path) -> None:
+    family = FAMILIES["t5"]
+    model = family.build()
+    nogemm.convert(model, SMALL)
+    encoder = transformers.T5EncoderModel.from_pretrained(saved(model, tmp_path))
+    ids = family.inputs()["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(encoder(ids)[0], model.encoder(ids)[0])
+
+
+def test_a_saved_submodule_loads_and_is_guarded(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.bert.save_pretrained(tmp_path)
+    loaded = transformers.AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**bert.inputs())[0], converted_bert.bert(**bert.inputs())[0])
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert file.get_slice("encoder.layer.0.intermediate.dense.weight").get_shape() == [0]
+
+
+def test_resave_of_a_loaded_model(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path / "a")
+    loaded = bert.auto.from_pretrained(tmp_path / "a")
+    loaded.save_pretrained(tmp_path / "b")
+    loaded.save_pretrained(tmp_path / "a")  # over itself
+    for name in "ab":
+        assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path / name)), bert.output(converted_bert))
+
+
+def test_several_shards(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path)), bert.output(converted_bert))
+
+
+def test_casts_after_load(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path)
+    expected = bert.output(loaded)
+    for cast in (lambda m: m.half(), lambda m: m.float(), lambda m: m.to(torch.bfloat16), lambda m: m.to("cpu")):
+        loaded = cast(loaded)
+        out = bert.output(loaded)
+        assert out.dtype == loaded.dtype
+        assert torch.isfinite(out).all()
+        # Codes of tokens near a boundary may flip in 16 bits, so most of the output agrees, not all.
+        assert ((out.float() - expected).abs() < 0.05).float().mean() > 0.9
+
+
+def test_bfloat16_on_load_equals_a_cast_afterwards(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert torch.equal(bert.output(loaded), bert.output(copy.deepcopy(converted_bert).to(torch.bfloat16)))
+
+
+def test_a_bfloat16_checkpoint_stays_bfloat16(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.to(torch.bfloat16).save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path)
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
+
+
+@pytest.mark.parametrize("tables", ["int8", "bf16"])
+def test_compressed_round_trip(tables: str, converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    nogemm.compress(converted_bert, tables)
+    converted_bert.save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path)
+    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
+    for layer in nogemm.converted(loaded).values():
+        assert isinstance(layer, LookupFFN)
+        assert layer.tables.dtype == {"int8": torch.int8, "bf16": torch.bfloat16}[tables]
+        assert not isinstance(layer.tables, torch.nn.Parameter)
+
+
+def test_trainer_fine_tunes_a_loaded_model(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path / "start")
+    model = bert.auto.from_pretrained(tmp_path / "start")
+    before = copy.deepcopy(nogemm.converted(model)[bert.names[0]].state_dict())
+    inputs = bert.inputs(batch=8)
+    rows = [{key: value[i] for key, value in {**inputs, "labels": inputs["input_ids"]}.items()} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path / "runs"), max_steps=2, per_device_train_batch_size=4, report_to=[], use_cpu=True,
+        save_steps=2, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    after = nogemm.converted(model)[bert.names[0]].state_dict()
+    assert all(not torch.equal(after[key], before[key]) for key in before if before[key].numel() > 12)
+    model.eval()
+    reloaded = bert.auto.from_pretrained(tmp_path / "runs" / "checkpoint-2")
+    assert torch.equal(bert.output(reloaded), bert.output(model))
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    family = FAMILIES["vit"]
+    model = family.build()
+    nogemm.convert(model, SMALL)
+    saved(model, tmp_path)
+    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    run = transformers.pipeline("image-classification", model=str(tmp_path), device="cpu")
+    assert torch.equal(family.output(run.model), family.output(model))
+
+
+def test_a_dense_checkpoint_is_converted_while_loading(bert: Family, tmp_path: Path) -> None:
+    dense = bert.build()
+    dense.save_pretrained(tmp_path / "dense")
+    wanted = NogemmConfig({"*.0": nogemm.DenseConfig(), "*.1": SMALL})
+    loaded = bert.auto.from_pretrained(tmp_path / "dense", quantization_config=wanted)
+    first, second = nogemm.converted(loaded).values()
+    assert (first.fitted, second.fitted) == ("exact", "random")
+    for key, value in nogemm.sites(dense)[0].dense().state_dict().items():
+        assert torch.equal(first.state_dict()[key], value)
+    train_a_little(loaded)
+    loaded.save_pretrained(tmp_path / "converted")
+    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path / "converted")), bert.output(loaded))
+
+
+def test_conversion_while_loading_needs_a_config(bert: Family, tmp_path: Path) -> None:
+    bert.build().save_pretrained(tmp_path)
+    with pytest.raises(nogemm.ConfigError, match="give it a layer config"):
+        bert.auto.from_pretrained(tmp_path, quantization_config=NogemmConfig())
+
+
+def test_user_arguments_are_respected(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    eager = bert.auto.from_pretrained(tmp_path, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
+    assert bert.auto.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path, config=config)), bert.output(converted_bert))
+
+
+def test_new_heads_of_another_size_still_load(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    kwargs = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, **kwargs)
+    with torch.no_grad():
+        assert torch.equal(loaded.bert(**bert.inputs())[0], converted_bert.bert(**bert.inputs())[0])
+
+
+def test_old_weight_names_are_renamed_on_load_and_on_save(tmp_path: Path) -> None:
+    """ViT's layers had other names in older checkpoints; transformers maps them both ways, ours have to come along."""
+    family = FAMILIES["vit"]
+    model = family.build()
+    nogemm.convert(model, SMALL)
+    saved(model, tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in names  # renamed on save
+    loaded = family.auto.from_pretrained(tmp_path)
+    assert torch.equal(family.output(loaded), family.output(model))
+
+
+def test_the_description_in_config_json(converted_bert: Any, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert stored["quant_method"] == "nogemm"
+    assert stored["format"] == 1
+    assert stored["sites"]["encoder.layer.1"] == SMALL.to_dict()
+    assert set(stored["fitted"].values()) == {"trained"}
+    assert is_checkpoint(tmp_path)
+    assert not is_checkpoint(tmp_path.parent)
+
+
+def test_the_quantizer_travels_with_copies(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    twin = copy.deepcopy(converted_bert)
+    assert isinstance(twin.hf_quantizer, NogemmQuantizer)
+    twin.save_pretrained(tmp_path)
+    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path)), bert.output(converted_bert))
+
+
+FRESH = """
+import sys, time
+import torch
+import nogemm
+assert not {"transformers", "matplotlib", "datasets", "typer"} & set(sys.modules)
+hooks = [finder for finder in sys.meta_path if type(finder).__module__ == "nogemm.convert.checkpoint"]
+assert len(hooks) == 1
+sys.meta_path.remove(hooks[0])
+import transformers.quantizers.auto as auto
+assert "nogemm" not in auto.AUTO_QUANTIZER_MAPPING
+from nogemm.convert.checkpoint import register_with_transformers
+start = time.process_time()
+register_with_transformers()
+seconds = time.process_time() - start
+import transformers
+model = transformers.AutoModel.from_pretrained(sys.argv[1])
+print(len(nogemm.converted(model)), seconds)
+"""
+
+
+def test_a_fresh_process_loads_and_registration_is_quick(converted_bert: Any, tmp_path: Path) -> None:
+    """Here transformers' registry comes first; in this very process the import hook met it."""
+    converted_bert.save_pretrained(tmp_path)
+    done = run_python(FRESH, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    sites, seconds = done.stdout.split()
+    assert sites == "2"
+    assert float(seconds) < 0.05
+
+
+def test_the_import_hook_registered_us() -> None:
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+
+    assert AUTO_QUANTIZER_MAPPING["nogemm"] is NogemmQuantizer
+    assert AUTO_QUANTIZATION_CONFIG_MAPPING["nogemm"] is NogemmConfig
