@@ -50,9 +50,9 @@ def fit_tables(
     with torch.no_grad():
         problem = _Problem(layer, x_ND)
         target = y_ND.to(layer.tables.dtype)
-        # The bias takes the mean first: scores are positive, so the tables would have to carry it otherwise.
-        mean_D = target.mean(0) if layer.bias is not None else torch.zeros_like(target[0])
-        residual_ND = target - mean_D - problem.rows_to_tokens(layer.tables)
+        # A bias is free to take the mean, so both sides are centred and it is read off at the end.
+        centred = target if layer.bias is None else target - target.mean(0)
+        residual_ND = centred - problem.rows_to_tokens(layer.tables)
         penalty = ridge * problem.mass_TR.mean()
         scale_TR1 = 1.0 / (problem.mass_TR + penalty).unsqueeze(-1)
         gradient = problem.tokens_to_rows(residual_ND)
@@ -77,17 +77,17 @@ def fit_tables(
             energy_D = energy_new_D
         layer.tables.copy_(solution)
         if layer.bias is not None:
-            layer.bias.copy_(mean_D + residual_ND.mean(0))
-            residual_ND = residual_ND - residual_ND.mean(0)
+            layer.bias.copy_(target.mean(0) - problem.mean_token(solution))
         variance = (target - target.mean(0)).square().sum().clamp_min(1e-30)
         return (residual_ND.square().sum() / variance).item()
 
 
 class _Problem:
-    """The sparse design matrix as two products: rows -> tokens and its transpose."""
+    """The sparse design matrix as two products, rows -> tokens (centred if there is a bias) and its transpose."""
 
     def __init__(self, layer: LookupFFN, x_ND: Tensor) -> None:
         self.shape = layer.tables.shape
+        self.centred = layer.bias is not None
         self.chunks: list[tuple[Tensor, Tensor]] = []
         for x in x_ND.to(layer.compute_dtype()).split(CHUNK):
             codes, scores = layer.codes_and_scores(x)
@@ -99,7 +99,11 @@ class _Problem:
         self.mass_TR = mass.squeeze(-1)
 
     def rows_to_tokens(self, rows_TRD: Tensor) -> Tensor:
-        return torch.cat([gather_accumulate(codes, scores, rows_TRD) for codes, scores in self.chunks])
+        y_ND = torch.cat([gather_accumulate(codes, scores, rows_TRD) for codes, scores in self.chunks])
+        return y_ND - y_ND.mean(0) if self.centred else y_ND
+
+    def mean_token(self, rows_TRD: Tensor) -> Tensor:
+        return torch.cat([gather_accumulate(codes, scores, rows_TRD) for codes, scores in self.chunks]).mean(0)
 
     def tokens_to_rows(self, values_ND: Tensor) -> Tensor:
         out = torch.zeros(self.shape, dtype=values_ND.dtype)

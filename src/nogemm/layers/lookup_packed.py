@@ -69,6 +69,9 @@ def _weights(layer: LookupFFN) -> LookupWeights:
 class _PortableLookup(nn.Module):
     """The packed arithmetic in plain PyTorch: rounded weights, float32 accumulation, any device."""
 
+    row_scale: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, layer: LookupFFN, dtype: str) -> None:
         from nogemm.layers.lookup import quantise_rows
 

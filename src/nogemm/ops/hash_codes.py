@@ -45,7 +45,7 @@ def nearest_flips(u_NTK: Tensor, neighbours: int) -> Tensor:
 
 def hash_codes_reference(z_NM: Tensor, bits: int, neighbours: int, gelu: bool) -> tuple[Tensor, Tensor]:
     """Compute codes and scores by the formulas of `hash_codes`, differentiable in z."""
-    z_NTK = z_NM.reshape(z_NM.shape[0], -1, bits).to(torch.promote_types(z_NM.dtype, torch.float32))
+    z_NTK = z_NM.reshape(z_NM.shape[0], z_NM.shape[1] // bits, bits).to(torch.promote_types(z_NM.dtype, torch.float32))
     u_NTK = z_NTK.abs()
     place_K = 2 ** torch.arange(bits - 1, -1, -1, device=z_NM.device)
     best_NT1 = ((z_NTK > 0) * place_K).sum(-1, keepdim=True)
@@ -64,7 +64,7 @@ def hash_codes_reference(z_NM: Tensor, bits: int, neighbours: int, gelu: bool) -
 def hash_codes_backward_reference(grad_NTF: Tensor, z_NM: Tensor, codes_NTF: Tensor, bits: int, gelu: bool) -> Tensor:
     """Return the gradient of z, from the closed form in `hash_codes`."""
     wide = torch.promote_types(z_NM.dtype, torch.float32)
-    z_NTK = z_NM.reshape(z_NM.shape[0], -1, bits).to(wide)
+    z_NTK = z_NM.reshape(z_NM.shape[0], z_NM.shape[1] // bits, bits).to(wide)
     place_K = 2 ** torch.arange(bits - 1, -1, -1, device=z_NM.device)
     sign_NTFK = ((codes_NTF.unsqueeze(-1) & place_K) != 0).to(wide) * 2 - 1
     agreement_NTF1 = (sign_NTFK * z_NTK.unsqueeze(-2)).sum(-1, keepdim=True)  # a_F = <z, S_F>
@@ -101,7 +101,7 @@ def hash_codes(z_NM: Tensor, bits: int, neighbours: int = 1, gelu: bool = True) 
     Raises:
         ShapeError: if z is not [N, T K].
     Gradient: to z through the scores, dscore_F / dz_j = p_F (S_Fj + a_F (S_Fj - tanh z_j)) (gelu) or
-        p_F (S_Fj - tanh z_j); S_Fj = +1 or -1 as bit j of code_F is set or not. Nothing flows through the discrete code.
+        p_F (S_Fj - tanh z_j); S_Fj = +1 or -1 as bit j of code_F is set or not. The discrete code passes none.
     Cost: T K exponentials per token, no FLOP by the papers' count.
     Example:
         >>> codes, scores = hash_codes(torch.tensor([[1.0, -2.0]]), bits=2)

@@ -71,7 +71,7 @@ def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
     """Lay one layer's weights out for `packed_lookup`.
 
     Args:
-        dtype: "fp32", "bf16" (rows and projection in 16 bits) or "int8" (rows with a scale each, projection in 16 bits).
+        dtype: "fp32", "bf16" (rows and projection in 16 bits) or "int8" (rows with a scale, projection in 16 bits).
     Returns:
         one uint8 buffer with a header; valid for the instruction sets of this build, not a file format.
     Raises:

@@ -103,7 +103,7 @@ class BHProjection(Projection):
         v = start
         for i in range(self.weight.shape[1]):
             v = block_product(v, self.weight[:, i].flatten(0, 1))
-            v = hadamard(v.reshape(tokens * self.repeats, self.width)).reshape(tokens, -1)
+            v = hadamard(v.reshape(tokens * self.repeats, self.width)).reshape(tokens, self.repeats * self.width)
         if self.residual is not None:
             v = self.residual * v + (1.0 - self.residual) * start
         z_NM = v[:, : self.d_out]

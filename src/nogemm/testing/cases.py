@@ -1,0 +1,52 @@
+"""The shared list of layer cases: shapes, methods and dtypes that tests, benchmarks and checks run over.
+
+Odd on purpose: widths that are no multiple of any vector, one table, one bit, blocks of 1 and of the whole width,
+repeats, batches of 0, 1 and one more than a tile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nogemm.layers import LookupConfig
+from nogemm.projections import BHConfig, DenseProjectionConfig
+
+BATCHES = (0, 1, 2, 7, 33, 129)
+THREADS = (1, 2)
+
+
+@dataclass(frozen=True)
+class LookupCase:
+    """One LookupFFN to test: its config and widths."""
+
+    name: str
+    config: LookupConfig
+    d_model: int
+    d_out: int
+
+
+LOOKUP_CASES = (
+    LookupCase("plain", LookupConfig(tables=16, bits=8, projection=BHConfig(block=16)), 64, 64),
+    LookupCase("padded", LookupConfig(tables=9, bits=5, projection=BHConfig(block=8)), 37, 50),
+    LookupCase("repeats", LookupConfig(tables=23, bits=7, projection=BHConfig(block=32, rounds=3)), 48, 33),
+    LookupCase("one table", LookupConfig(tables=1, bits=1, projection=BHConfig(block=1, rounds=1)), 5, 1),
+    LookupCase("whole block", LookupConfig(tables=4, bits=4, projection=BHConfig(block=16, rounds=2)), 16, 7),
+    LookupCase("width one", LookupConfig(tables=3, bits=2, projection=BHConfig(block=1)), 1, 3),
+    LookupCase("many bits", LookupConfig(tables=2, bits=16, projection=BHConfig(block=4)), 20, 19),
+    LookupCase("residual", LookupConfig(tables=12, bits=6, projection=BHConfig(block=16, residual=0.7)), 64, 96),
+    LookupCase("no norm", LookupConfig(tables=8, bits=6, norm=False, projection=BHConfig(block=16)), 40, 24),
+    LookupCase(
+        "no biases", LookupConfig(tables=8, bits=3, bias=False, projection=BHConfig(block=8, bias=False)), 24, 24
+    ),
+    LookupCase("dense", LookupConfig(tables=11, bits=4, projection=DenseProjectionConfig()), 29, 45),
+    LookupCase("sigmoid", LookupConfig(tables=10, bits=7, score="sigmoid", projection=BHConfig(block=32)), 64, 40),
+    LookupCase("two neighbours", LookupConfig(tables=10, bits=6, neighbours=2, projection=BHConfig(block=16)), 32, 70),
+    LookupCase(
+        "four neighbours",
+        LookupConfig(tables=6, bits=5, neighbours=4, score="sigmoid", projection=BHConfig(block=16)),
+        32,
+        17,
+    ),
+    LookupCase("three neighbours", LookupConfig(tables=6, bits=5, neighbours=3, projection=BHConfig(block=16)), 32, 17),
+    LookupCase("minilm", LookupConfig(tables=64, bits=8), 384, 384),
+)

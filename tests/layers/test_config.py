@@ -1,0 +1,74 @@
+"""Configs: JSON round trip, command-line words, and errors that name what is wrong."""
+
+import json
+
+import pytest
+
+import nogemm
+from nogemm.config import layer_config, parse_set
+from nogemm.errors import ConfigError
+from nogemm.testing.cases import LOOKUP_CASES
+
+
+@pytest.mark.parametrize("config", [c.config for c in LOOKUP_CASES] + [nogemm.DenseConfig(hidden=5), nogemm.NoConfig()])
+def test_json_round_trip(config: nogemm.LookupConfig) -> None:
+    assert layer_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_set_words() -> None:
+    words = ["tables=64", "projection.block=32", "score=sigmoid", "norm=false", "projection.residual=null"]
+    expected = nogemm.LookupConfig(tables=64, score="sigmoid", norm=False, projection=nogemm.BHConfig(block=32))
+    assert parse_set(nogemm.LookupConfig, words) == expected
+    dense = parse_set(nogemm.LookupConfig, ["projection=dense"])
+    assert dense == nogemm.LookupConfig(projection=nogemm.DenseProjectionConfig())
+    assert parse_set(nogemm.LookupConfig, ["projection.bias=false", "projection=dense"]) == nogemm.LookupConfig(
+        projection=nogemm.DenseProjectionConfig(bias=False)
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"tables": 0}, "tables must be an integer at least 1, got tables=0"),
+        ({"bits": 17}, "bits must be an integer from 1 to 16, got bits=17"),
+        ({"bits": 3, "neighbours": 9}, "neighbours must be an integer from 1 to 8, got neighbours=9"),
+        ({"tables": 2.5}, "tables=2.5"),
+        ({"tables": True}, "tables=True"),
+        ({"score": "softmax"}, "score must be one of gelu, sigmoid"),
+        ({"storage": "int4"}, "storage must be one of"),
+        ({"projection": 3}, "projection must be a projection config"),
+    ],
+)
+def test_values_out_of_range_are_named(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        nogemm.LookupConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"kind": "loookup"}, "unknown layer kind 'loookup'; known kinds: dense, lookup, no"),
+        ({"kind": "lookup", "tabels": 3}, "LookupConfig has no field 'tabels'"),
+        ({"kind": "lookup", "projection": {"kind": "dct"}}, "unknown projection kind 'dct'"),
+        ([1], "expected a layer config"),
+    ],
+)
+def test_hand_edited_json_is_named(data: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        layer_config(data)
+
+
+def test_set_needs_a_value() -> None:
+    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+        parse_set(nogemm.LookupConfig, ["tables"])
+
+
+@pytest.mark.parametrize("block", [0, 3, -4])
+def test_block_must_be_a_power_of_two(block: int) -> None:
+    with pytest.raises(ConfigError, match="block"):
+        nogemm.BHConfig(block=block)
+
+
+def test_block_must_divide_the_padded_width() -> None:
+    with pytest.raises(ConfigError, match=r"block=64 does not divide the padded width 32 \(d_in=20"):
+        nogemm.LookupConfig(tables=2, bits=2).build(20)

@@ -1,0 +1,42 @@
+"""The native extension: it is there, it can be forced, and what cannot be had is said."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from nogemm import ops
+from nogemm.errors import NativeError
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_extension_is_built() -> None:
+    """A build that silently lacks its kernels must fail here, not pass everywhere."""
+    assert ops.native_available()
+    assert "scalar" in ops.supported_isas()
+
+
+@pytest.mark.parametrize("name", ops.supported_isas())
+def test_forced_isa_takes_effect(name: str) -> None:
+    result = run_python("from nogemm import ops; print(ops.isa())", NOGEMM_ISA=name)
+    assert result.stdout.strip() == name, result.stderr
+
+
+def test_unknown_isa_is_an_error() -> None:
+    result = run_python("import nogemm.ops", NOGEMM_ISA="avx1024")
+    assert result.returncode != 0
+    assert "NOGEMM_ISA=avx1024 cannot be used" in result.stderr
+    with pytest.raises(NativeError, match="avx1024"):
+        ops.set_isa("avx1024")
+
+
+def test_native_can_be_disabled() -> None:
+    code = "from nogemm import ops; import torch; print(ops.isa(), ops.hadamard(torch.ones(2)).tolist()[1])"
+    result = run_python(code, NOGEMM_DISABLE_NATIVE="1")
+    assert result.stdout.strip() == "reference 0.0", result.stderr
