@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 FLOOR = 1e-2
-"""Dimensions that hardly vary count as if they had this share of the mean variance: noise there must not dominate."""
+"""Dimensions that hardly vary count as if they had this share of the median variance: noise must not dominate."""
 
 
 class Spread:
@@ -36,7 +36,7 @@ class Spread:
     def weights(self) -> Tensor:
         """Return 1 / variance of every dimension, float32 [D]."""
         variance = self.square / self.count.clamp_min(1)
-        return (1.0 / variance.clamp_min(FLOOR * float(variance.mean()) + 1e-12)).float()
+        return (1.0 / variance.clamp_min(FLOOR * float(variance.median()) + 1e-12)).float()
 
     def state(self) -> dict[str, Tensor]:
         """Return the running sums, to be stored with a checkpoint."""

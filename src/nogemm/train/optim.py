@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.errors import ConfigError
 from nogemm.train.options import DistilOptions
 
 
 def layer_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters of new layers into "projection", "tables" and "other"."""
+    """Sort the parameters of new layers into "projection", "tables" and "other"; frozen ones are left out."""
     groups: dict[str, list[nn.Parameter]] = {"projection": [], "tables": [], "other": []}
     for layer in layers:
         taken: set[int] = set()
@@ -26,15 +27,15 @@ def layer_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
                 groups[name].append(parameter)
                 taken.add(id(parameter))
         groups["other"].extend(p for p in layer.parameters() if id(p) not in taken)
-    return groups
+    return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
 
 
 def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embeddings: bool) -> list[nn.Parameter]:
-    """Return the model's parameters outside the new layers, with or without embedding tables."""
+    """Return the model's trainable parameters outside the new layers, with or without embedding tables."""
     skip = {id(p) for layer in layers for p in layer.parameters()}
     if not embeddings:
         skip |= {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    return [p for p in model.parameters() if id(p) not in skip]
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in skip]
 
 
 def make_optimiser(
@@ -56,6 +57,8 @@ def make_optimiser(
         for part, decay in ((decayed, options.weight_decay), (plain, 0.0)):
             if part:
                 rows.append({"params": part, "lr": rates[name], "weight_decay": decay, "name": name})
+    if not rows:
+        raise ConfigError("distil: nothing to train: every group of parameters is empty or has a rate of 0")
     optimiser = torch.optim.AdamW(rows, betas=(0.9, 0.98), eps=1e-8, fused=True)
     return optimiser, rates
 
@@ -101,6 +104,6 @@ def load_optimiser_tensors(optimiser: torch.optim.Optimizer, tensors: Mapping[st
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(int(index), {})[name] = value.clone()
     packed["state"] = state
     optimiser.load_state_dict(packed)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
-from nogemm.layers import FFN
+from nogemm.layers import FFN, LookupFFN
+from nogemm.layers.lookup_fit import fit_tables
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
 from nogemm.train.losses import Spread, hidden_states, output_kind, relative_error, task_loss
@@ -80,10 +81,9 @@ class LayerStage:
                 parts[name].append(pair)
         out: dict[str, float] = {}
         for name, layer in self.layers.items():
-            fit = getattr(layer, "fit_tables", None)
-            if fit is not None:
+            if isinstance(layer, LookupFFN):
                 x_ND = torch.cat([x for x, _ in parts[name]])
-                out[name] = fit(x_ND, torch.cat([t for _, t in parts.pop(name)]))
+                out[name] = fit_tables(layer, x_ND, torch.cat([t for _, t in parts.pop(name)]))
         return out
 
 
