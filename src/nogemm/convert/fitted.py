@@ -24,17 +24,12 @@ SAMPLE = 1024  # values kept per parameter
 class _Mark:
     parameter: weakref.ref[nn.Parameter]
     version: int
-    dtype: torch.dtype
     sample: torch.Tensor
 
 
 def mark_random(layer: FFN) -> None:
     """Remember the present parameters as untrained."""
-    marks = [
-        _Mark(weakref.ref(p), p._version, p.dtype, _sample(p))
-        for p in layer.parameters()
-        if p.numel() and not p.is_meta
-    ]
+    marks = [_Mark(weakref.ref(p), p._version, _sample(p)) for p in layer.parameters() if p.numel() and not p.is_meta]
     object.__setattr__(layer, "untrained", marks)
 
 
@@ -72,7 +67,8 @@ def warn_if_random(model: nn.Module, action: str) -> None:
 def _changed(parameter: nn.Parameter, mark: _Mark) -> bool:
     if mark.parameter() is parameter and mark.version != parameter._version:
         return True
-    return parameter.dtype == mark.dtype and not torch.equal(_sample(parameter), mark.sample)
+    # The layer may have been through bfloat16 and back, so equal means equal up to its rounding.
+    return not torch.allclose(_sample(parameter).float(), mark.sample.float(), rtol=2**-7, atol=1e-6)
 
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:

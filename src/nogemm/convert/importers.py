@@ -64,8 +64,12 @@ def lookupffn(state_dict: Mapping[str, Tensor], *, eps: float = 1e-5, mix: float
         width = 1 << max(d - 1, 0).bit_length()
         repeats = max(1, math.ceil(tables * bits / width))
         block = weight.shape[-1] if weight.dim() == 5 else 1
-        blocks = width // block if block and width % block == 0 else None
-        _shape(state, "hash.projection.weight", (repeats, ROUNDS, blocks, block, block))
+        if block < 1 or width % block:
+            raise CheckpointError(
+                f"lookupffn: hash.projection.weight has blocks of {block}, which do not divide {width} ({d} padded "
+                "to a power of two)"
+            )
+        _shape(state, "hash.projection.weight", (repeats, ROUNDS, width // block, block, block))
         weight = weight * math.sqrt(width)
         projection = BHConfig(rounds=ROUNDS, block=block, residual=mix)
     config = LookupConfig(tables=tables, bits=bits, projection=projection, score="gelu", norm=True)
