@@ -7,10 +7,16 @@ float64 value and the float64 sum of magnitudes, and states how many roundings l
 
 from __future__ import annotations
 
+import copy
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from nogemm.layers import LookupFFN
+from nogemm.ops import gather_accumulate_reference, hash_codes_reference
 
 
 class Mismatch(AssertionError):
@@ -99,3 +105,60 @@ def undecided_bits(z_NM: Tensor, magnitude_NM: Tensor, dtype: torch.dtype) -> Te
         z_NM, magnitude_NM: float64 soft bits and the sums of magnitudes behind them.
     """
     return z_NM.abs() <= 8 * torch.finfo(dtype).eps * magnitude_NM
+
+
+def check_lookup(name: str, layer: LookupFFN, y_ND: Tensor, x_ND: Tensor, *, slack: float = 4.0) -> float:
+    """Hold another form of a float32 LookupFFN (packed, another instruction set) against float64.
+
+    A token's error may be `slack` times the worst error of the unpacked layer itself. A token beyond that is accepted
+    only if a soft bit of it lies within rounding of zero, and then only against the better of the neighbouring codes.
+
+    Args:
+        layer: the unpacked layer, float32.
+        y_ND: what the other form answered for x_ND.
+    Returns:
+        The share of tokens that needed a neighbouring code.
+    Raises:
+        Mismatch: a token is explained by neither.
+    """
+    if x_ND.shape[0] == 0:
+        return 0.0
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()
+        x = x_ND.double()
+        hashed = x if exact.norm is None else exact.norm(x)
+        z_NM = exact.projection(hashed)
+        matrix_MD, bias_M = exact.projection.dense_matrix(), exact.projection.bias
+        magnitude_NM = hashed.abs() @ matrix_MD.abs().T + (0.0 if bias_M is None else bias_M.abs())
+        near_NM = undecided_bits(z_NM, magnitude_NM, torch.float32)
+        expected = _from_soft_bits(exact, z_NM)
+        size = expected.abs().amax().clamp_min(1e-30)
+        plain = (layer(x_ND).double() - expected).abs().amax(-1)
+        # The unpacked layer has flips of its own; they must not widen what is allowed.
+        bound = slack * float(plain[~near_NM.any(-1)].max() if bool((~near_NM.any(-1)).any()) else 0.0)
+        bound += 16 * unit_roundoff(torch.float32) * float(size)
+        errors = (y_ND.double() - expected).abs().amax(-1)
+        beyond = torch.nonzero(~(errors <= bound)).flatten().tolist()
+        for n in beyond:
+            best = min(float((y_ND[n].double() - y).abs().max()) for y in _neighbours(exact, z_NM[n], near_NM[n]))
+            if not best <= bound:
+                raise Mismatch(f"{name}: token {n} is off by {float(errors[n]):.3g}, allowed {bound:.3g}")
+        return len(beyond) / x_ND.shape[0]
+
+
+def _from_soft_bits(layer: LookupFFN, z_NM: Tensor) -> Tensor:
+    config = layer.config
+    codes, scores = hash_codes_reference(z_NM, config.bits, config.neighbours, config.score == "gelu")
+    y_ND = gather_accumulate_reference(codes, scores, layer.tables)
+    return y_ND if layer.bias is None else y_ND + layer.bias
+
+
+def _neighbours(layer: LookupFFN, z_M: Tensor, near_M: Tensor) -> Iterator[Tensor]:
+    """Yield the outputs for every choice of the undecided bits (the four nearest zero, if there are more)."""
+    candidates = torch.nonzero(near_M).flatten().tolist()
+    bits = sorted(candidates, key=lambda j: abs(float(z_M[j])))[:4]
+    for flips in itertools.product((1.0, -1.0), repeat=len(bits)):
+        z = z_M.clone()
+        for j, sign in zip(bits, flips, strict=True):
+            z[j] = sign * max(abs(float(z_M[j])), 1e-300)
+        yield _from_soft_bits(layer, z.unsqueeze(0))[0]

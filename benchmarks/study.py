@@ -1,0 +1,268 @@
+"""The recorded study: all-MiniLM-L6-v2 with its FFNs replaced, beside every rival at equal data and equal tuning.
+
+    python benchmarks/study.py                     # every row that is not recorded yet, then the table
+    python benchmarks/study.py --rows lookup-0     # one row
+    python benchmarks/study.py --table             # only the table, from the rows recorded so far
+
+A row is one model: choose its learning rates (three factors, short runs, validation split), train it on the full
+budget, score it once on the test split and on WordNet's glosses. Every step leaves a file, so the command may be
+stopped and called again at any time. Rows go to `benchmarks/results/study/`, the table to
+`benchmarks/results/study-minilm.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file, save_file
+from torch import nn
+
+import nogemm
+from nogemm.bench.embed import embed
+from nogemm.bench.models import load_encoder, load_tokenizer
+from nogemm.bench.quality import bootstrap_difference, compare_search, cosines, reciprocal_ranks, search_ranks
+from nogemm.files import write_json
+from nogemm.hardware import machine, machine_line
+from nogemm.train.sources import load_split, texts
+
+COMMAND = "python benchmarks/study.py"
+TEACHER = "all-MiniLM-L6-v2"
+CORPUS = "data/debian-packages.jsonl.gz"
+OTHER_DOMAIN = "data/wordnet-glosses.jsonl.gz"
+TOKENS, SHORT_TOKENS = 4_000_000, 300_000
+FACTORS = (0.5, 1.0, 2.0)
+RATES = ("lr_projection", "lr_tables", "lr_other", "lr_backbone")
+FITTING_TEXTS = 1_000
+LOOKUP = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(rounds=4, block=64))
+EQUAL_FLOP_WIDTH = 213
+KEPT_LAYERS = (0, 2, 5)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the table: how it is made from the teacher, and what training it gets."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    seed: int = 0
+    trained: bool = True
+    tuned_as: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", help="comma-separated names; default: all")
+    parser.add_argument("--table", action="store_true", help="only rebuild the table")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="checkpoints and embeddings")
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="budget of a row; a smaller one is another study")
+    args = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("nogemm.train").setLevel(logging.INFO)
+    rows = {row.name: row for row in all_rows()}
+    wanted = args.rows.split(",") if args.rows else list(rows)
+    unknown = [name for name in wanted if name not in rows]
+    if unknown:
+        parser.error(f"unknown row {unknown[0]!r}; the rows are: {', '.join(rows)}")
+    for name in [] if args.table else wanted:
+        record(rows[name], args)
+    table(list(rows.values()), args)
+
+
+def all_rows() -> list[Row]:
+    """List the study: two seeds of ours and of the nearest rival, the other rivals once."""
+    return [
+        *(Row(f"lookup-{s}", lookup, seed=s, tuned_as="lookup") for s in (0, 1)),
+        *(Row(f"dense{EQUAL_FLOP_WIDTH}-{s}", narrow, seed=s, tuned_as="dense") for s in (0, 1)),
+        Row("no-ffn", removed, tuned_as="no-ffn"),
+        Row("three-layers", three_layers, tuned_as="three", options={"hidden_map": tuple(k + 1 for k in KEPT_LAYERS)}),
+        Row("dense-int8", dynamic_int8, trained=False),
+    ]
+
+
+def lookup() -> nn.Module:
+    """Ours: every FFN a LookupFFN."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, LOOKUP)
+    return model
+
+
+def narrow() -> nn.Module:
+    """Rival (b): the best neurons of every FFN at equal FLOP, the second matrix refitted by least squares."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, nogemm.DenseConfig(hidden=EQUAL_FLOP_WIDTH), data=fitting_texts(), tokenizer=tokenizer())
+    return model
+
+
+def removed() -> nn.Module:
+    """Rival (a): every FFN replaced by the mean of its outputs."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, nogemm.NoConfig(), data=fitting_texts(), tokenizer=tokenizer())
+    return model
+
+
+def three_layers() -> nn.Module:
+    """Rival (c): three of the six layers, FFNs and all."""
+    model: Any = load_encoder(TEACHER)
+    model.encoder.layer = nn.ModuleList(model.encoder.layer[k] for k in KEPT_LAYERS)
+    model.config.num_hidden_layers = len(KEPT_LAYERS)
+    return model
+
+
+def dynamic_int8() -> nn.Module:
+    """Rival (d): the dense model with every linear layer in dynamic int8, untrained."""
+    return torch.ao.quantization.quantize_dynamic(load_encoder(TEACHER), {nn.Linear}, dtype=torch.qint8)
+
+
+def fitting_texts() -> list[str]:
+    """Return the training texts that closed-form starts are fitted on."""
+    source = texts(CORPUS)
+    return [next(source) for _ in range(FITTING_TEXTS)]
+
+
+def tokenizer() -> Any:
+    """Load the teacher's tokenizer."""
+    return load_tokenizer(TEACHER)
+
+
+def record(row: Row, args: argparse.Namespace) -> None:
+    """Do what is not done yet of one row."""
+    target = args.results / "study" / f"{row.name}.json"
+    if target.exists():
+        say(f"{row.name}: recorded already in {target}")
+        return
+    facts: dict[str, Any] = {"name": row.name, "seed": row.seed}
+    if row.trained:
+        factor, trials = tuned(row, args)
+        facts |= {"rate_factor": factor, "trials": trials}
+        model, report = train(row, factor, args.tokens, row.seed, args.work / row.name)
+        facts |= {"tokens": report["tokens"], "seconds": report["seconds"], "options": report["options"]}
+    else:
+        model = row.make()
+    scores = {}
+    for split, (queries, documents) in test_sets().items():
+        say(f"{row.name}: scoring on {split}")
+        scores[split] = score(model, queries, documents, args.work / row.name / f"{split}.safetensors", args.work)
+    test = scores["test"]
+    facts |= {"scores": test["ours"], "kept": test["kept"], "teacher": test["teacher"]}
+    facts |= {"other_domain": scores["wordnet"], "recorded": time.strftime("%Y-%m-%d"), "command": COMMAND}
+    write_json(target, facts | cost(model) | {"machine": machine() | {"line": machine_line()}})
+
+
+def tuned(row: Row, args: argparse.Namespace) -> tuple[float, list[dict[str, float]]]:
+    """Choose the factor on all learning rates whose short run agrees best on the validation split."""
+    trials = []
+    for factor in FACTORS:
+        folder = args.work / f"tune-{row.tuned_as}-{factor}"
+        done = folder / "agreement.json"
+        if not done.exists():
+            say(f"{row.name}: trying learning rates times {factor}")
+            _, report = train(row, factor, min(SHORT_TOKENS, args.tokens), 100, folder)
+            write_json(done, {"factor": factor, "agreement": report["agreement"], "tokens": report["tokens"]})
+        trials.append(read_json(done))
+    return max(trials, key=lambda trial: trial["agreement"])["factor"], trials
+
+
+def train(row: Row, factor: float, tokens: int, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Make a row's model and distil it; goes on from its last checkpoint."""
+    torch.manual_seed(seed)
+    model = row.make()
+    defaults = nogemm.DistilOptions()
+    rates = {name: factor * getattr(defaults, name) for name in RATES}
+    report = nogemm.distil(
+        model,
+        load_encoder(TEACHER),
+        CORPUS,
+        tokenizer=tokenizer(),
+        validation=[*load_split(CORPUS, "validation").queries, *load_split(CORPUS, "validation").documents],
+        output_dir=folder,
+        resume=True,
+        options=nogemm.DistilOptions(tokens=tokens, seed=seed, log_seconds=60.0, **rates, **row.options),
+    )
+    return model.eval(), report.to_dict()
+
+
+def test_sets() -> dict[str, tuple[list[str], list[str]]]:
+    """Return queries and documents of the corpus's test split and of the other domain."""
+    found = {}
+    for name, path in (("test", CORPUS), ("wordnet", OTHER_DOMAIN)):
+        split = load_split(path, "test")
+        found[name] = (split.queries, split.documents)
+    return found
+
+
+def score(model: nn.Module, queries: list[str], documents: list[str], file: Path, work: Path) -> dict[str, Any]:
+    """Score a model against the teacher; keep every text's own figures for paired comparisons between rows."""
+    theirs = teacher_embeddings(queries, documents, work / f"teacher-{file.name}")
+    ours = embed(model, tokenizer(), [*queries, *documents])
+    count = len(queries)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    own = reciprocal_ranks(search_ranks(ours[:count], ours[count:]))
+    save_file({"agreement": cosines(ours, theirs), "mrr_at_10": own}, file)
+    figures = compare_search(ours[:count], ours[count:], theirs[:count], theirs[count:])
+    plain = {group: {name: f.to_dict() for name, f in values.items()} for group, values in figures.items()}
+    return {group: plain[group] for group in ("ours", "teacher", "kept")}
+
+
+def teacher_embeddings(queries: list[str], documents: list[str], file: Path) -> Any:
+    """Embed with the teacher, once for all rows."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"embeddings": embed(load_encoder(TEACHER), tokenizer(), [*queries, *documents])}, file)
+    return load_file(file)["embeddings"]
+
+
+def cost(model: nn.Module) -> dict[str, Any]:
+    """Return parameters, and what the mean FFN of the six costs for one token."""
+    layers = list(nogemm.converted(model).values())
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in model.parameters())}
+    if layers:
+        found["flops"] = sum(layer.cost(1).flops for layer in layers) / len(layers)
+        found["bytes_read"] = sum(layer.cost(1).bytes_read for layer in layers) / len(layers)
+    return found
+
+
+def table(rows: list[Row], args: argparse.Namespace) -> None:
+    """Write the recorded rows as one file, with paired differences from the first row, and print them."""
+    found = [read_json(file) for row in rows if (file := args.results / "study" / f"{row.name}.json").exists()]
+    if not found:
+        say("no row is recorded yet")
+        return
+    ours = args.work / found[0]["name"] / "test.safetensors"
+    for entry in found[1:]:
+        theirs = args.work / entry["name"] / "test.safetensors"
+        if ours.exists() and theirs.exists():
+            first, second = load_file(ours), load_file(theirs)
+            differences = {key: bootstrap_difference(first[key], second[key]).to_dict() for key in first}
+            entry["first_row_minus_this"] = differences
+    write_json(args.results / "study-minilm.json", {"kind": "study", "command": COMMAND, "rows": found})
+    for entry in found:
+        agreement, kept = entry["scores"]["agreement"]["value"], entry["kept"]["mrr_at_10"]["value"]
+        other = entry["other_domain"]["kept"]["mrr_at_10"]["value"]
+        say(f"{entry['name']:14s} agreement {agreement:.4f}  MRR@10 kept {kept:.4f}  WordNet kept {other:.4f}")
+
+
+def read_json(file: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def say(line: str) -> None:
+    """Print one line at once."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    np.seterr(all="raise", under="ignore")
+    main()
