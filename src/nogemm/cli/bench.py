@@ -42,6 +42,7 @@ def layer(
     """Time one layer of ours beside dense layers of the same shape."""
     from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
 
+    chosen: dict[str, Any] = {} if against is None else {"against": words(against)}
     args = LayerBenchArgs(
         method=method,
         set=tuple(set_ or ()),
@@ -57,7 +58,7 @@ def layer(
         checkpoint=checkpoint,
         site=site,
         seed=seed,
-        **({} if against is None else {"against": words(against)}),
+        **chosen,
     )
     result = run_layer_bench(args, note=progress)
     clear_progress()

@@ -1,0 +1,174 @@
+"""Rules about the whole house: who may import whom, what an import costs, which kernels run, what files may say."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nogemm import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCE = ROOT / "src" / "nogemm"
+
+# Each part may import itself, the leaves, and the parts before it in this order; one line is one rank.
+ORDER = [
+    {"errors"},
+    {"config", "cost", "files"},
+    {"ops"},
+    {"projections"},
+    {"layers"},
+    {"convert", "hardware"},
+    {"train", "bench"},
+    {"cli", "demo"},
+]
+RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}
+# Written down because they are needed and because a new one must be noticed: configs name what they build in
+# annotations, and measuring reads the data that training reads.
+ALLOWED = {("config", "layers"), ("config", "projections"), ("bench", "train")}
+
+
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a fresh interpreter with some variables set."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("NOGEMM_")}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean | env, check=False)
+
+
+def imports(path: Path) -> set[str]:
+    """List the parts of nogemm that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module] if node.module != "nogemm" else [f"nogemm.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("nogemm.")}
+    return found & RANK.keys()
+
+
+def upward(part: str, imported: set[str]) -> set[str]:
+    """Return what `part` must not import."""
+    return {other for other in imported if other != part and (part, other) not in ALLOWED and RANK[other] >= RANK[part]}
+
+
+def parts() -> list[tuple[str, Path]]:
+    """List (part, file) for every module under a ranked part."""
+    files = [(path.relative_to(SOURCE).parts[0].removesuffix(".py"), path) for path in sorted(SOURCE.rglob("*.py"))]
+    return [(part, path) for part, path in files if part in RANK]
+
+
+def test_imports_point_one_way():
+    bad = {str(path.relative_to(SOURCE)): upward(part, imports(path)) for part, path in parts()}
+    assert {name: parts for name, parts in bad.items() if parts} == {}
+
+
+def test_every_part_has_a_rank():
+    found = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert found - RANK.keys() - {"__init__", "__main__", "__pycache__", "data", "testing"} == set()
+
+
+def test_the_check_of_imports_can_fail(tmp_path):
+    file = tmp_path / "bad.py"
+    file.write_text(
+        "def f():\n    from nogemm.train.data import Batch\n    import nogemm.ops\n    from nogemm import cli"
+    )
+    assert imports(file) == {"train", "ops", "cli"}
+    assert upward("layers", imports(file)) == {"train", "cli"}
+    assert upward("demo", imports(file)) == {"cli"}
+
+
+def test_kernels_know_no_torch():
+    files = [*ROOT.glob("csrc/kernels/*"), *ROOT.glob("csrc/isa/*")]
+    assert files
+    knowing = [path.name for path in files if re.search(r"#include.*torch", path.read_text(encoding="utf-8"))]
+    assert knowing == []
+
+
+def test_import_is_silent_and_lean():
+    heavy = ["datasets", "matplotlib", "rich", "sentence_transformers", "transformers", "typer"]
+    done = run_python(f"import sys, nogemm; print([name for name in {heavy} if name in sys.modules])")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+    assert done.stderr == ""
+
+
+def test_registration_with_transformers_is_quick():
+    code = (
+        "import time, torch, transformers.quantizers.auto\n"
+        "import nogemm.errors, nogemm.ops, nogemm.layers\n"
+        "start = time.perf_counter(); import nogemm.convert.quantizer; print(time.perf_counter() - start)"
+    )
+    # The package registers when it is imported; a second import costs what registration itself costs.
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.05
+
+
+def test_the_native_extension_is_there():
+    assert ops.native_available()
+
+
+@pytest.mark.parametrize("isa", ops.supported_isas())
+def test_a_forced_isa_takes_effect(isa):
+    done = run_python("import nogemm.ops as ops; print(ops.isa())", NOGEMM_ISA=isa)
+    assert done.stdout == isa + "\n", done.stderr
+
+
+def test_an_unknown_isa_is_refused():
+    done = run_python("import nogemm.ops", NOGEMM_ISA="avx1024")
+    assert done.returncode != 0
+    assert "avx1024" in done.stderr.strip().splitlines()[-1]
+
+
+def test_native_can_be_switched_off():
+    done = run_python("import nogemm.ops as ops; print(ops.native_available(), ops.isa())", NOGEMM_DISABLE_NATIVE="1")
+    assert done.stdout == "False reference\n", done.stderr
+
+
+def tracked_texts() -> list[tuple[str, str]]:
+    """Return (name, content) of every text file under version control; of every file where there is no git."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    texts = []
+    for name in listed:
+        path = ROOT / name
+        if name and path.is_file() and path.suffix not in (".gz", ".png"):
+            texts.append((name, path.read_text(encoding="utf-8")))
+    return texts
+
+
+# Spelt in pieces, so that this file does not find itself.
+FORBIDDEN = re.compile("|".join(["/wo" + "rk/", "/ro" + "ot/", "/ho" + "me/[a-z]", "/us" + "ers/[a-z]"]), re.IGNORECASE)
+
+
+def test_no_file_names_a_path_of_somebodys_machine():
+    texts = tracked_texts()
+    assert len(texts) > 50
+    found = {name: FORBIDDEN.findall(text) for name, text in texts}
+    assert {name: hits for name, hits in found.items() if hits} == {}
+
+
+def test_the_check_of_paths_can_fail():
+    assert FORBIDDEN.search("see /ho" + "me/ann/model")
+    assert not FORBIDDEN.search("https://example.org/models")
+
+
+def test_files_and_functions_stay_short():
+    long_files = {}
+    long_functions = {}
+    for path in [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 400:
+            long_files[path.name] = text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno > 80:
+                long_functions[f"{path.name}:{node.name}"] = (node.end_lineno or 0) - node.lineno
+    assert long_files == {}
+    assert long_functions == {}

@@ -1,0 +1,177 @@
+"""The report: complete, self-contained, honest about what did not run; its charts place what they are given."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from nogemm.bench.report import write_report
+from nogemm.bench.report_svg import Bar, Point, bars, lines, number, scatter
+from nogemm.errors import ConfigError
+from nogemm.files import write_atomically, write_json
+
+LINE = "Some CPU, 2 cores"
+
+
+def figure(value: float) -> dict[str, float]:
+    return {"value": value, "low": value - 0.01, "high": value + 0.01, "samples": 100}
+
+
+def layer_result() -> dict[str, Any]:
+    rows = [
+        {"contender": name, "batch": batch, "cache": "fresh", "codes": "uniform", "us_median": us * batch}
+        | {"us_p10": us, "us_p90": 2 * us * batch, "ratio": us / 3.0, "verified": True, "max_error": 1e-6}
+        for name, us in (("nogemm-fp32", 3.0), ("torch-fp32", 30.0))
+        for batch in (1, 64)
+    ]
+    rows.append(
+        {"contender": "other", "batch": 1, "cache": "fresh", "codes": "uniform", "missing": "pip install other"}
+    )
+    return {"kind": "layer", "machine_line": LINE, "settings": {"d": 384, "hidden": 1536}, "rows": rows}
+
+
+def demo_result() -> dict[str, Any]:
+    scores = {"mrr_at_10": figure(0.78), "agreement": figure(0.93)}
+    cost = {"flops": 2.4e6, "bytes_read": 4.7e6, "parameters": 1_180_000}
+    site = {"name": "encoder.layer.0", "config": {"kind": "lookup", "tables": 64}, "fitted": "random"}
+    quality = [
+        {"name": "teacher", "scores": {"mrr_at_10": figure(0.79)}, "flops": 2.4e6, "file_bytes": 9e7},
+        {"name": "ours", "scores": scores, "flops": 3.3e5, "ours": True, "file_bytes": 2e8},
+    ]
+    latency = [
+        {"contender": name, "batch": 32, "length": 128, "us_median": us, "us_p10": us, "us_p90": us}
+        for name, us in (("nogemm-fp32", 1e5), ("torch-fp32", 4e5))
+    ]
+    return {
+        "kind": "demo",
+        "title": "a <demo>",
+        "machine": {"line": LINE},
+        "quality": quality,
+        "recorded": [{"name": "FFNs removed", "scores": scores, "flops": 0.0}],
+        "latency": latency,
+        "sites": [site | {"before": cost, "after": cost}],
+    }
+
+
+def report(tmp_path: Path, *results: dict[str, Any]) -> str:
+    paths = []
+    for i, result in enumerate(results):
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps(result))
+    return write_report(paths, tmp_path / "report.html").read_text()
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(tmp_path):
+    page = report(tmp_path, demo_result(), layer_result())
+    assert "a &lt;demo&gt;" in page
+    assert page.count(LINE) == 1
+    for section in ("Quality against cost", "speed against batch", "latency", "Bytes and memory", "What was replaced"):
+        assert section in page
+    assert "4.0x" in page  # ours against torch fp32 at the largest size
+    assert re.search(r"FFNs removed.*?recorded", page, re.DOTALL)
+    assert not re.search(r"(?:src|href|url|@import)\s*[=(]", page)
+    assert "<script" not in page
+
+
+def test_a_contender_that_did_not_run_is_named_with_its_reason(tmp_path):
+    page = report(tmp_path, layer_result())
+    assert "not run" in page
+    assert "pip install other" in page
+    assert page.count("<svg") == 1 + 2  # the chart, and one key for each contender that has times
+
+
+def test_charts_are_well_formed_xml(tmp_path):
+    page = report(tmp_path, demo_result(), layer_result())
+    charts = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(charts) >= 5
+    for chart in charts:
+        ElementTree.fromstring(chart)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r.pop("settings"), "settings"),
+        (lambda r: r["rows"][0].pop("contender"), "contender"),
+        (lambda r: r.update(kind="poem"), "poem"),
+        (lambda r: r["rows"].append(7), "layer"),
+    ],
+)
+def test_an_incomplete_result_is_refused_by_name(tmp_path, change, said):
+    result = layer_result()
+    change(result)
+    with pytest.raises(ConfigError, match=rf"0\.json.*{said}"):
+        report(tmp_path, result)
+    assert not (tmp_path / "report.html").exists()
+
+
+def circles(chart: str) -> list[tuple[float, float]]:
+    found = re.findall(r'cx="([\d.]+)" cy="([\d.]+)"', chart)
+    return [(float(x), float(y)) for x, y in found]
+
+
+def test_scatter_puts_larger_values_right_and_up():
+    points = [Point(1.0, 0.5, "low"), Point(2.0, 0.9, "high", low=0.8, high=0.95)]
+    (x_high, y_high), (x_low, y_low) = circles(scatter(points, x_label="x", y_label="y"))
+    assert x_high > x_low
+    assert y_high < y_low  # the page counts downwards
+
+
+def test_labels_of_equal_points_do_not_cover_each_other():
+    chart = scatter([Point(1.0, 0.5, f"row {i}") for i in range(5)], x_label="x", y_label="y")
+    places = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)"', chart)
+    assert len(set(places)) == 5
+
+
+def test_logarithmic_axes_space_decades_evenly():
+    chart = lines([("a", 1, [(1, 10.0), (10, 100.0), (100, 1000.0)])], x_label="x", y_label="y")
+    (x1, y1), (x2, y2), (x3, y3) = circles(chart)
+    assert x2 - x1 == pytest.approx(x3 - x2, abs=0.2)
+    assert y1 - y2 == pytest.approx(y2 - y3, abs=0.2)
+
+
+def test_bars_are_in_proportion():
+    widths = [
+        float(w) for w in re.findall(r'<rect[^>]*width="([\d.]+)"', bars([Bar("a", 10.0, "10"), Bar("b", 5.0, "5")]))
+    ]
+    assert widths[0] == pytest.approx(2 * widths[1], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"),
+        (1234567.0, "1,234,567"),
+        (3.14159, "3.14"),
+        (0.0123, "0.0123"),
+        (1.5e-7, "1.50e-07"),
+        (999.6, "1,000"),
+    ],
+)
+def test_numbers_are_written_for_readers(value, text):
+    assert number(value) == text
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    write_atomically(file, b"old")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(file, b"new")
+    assert file.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_json_refuses_what_is_not_json(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(tmp_path / "x.json", {"value": float("nan")})
+    assert not (tmp_path / "x.json").exists()
