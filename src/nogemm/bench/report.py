@@ -93,26 +93,26 @@ def _quality_section(rows: Sequence[QualityRow]) -> str:
     if not rows:
         return ""
     charts = []
-    for metric in ("agreement", "mrr_at_10"):
-        points = [
-            Point(
-                x=row.flops / 1e6,
-                y=row.scores[metric].value,
-                label=row.name,
-                series=0 if row.ours else 1,
-                low=row.scores[metric].low,
-                high=row.scores[metric].high,
-                hollow=row.recorded,
-            )
-            for row in rows
-            if metric in row.scores and row.flops is not None
-        ]
+    for metric in ("agreement", "kept"):
+        points = [point for row in rows if (point := _quality_point(row, metric)) is not None]
         if len(points) > 1:
             chart = scatter(points, x_label="FFN MFLOP per token and layer", y_label=METRICS[metric])
             charts.append(_figure(f"{METRICS[metric]} against cost", chart))
     hollow = "<p class='hint'>Hollow marks are recorded rows of a longer run. Bars are 95 % intervals.</p>"
     plots = f'<div class="charts">{"".join(charts)}</div>{hollow}' if charts else ""
     return f"<section><h2>Quality against cost</h2>{plots}{_quality_table(rows)}</section>"
+
+
+def _quality_point(row: QualityRow, metric: str) -> Point | None:
+    if row.flops is None:
+        return None
+    score = row.scores.get(metric)
+    if score is None:
+        # The teacher's agreement with itself, and what it keeps of itself, are 1 by definition.
+        teacher = not row.ours and not row.recorded
+        return Point(x=row.flops / 1e6, y=1.0, label=row.name) if teacher else None
+    series = 0 if row.ours else 1
+    return Point(row.flops / 1e6, score.value, row.name, series, score.low, score.high, row.recorded)
 
 
 def _quality_table(rows: Sequence[QualityRow]) -> str:

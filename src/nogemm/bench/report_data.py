@@ -20,6 +20,7 @@ METRICS = {
     "recall_at_10": "recall@10",
     "agreement": "agreement",
     "old_index_mrr_at_10": "MRR@10, old index",
+    "kept": "MRR@10 kept",
     "mlm_loss": "MLM loss",
     "accuracy": "accuracy",
 }
@@ -149,18 +150,27 @@ def _scores(figures: Mapping[str, Any]) -> dict[str, Score]:
 
 
 def _quality_row(row: Mapping[str, Any], recorded: bool) -> QualityRow:
+    kept = {"kept": row["kept"]["mrr_at_10"]} if "kept" in row else {}
     return QualityRow(
         name=row["name"],
-        scores=_scores(row["scores"]),
-        ours=bool(row.get("ours", False)),
+        scores=_scores({**row["scores"], **kept}),
+        ours=bool(row.get("ours", row["name"].startswith("lookup"))),
         recorded=recorded,
         flops=row.get("flops"),
         bytes_read=row.get("bytes_read"),
         parameters=row.get("parameters"),
         file_bytes=row.get("file_bytes"),
         peak_bytes=row.get("peak_bytes"),
-        note=row.get("note", ""),
+        note=row.get("note") or _study_note(row),
     )
+
+
+def _study_note(row: Mapping[str, Any]) -> str:
+    """Say what a recorded row was trained on, and how it does on texts of another kind."""
+    parts = [f"{row['tokens'] / 1e6:g} M tokens"] if row.get("tokens") else []
+    if "other_domain" in row:
+        parts.append(f"kept on WordNet glosses {100 * row['other_domain']['kept']['mrr_at_10']['value']:.1f} %")
+    return ", ".join(parts)
 
 
 def _read_quality(data: Mapping[str, Any], results: Results) -> None:

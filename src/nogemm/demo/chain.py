@@ -206,17 +206,19 @@ def quality_rows(
     """Return the teacher's row and our two: scores, cost of one FFN for one token, sizes, memory."""
     count = len(sites["sites"])
     before, after = sites["before"], sites["after"]
-    dense_cost = {"flops": before["flops"] / count, "bytes_read": before["bytes_read"] / count}
-    our_flops = {"flops": after["flops"] / count, "parameters": sites["parameters_after"], "ours": True}
-    teacher, ours, tiny = ({key: c[key] for key in ("peak_bytes", "model_peak_bytes")} for c in children)
-    return [
-        {"name": "dense teacher", "scores": scores["ours"]["teacher"], "parameters": sites["parameters_before"]}
-        | {"file_bytes": weight_bytes(teacher_path())} | dense_cost | teacher,
-        {"name": "LookupFFN", "scores": scores["ours"]["ours"], "file_bytes": weight_bytes(model)}
-        | {"bytes_read": after["bytes_read"] / count} | our_flops | ours,
-        {"name": "LookupFFN, int8 tables", "scores": scores["ours-int8"]["ours"], "file_bytes": weight_bytes(small)}
-        | {"bytes_read": compressed["bytes_read"]} | our_flops | tiny,
-    ]  # fmt: skip
+    dense = {"flops": before["flops"] / count, "bytes_read": before["bytes_read"] / count}
+    dense |= {"parameters": sites["parameters_before"], "file_bytes": weight_bytes(teacher_path())}
+    lookup = {"ours": True, "flops": after["flops"] / count, "parameters": sites["parameters_after"]}
+    large = lookup | {"bytes_read": after["bytes_read"] / count, "file_bytes": weight_bytes(model)}
+    little = lookup | {"bytes_read": compressed["bytes_read"], "file_bytes": weight_bytes(small)}
+    memory = [{key: found[key] for key in ("peak_bytes", "model_peak_bytes")} for found in children]
+    rows = [{"name": "dense teacher", "scores": scores["ours"]["teacher"]} | dense | memory[0]]
+    for name, key, facts, peak in (
+        ("LookupFFN", "ours", large, memory[1]),
+        ("LookupFFN, int8 tables", "ours-int8", little, memory[2]),
+    ):
+        rows.append({"name": name, "scores": scores[key]["ours"], "kept": scores[key]["kept"]} | facts | peak)
+    return rows
 
 
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:
