@@ -8,6 +8,8 @@
 Importing nogemm registers its ops, and its checkpoint format as soon as transformers is imported.
 """
 
+from typing import Any
+
 from nogemm.config import layer_config
 from nogemm.convert import (
     compress,
@@ -59,3 +61,12 @@ __all__ = [
     "unpack",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load what needs transformers only when it is asked for."""
+    if name == "NogemmConfig":
+        from nogemm.convert.quantizer import NogemmConfig
+
+        return NogemmConfig
+    raise AttributeError(f"module 'nogemm' has no attribute {name!r}")

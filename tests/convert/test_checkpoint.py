@@ -164,7 +164,7 @@ def test_pipeline(tmp_path: Path) -> None:
 def test_a_dense_checkpoint_is_converted_while_loading(bert: Family, tmp_path: Path) -> None:
     dense = bert.build()
     dense.save_pretrained(tmp_path / "dense")
-    wanted = NogemmConfig({"*.0": nogemm.DenseConfig(), "*.1": SMALL})
+    wanted = nogemm.NogemmConfig({"*.0": nogemm.DenseConfig(), "*.1": SMALL})
     loaded = bert.auto.from_pretrained(tmp_path / "dense", quantization_config=wanted)
     first, second = nogemm.converted(loaded).values()
     assert (first.fitted, second.fitted) == ("exact", "random")
@@ -220,6 +220,35 @@ def test_the_description_in_config_json(converted_bert: Any, tmp_path: Path) -> 
     assert set(stored["fitted"].values()) == {"trained"}
     assert is_checkpoint(tmp_path)
     assert not is_checkpoint(tmp_path.parent)
+
+
+def test_models_inside_models(tmp_path: Path) -> None:
+    """CLIP: two models with configs of their own inside one."""
+    widths = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(
+        text_config={**widths, "vocab_size": 64, "bos_token_id": 0, "eos_token_id": 1},
+        vision_config={**widths, "image_size": 8, "patch_size": 4},
+        projection_dim=16,
+    )
+    model = transformers.CLIPModel(config).eval()
+    nogemm.convert(model, SMALL)
+    train_a_little(model)
+    model.text_model.save_pretrained(tmp_path / "text")  # must leave no trace in the next save
+    model.save_pretrained(tmp_path / "clip")
+    ids = torch.arange(2, 9)[None]
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
+    loaded = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits_per_text, model(**inputs).logits_per_text)
+        for path in ("text", "clip"):
+            text = transformers.CLIPTextModel.from_pretrained(tmp_path / path)
+            assert torch.equal(text(ids)[0], model.text_model(ids)[0])
+
+
+def test_device_maps(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path, device_map="cpu")
+    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
 
 
 def test_the_quantizer_travels_with_copies(converted_bert: Any, bert: Family, tmp_path: Path) -> None:

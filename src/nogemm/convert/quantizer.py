@@ -112,7 +112,8 @@ class NogemmQuantizer(HfQuantizer):
         if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
             raise PackedError(SAVE_PACKED)
         warn_if_random(model, "save_pretrained")
-        attach_quantizer(model)
+        checkpoint.attach(model)  # fresh descriptions for models inside this one, whose configs are stored along
+        attach_quantizer(model)  # last: a model inside may share this one's config
         state = model.state_dict()
         save_id = checkpoint.seal(model, model.config.quantization_config.stored, state)
         state.update(checkpoint.sentinels(model, state))

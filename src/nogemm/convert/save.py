@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,6 +16,11 @@ from torch import nn
 from nogemm.convert.sites import inner_model, installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
+
+try:
+    import fcntl
+except ImportError:  # not on Windows: saving works there, without a lock against a second writer
+    fcntl = None
 
 _WEIGHTS = (
     "model*.safetensors",
@@ -82,6 +86,9 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 @contextmanager
 def _locked(target: Path) -> Iterator[None]:
     """Hold the lock of a path; the system releases it when the process dies."""
+    if fcntl is None:
+        yield
+        return
     lock = target.with_name(f".{target.name}.lock")
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -140,13 +147,18 @@ def _flush(folder: Path) -> None:
     for root, _, files in os.walk(folder):
         for name in (*files, "."):
             path = os.path.join(root, name)
-            if os.path.islink(path):
-                continue
-            handle = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            if not os.path.islink(path):
+                _sync(path)
+
+
+def _sync(path: str | Path) -> None:
+    if os.name != "posix":
+        return  # Windows opens no directory, and syncs no file that is open for reading
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _exchange(fresh: Path, target: Path) -> None:
@@ -159,11 +171,7 @@ def _exchange(fresh: Path, target: Path) -> None:
         target.rename(former)
         fresh.rename(target)
         shutil.rmtree(former, ignore_errors=True)
-    handle = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    _sync(target.parent)
 
 
 def _rename_exchange(a: Path, b: Path) -> bool:
