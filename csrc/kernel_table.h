@@ -11,8 +11,11 @@
 
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
+#include "lookup_pack.h"
 
 namespace nogemm {
+
+struct LookupHeader;  // kernels/lookup_format.h
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kDtypes = 4 };
 
@@ -79,6 +82,13 @@ struct RooflineKernels {
   double (*load)(const float* data, int64_t count, int64_t repeats);
 };
 
+// The packed LookupFFN (lookup_pack.h): a whole layer in one call.
+struct LookupKernels {
+  int64_t (*workspace)(const LookupHeader* header, int64_t tokens, int64_t threads);
+  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                  void* workspace, const NogemmHost* host);
+};
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -87,6 +97,7 @@ struct KernelTable {
   HashCodesKernels hash_codes;
   GatherKernels gather;
   RooflineKernels roofline;
+  LookupKernels lookup;
 };
 
 namespace scalar {

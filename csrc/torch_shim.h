@@ -36,6 +36,7 @@ AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorH
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 
 AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context);
+AOTITorchError torch_get_num_threads(uint32_t* threads);
 
 int32_t aoti_torch_dtype_float32();
 int32_t aoti_torch_dtype_bfloat16();

@@ -9,6 +9,7 @@
 #include "kernels/gather_backward.h"
 #include "kernels/hadamard.h"
 #include "kernels/hash_codes.h"
+#include "kernels/lookup_forward.h"
 #include "kernels/roofline.h"
 
 namespace nogemm::NOGEMM_NS {
@@ -22,6 +23,7 @@ static constexpr KernelTable make_table(const char* name) {
   t.hash_codes = hash_codes_kernels();
   t.gather = gather_kernels();
   t.roofline = roofline_kernels();
+  t.lookup = lookup_kernels();
   return t;
 }
 

@@ -1,0 +1,277 @@
+// The whole packed LookupFFN for one instruction set: how a batch is cut, and who does which piece.
+//
+//   up to kRowsBatch tokens    pieces of 1 to 4 tokens, features in lanes; hash and gather of a piece run back to back
+//   up to kFusedBatch          pieces of one tile, tokens in lanes; the same, rows fetched ahead from memory
+//   more                       chunks: first all tiles are hashed, then (token block, column slice) pieces are gathered with
+//                              groups of tables small enough for the L2 cache
+// The cut depends on the shape alone, pieces are independent: any number of threads gives the same bits.
+#pragma once
+#include "lookup_gather.h"
+#include "lookup_hash_rows.h"
+#include "lookup_hash_tile.h"
+#include "../lookup_pack.h"
+
+namespace nogemm::NOGEMM_NS {
+
+inline constexpr int64_t kRowsBatch = 16;
+inline constexpr int64_t kFusedBatch = 255;
+inline constexpr int64_t kChunkTokens = 8192;
+inline constexpr int64_t kBlockTokens = 1536;        // their sums of one slice take 768 KB of L2
+inline constexpr int64_t kGroupBytes = 1 << 20;      // rows of one slice of a group of tables
+inline constexpr int64_t kGroupLookups = 512;        // integer sums stay below 2^31
+inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
+
+struct Cut {
+  int64_t piece;   // tokens per hash piece
+  int64_t pieces;  // of a chunk
+};
+
+NOGEMM_INLINE int64_t tile_vectors(int64_t tokens) {
+  const int64_t most = tokens >= 192 ? kMaxNV : tokens >= 64 ? 2 : 1;
+  return most < kMaxNV ? most : kMaxNV;
+}
+
+NOGEMM_INLINE Cut cut_of(int64_t tokens) {
+  int64_t piece;
+  if (tokens <= kRowsBatch) {
+    piece = tokens < 2 * kRowTokens ? (tokens + 1) / 2 : kRowTokens;
+  } else {
+    piece = tile_vectors(tokens) * kLanes;
+  }
+  if (piece < 1) piece = 1;
+  return {piece, (tokens + piece - 1) / piece};
+}
+
+// Bytes of the lookups of one piece, and of a worker's scratch.
+NOGEMM_INLINE int64_t piece_bytes(const LookupHeader& h, int64_t piece) {
+  const int64_t bytes = piece > kRowTokens ? lookups_bytes(h, piece) : piece * lookups_bytes(h, 1);
+  return round_up(bytes, 64);
+}
+NOGEMM_INLINE int64_t worker_bytes(const LookupHeader& h, int64_t piece) {
+  const int64_t sums = (piece > kBlockTokens ? piece : kBlockTokens) * kTableSlice * 4;
+  return place_hash_scratch(h, piece, nullptr, nullptr) + piece_bytes(h, piece) + sums + 4096;
+}
+
+static int64_t lookup_workspace(const LookupHeader* h, int64_t tokens, int64_t threads) {
+  const int64_t chunk = tokens < kChunkTokens ? tokens : kChunkTokens;
+  const Cut cut = cut_of(chunk);
+  const int64_t stored = chunk > kFusedBatch ? cut.pieces * piece_bytes(*h, cut.piece) : 0;
+  return stored + threads * worker_bytes(*h, cut.piece) + 4096;
+}
+
+struct Call {
+  Layer layer;
+  Tokens x;
+  Output y;
+  int64_t start, tokens;  // of the chunk
+  Cut cut;
+  char* lookups;          // of the chunk (two phases)
+  char* workers;
+  int64_t worker_bytes;
+  int64_t worker_count;
+};
+
+struct WorkerScratch {
+  HashScratch hash;
+  char* lookups;
+  float* sums;
+};
+
+NOGEMM_INLINE WorkerScratch scratch_of(const Call& c, int64_t worker) {
+  const LookupHeader& h = *c.layer.h;
+  char* at = c.workers + worker * c.worker_bytes;
+  WorkerScratch w;
+  at += place_hash_scratch(h, c.cut.piece, at, &w.hash);
+  w.lookups = at;
+  w.sums = reinterpret_cast<float*>(at + piece_bytes(h, c.cut.piece));
+  return w;
+}
+
+NOGEMM_INLINE int64_t row_element(const LookupHeader& h) { return h.mode == 0 ? 4 : h.mode == 1 ? 2 : 1; }
+
+NOGEMM_INLINE const char* slice_rows(const Layer& l, int64_t slice) {
+  const LookupHeader& h = *l.h;
+  return l.at + h.tables_at + slice * h.tables * h.rows() * kTableSlice * row_element(h);
+}
+
+// One slice of one piece of tokens, all lookups from..to.
+NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int64_t to, const Lookups& lookups,
+                                int64_t tokens, float* sums, Output y, bool ahead) {
+  const LookupHeader& h = *l.h;
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice, size = row_element(h);
+  const int64_t left = h.d_out - slice * kTableSlice;
+  GatherPass g;
+  g.rows = slice_rows(l, slice);
+  g.row_bytes = width * size;
+  g.chunks = width / kChunk;
+  g.columns = left < width ? left : width;
+  g.bias = Layer::floats(l, h.out_bias) + slice * kTableSlice;
+  g.from = from;
+  g.to = to;
+  g.first = from == 0;
+  g.last = to == lookups.count;
+  g.sums = sums;
+  g.next_rows = slice + 1 < h.slices && h.last_slice == kTableSlice ? slice_rows(l, slice + 1) : nullptr;
+  y.y += slice * kTableSlice * (y.dtype == 0 ? 4 : 2);
+  if (h.mode == 0) (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
+  if (h.mode == 1) (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
+  if (h.mode == 2) (ahead ? gather_tokens<uint8_t, true> : gather_tokens<uint8_t, false>)(g, lookups, tokens, y);
+}
+
+NOGEMM_INLINE Output output_at(const Call& c, int64_t token) {
+  Output y = c.y;
+  y.y += token * y.stride * (y.dtype == 0 ? 4 : 2);
+  return y;
+}
+
+NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t start, int64_t tokens, float* sums) {
+  const LookupHeader& h = *c.layer.h;
+  for (int64_t slice = 0; slice < h.slices; ++slice)
+    for (int64_t from = 0; from < lookups.count; from += kGroupLookups) {
+      const int64_t to = from + kGroupLookups < lookups.count ? from + kGroupLookups : lookups.count;
+      gather_piece(c.layer, slice, from, to, lookups, tokens, sums, output_at(c, start), true);
+    }
+}
+
+// The rows of a few tokens, all slices: as many in flight as the memory system takes, before the first is needed.
+NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t slice) {
+  const LookupHeader& h = *l.h;
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice, bytes = width * row_element(h);
+  const char* rows = slice_rows(l, slice);
+  for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, lookups.index + e);
+}
+
+template <class S>
+static void run_rows_piece(const Call& c, int64_t start, int64_t tokens, const WorkerScratch& w) {
+  const LookupHeader& h = *c.layer.h;
+  Lookups lookups[kRowTokens];
+  for (int64_t n = 0; n < tokens; ++n) lookups[n] = place_lookups(h, 1, w.lookups + n * lookups_bytes(h, 1));
+  int64_t done = 0;
+  for (; done + 4 <= tokens; done += 4) rows_hash<S, 4>(c.layer, c.x, start + done, w.hash, lookups + done);
+  for (; done + 2 <= tokens; done += 2) rows_hash<S, 2>(c.layer, c.x, start + done, w.hash, lookups + done);
+  for (; done < tokens; ++done) rows_hash<S, 1>(c.layer, c.x, start + done, w.hash, lookups + done);
+  for (int64_t n = 0; n < tokens; ++n) {
+    fetch_rows(c.layer, lookups[n], 0);
+    gather_all(c, lookups[n], start + n, 1, w.sums);
+  }
+}
+
+template <class S>
+NOGEMM_INLINE void hash_tile(const Call& c, int64_t start, int64_t tokens, const HashScratch& s, const Lookups& out) {
+  const int64_t vectors = out.width / kLanes;
+  if (vectors == 1) tile_hash<S, 1>(c.layer, c.x, start, tokens, s, out);
+  if (vectors == 2) tile_hash<S, 2>(c.layer, c.x, start, tokens, s, out);
+  if constexpr (kMaxNV > 2)
+    if (vectors == 3) tile_hash<S, 3>(c.layer, c.x, start, tokens, s, out);
+}
+
+// The last tile of a batch is as narrow as its tokens allow.
+NOGEMM_INLINE Lookups tile_lookups(const Call& c, int64_t tokens, char* at) {
+  return place_lookups(*c.layer.h, round_up(tokens, kLanes), at);
+}
+
+NOGEMM_INLINE int64_t piece_tokens(const Call& c, int64_t piece) {
+  const int64_t left = c.tokens - piece * c.cut.piece;
+  return left < c.cut.piece ? left : c.cut.piece;
+}
+
+// Worker w's share of `pieces`, contiguous.
+struct Share {
+  int64_t from, to;
+};
+NOGEMM_INLINE Share share_of(const Call& c, int64_t worker, int64_t pieces) {
+  return {pieces * worker / c.worker_count, pieces * (worker + 1) / c.worker_count};
+}
+
+template <class S>
+static void run_fused(int64_t worker, void* arg) {
+  const Call& c = *static_cast<const Call*>(arg);
+  const WorkerScratch w = scratch_of(c, worker);
+  const Share share = share_of(c, worker, c.cut.pieces);
+  for (int64_t piece = share.from; piece < share.to; ++piece) {
+    const int64_t start = c.start + piece * c.cut.piece, tokens = piece_tokens(c, piece);
+    if (c.tokens <= kRowsBatch) {
+      run_rows_piece<S>(c, start, tokens, w);
+      continue;
+    }
+    const Lookups lookups = tile_lookups(c, tokens, w.lookups);
+    hash_tile<S>(c, start, tokens, w.hash, lookups);
+    gather_all(c, lookups, start, tokens, w.sums);
+  }
+}
+
+template <class S>
+static void run_hash(int64_t worker, void* arg) {
+  const Call& c = *static_cast<const Call*>(arg);
+  const WorkerScratch w = scratch_of(c, worker);
+  const Share share = share_of(c, worker, c.cut.pieces);
+  for (int64_t piece = share.from; piece < share.to; ++piece) {
+    const int64_t tokens = piece_tokens(c, piece);
+    const Lookups lookups = tile_lookups(c, tokens, c.lookups + piece * piece_bytes(*c.layer.h, c.cut.piece));
+    hash_tile<S>(c, c.start + piece * c.cut.piece, tokens, w.hash, lookups);
+  }
+}
+
+NOGEMM_INLINE int64_t block_pieces(const Call& c) { return kBlockTokens / c.cut.piece; }
+
+static void run_gather(int64_t worker, void* arg) {
+  const Call& c = *static_cast<const Call*>(arg);
+  const LookupHeader& h = *c.layer.h;
+  const WorkerScratch w = scratch_of(c, worker);
+  const int64_t most = block_pieces(c), blocks = (c.cut.pieces + most - 1) / most;
+  const int64_t per_block = (c.cut.pieces + blocks - 1) / blocks;
+  const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);
+  const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
+  const int64_t wanted = round_up(fit * h.neighbours, 4), group = wanted < kGroupLookups ? wanted : kGroupLookups;
+  const Share share = share_of(c, worker, blocks * h.slices);
+  for (int64_t i = share.from; i < share.to; ++i) {
+    const int64_t slice = i / blocks, first = i % blocks * per_block;
+    const int64_t end = first + per_block < c.cut.pieces ? first + per_block : c.cut.pieces;
+    const int64_t count = padded_lookups(h);
+    for (int64_t from = 0; from < count; from += group)
+      for (int64_t piece = first; piece < end; ++piece) {
+        const int64_t tokens = piece_tokens(c, piece), at = piece * c.cut.piece;
+        const Lookups lookups = tile_lookups(c, tokens, c.lookups + piece * piece_bytes(h, c.cut.piece));
+        gather_piece(c.layer, slice, from, from + group < count ? from + group : count, lookups, tokens,
+                     w.sums + (at - first * c.cut.piece) * kTableSlice, output_at(c, c.start + at), false);
+      }
+  }
+}
+
+NOGEMM_INLINE void on_workers(const NogemmHost& host, Call& c, int64_t pieces, void (*body)(int64_t, void*)) {
+  c.worker_count = host.threads < pieces ? host.threads : pieces;
+  if (c.worker_count <= 1) {
+    c.worker_count = 1;
+    body(0, &c);
+  } else {
+    host.run(host.self, c.worker_count, body, &c);
+  }
+}
+
+static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                           void* workspace, const NogemmHost* host) {
+  const auto* h = static_cast<const LookupHeader*>(packed);
+  Call c;
+  c.layer = {h, static_cast<const char*>(packed)};
+  c.x = {static_cast<const char*>(x), x_dtype, x_stride};
+  c.y = {static_cast<char*>(y), x_dtype, h->d_out};
+  c.lookups = static_cast<char*>(workspace);
+  for (c.start = 0; c.start < tokens; c.start += kChunkTokens) {
+    c.tokens = tokens - c.start < kChunkTokens ? tokens - c.start : kChunkTokens;
+    c.cut = cut_of(c.tokens);
+    const bool fused = c.tokens <= kFusedBatch;
+    c.worker_bytes = worker_bytes(*h, c.cut.piece);
+    c.workers = c.lookups + (fused ? 0 : round_up(c.cut.pieces * piece_bytes(*h, c.cut.piece), 64));
+    if (fused) {
+      on_workers(*host, c, c.cut.pieces, h->fixed_point ? run_fused<FixedStep> : run_fused<FloatStep>);
+      continue;
+    }
+    on_workers(*host, c, c.cut.pieces, h->fixed_point ? run_hash<FixedStep> : run_hash<FloatStep>);
+    const int64_t most = block_pieces(c), blocks = (c.cut.pieces + most - 1) / most;
+    on_workers(*host, c, blocks * h->slices, run_gather);
+  }
+}
+
+static constexpr nogemm::LookupKernels lookup_kernels() { return {lookup_workspace, lookup_forward}; }
+
+}  // namespace nogemm::NOGEMM_NS
