@@ -74,7 +74,8 @@ def run_layer_bench(
         {"machine", "machine_line", "isa", "roofline", "settings", "pool", "rows"}; a row has "contender", "batch",
         "cache", "codes", "verified", "max_error", "us_median", "us_p10", "us_p90" (per call of one layer),
         "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". A contender
-        that is not installed has "missing", one that failed or does not match its reference "error", and neither has a time.
+        that is not installed has "missing", one that failed or does not match its reference has "error"; neither has a
+        time.
     Raises:
         ConfigError, ValueError: an unknown method, field, contender or cache, or fewer than seven rounds.
     """
@@ -148,8 +149,8 @@ def _source(args: LayerBenchArgs) -> Any:
 def _add_rates(row: dict[str, Any], roofline: Roofline | None, args: LayerBenchArgs) -> None:
     """Turn work and time into rates, and hold them against the roofline."""
     us = row.get("us_median")
-    names = ("us_median", "us_p10", "us_p90", "us_per_token", "gflops", "gb_per_s", "roofline_fraction", "bound")
-    row |= {name: row.get(name) for name in names}
+    rates = ("us_per_token", "gflops", "gb_per_s", "roofline_fraction", "bound")
+    row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error", *rates)}
     if us is None:
         return
     row["us_per_token"] = us / row["batch"]

@@ -10,6 +10,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import sys
 import time
 from typing import Any, Protocol
@@ -80,6 +81,12 @@ class _Server:
         return {"us": time_calls(self.contender, message["seconds"], message["max_calls"], self.layers)}
 
 
+def _one_line(error: Exception) -> str:
+    """Say an exception in one line: exporters send pages with colours."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:400]
+
+
 def main() -> None:
     """Serve one parent until it closes the pipe."""
     channel = os.fdopen(os.dup(1), "w")
@@ -92,12 +99,12 @@ def main() -> None:
             try:
                 server = _Server(message)
             except Exception as error:
-                failed = f"{type(error).__name__}: {error}"
+                failed = _one_line(error)
             continue
         try:
             answer = server.answer(message) if server is not None else {"error": failed}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {error}"[:600]}
+            answer = {"error": _one_line(error)}
         channel.write(json.dumps(answer) + "\n")
         channel.flush()
 

@@ -30,16 +30,21 @@ class InductorEngine(Engine):
         self.precision = precision
 
     def compile(self, module: nn.Module, example: Inputs, calibration: Sequence[Inputs]) -> Runner:
-        import torch._dynamo
-        import torch._inductor.config
-
-        torch._inductor.config.freezing = True
-        torch._dynamo.reset()
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[self.precision]
-        compiled: Any = torch.compile(copy.deepcopy(module).to(dtype).eval(), dynamic=False)
-        runner = InductorRunner(compiled, dtype)
-        runner.run(runner.prepare(example))
-        return runner
+        return compile_frozen(copy.deepcopy(module).to(dtype).eval(), example, dtype)
+
+
+def compile_frozen(module: nn.Module, example: Inputs, dtype: torch.dtype = torch.float32) -> Runner:
+    """Compile a module for the example's shape with its weights as constants, and call it once."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(module, dynamic=False)
+    runner = InductorRunner(compiled, dtype)
+    runner.run(runner.prepare(example))
+    return runner
 
 
 def make(precision: str) -> Engine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import tempfile
@@ -60,10 +61,9 @@ class OnnxEngine(Engine):
 
 def export(module: nn.Module, example: Inputs, path: Path) -> None:
     """Write a module as ONNX; dimension 0, and dimension 1 of integer inputs (token ids), may vary."""
-    shapes = tuple(
-        {0: torch.export.Dim.DYNAMIC, **({} if x.is_floating_point() else {1: torch.export.Dim.DYNAMIC})}
-        for x in example
-    )
+    batch, length = torch.export.Dim("batch", min=1), torch.export.Dim("length", min=1)
+    shapes = tuple({0: batch} if x.is_floating_point() else {0: batch, 1: length} for x in example)
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(module.forward).parameters.values())
     # An extent of 1 would be taken for a constant, so the export sees two of everything that may vary.
     wide = tuple(_at_least_two(x) for x in example)
     level = logging.root.manager.disable
@@ -72,7 +72,13 @@ def export(module: nn.Module, example: Inputs, path: Path) -> None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             torch.onnx.export(
-                module, wide, str(path), dynamo=True, dynamic_shapes=(shapes,), external_data=True, verbose=False
+                module,
+                wide,
+                str(path),
+                dynamo=True,
+                dynamic_shapes=(shapes,) if variadic else shapes,
+                external_data=True,
+                verbose=False,
             )
     finally:
         logging.disable(level)

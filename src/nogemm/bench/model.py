@@ -1,0 +1,130 @@
+"""`nogemm bench model`: a whole converted model beside the dense one, in every engine asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nogemm.bench import peers
+from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.models import PACKAGED
+from nogemm.config import layer_class, parse_set
+from nogemm.errors import ConfigError
+from nogemm.hardware import machine, machine_line
+from nogemm.hardware.cpu import usable_cores
+from nogemm.ops import isa
+
+_KEYS = ("batch", "length")
+REMOVED = "no-ffn+"
+COMPILED = "+inductor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelBenchArgs:
+    """Say which model is timed, at which shapes and against whom.
+
+    Attributes:
+        dense: directory of the dense model, or all-MiniLM-L6-v2.
+        model: directory of the converted model; None converts the dense one by `method` and `set` with random weights.
+        method, set: as in `nogemm bench layer`; unused with `model`.
+        dtype: ours is packed in.
+        shape: (texts, tokens per text), one case each.
+        against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
+        ceiling: engines that also run the dense model with its FFNs removed.
+        compiled: also time ours under inductor.
+        threads, rounds, seconds, seed: as in `nogemm bench layer`.
+    """
+
+    dense: str = PACKAGED
+    model: str | None = None
+    method: str = "lookup"
+    set: tuple[str, ...] = ()
+    dtype: str = "fp32"
+    shape: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (32, 128))
+    against: tuple[str, ...] = peers.CONTENDERS
+    ceiling: tuple[str, ...] = ("inductor-fp32", "openvino-int8")
+    compiled: bool = True
+    threads: int = 0
+    rounds: int = MIN_ROUNDS
+    seconds: float = 0.1
+    seed: int = 0
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """Read a shape such as "32x128": texts, tokens per text.
+
+    Raises:
+        ConfigError: anything else.
+    """
+    batch, cross, length = text.partition("x")
+    if not (cross and batch.isdecimal() and length.isdecimal() and int(batch) and int(length)):
+        raise ConfigError(f"--shape {text!r}: expected TEXTSxTOKENS, for example 32x128")
+    return int(batch), int(length)
+
+
+def run_model_bench(
+    args: ModelBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+) -> dict[str, Any]:
+    """Verify and time the packed model, plain and under inductor, its dense contenders, and the model without FFNs.
+
+    Every call gets the next texts of the packaged sample, cut to the length asked for. A contender's pooled embeddings
+    are compared with the fp32 eager model of the same weights before it is timed.
+
+    Returns:
+        {"machine", "machine_line", "isa", "settings", "rows"}; a row has "contender", "batch" (texts), "length",
+        "codes", "verified", "max_error" (1 - least cosine), "cosine", "us_median", "us_p10", "us_p90" (per call),
+        "us_per_token", "ratio" (its median / ours), "memory_bytes" (peak of its process); or "missing", or "error".
+    Raises:
+        ConfigError, ValueError: an unknown method, field or contender, or fewer than seven rounds.
+    """
+    args = _checked(args)
+    codes = "uniform" if args.model is None else "trained"
+    cases = [{"batch": batch, "length": length, "cache": "fresh", "codes": codes} for batch, length in args.shape]
+    plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
+    rows = measure(_specs(args), cases, plan, note=note, _min_rounds=_min_rounds)
+    ours = f"nogemm-{args.dtype}"
+    add_ratios(rows, ours, _KEYS)
+    for row in rows:
+        us = row.get("us_median")
+        row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error")}
+        row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
+    return {
+        "machine": machine(),
+        "machine_line": machine_line(),
+        "isa": isa(),
+        "settings": asdict(args) | {"ours": ours},
+        "rows": rows,
+    }
+
+
+def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
+    if args.dtype not in ("fp32", "bf16", "int8"):
+        raise ConfigError(f"--dtype must be one of fp32, bf16, int8, got {args.dtype!r}")
+    if not args.shape or min(min(shape) for shape in args.shape) < 1:
+        raise ConfigError(f"--shape needs at least one pair of positive numbers, got {args.shape}")
+    parse_set(layer_class(args.method), args.set)
+    for name in (*args.against, *args.ceiling):
+        peers.missing(name)
+    return replace(args, threads=args.threads or usable_cores())
+
+
+def _specs(args: ModelBenchArgs) -> list[Spec]:
+    base = {"dense": args.dense, "seed": args.seed}
+    ours = base | {"model": args.model, "method": args.method, "set": list(args.set), "dtype": args.dtype}
+    factory = "nogemm.bench.model_job:OurModelContender"
+    specs = [
+        Spec(
+            name=f"nogemm-{args.dtype}{COMPILED if compiled else ''}",
+            factory=factory,
+            settings=ours | {"compiled": compiled},
+        )
+        for compiled in ((False, True) if args.compiled else (False,))
+    ]
+    factory = "nogemm.bench.model_job:DenseModelContender"
+    for removed, names in ((False, args.against), (True, args.ceiling)):
+        for name in names:
+            settings = base | {"engine": name, "removed": removed}
+            label = f"{REMOVED}{name}" if removed else name
+            specs.append(Spec(name=label, factory=factory, settings=settings, missing=peers.missing(name)))
+    return specs

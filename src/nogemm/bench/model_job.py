@@ -1,0 +1,169 @@
+"""The worker's side of `nogemm bench model`: whole encoders, dense, converted, or without FFNs.
+
+Legend: B texts, L tokens per text, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+import resource
+import sys
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.bench import peers
+from nogemm.bench.models import load_encoder, load_tokenizer, sample_texts
+
+# Least cosine between a text's pooled embedding and the reference's. fp32 of a converted model: a bit near zero may
+# fall on either side, and reads another row for that token.
+DENSE_COSINES = {"fp32": 0.99999, "bf16": 0.995, "int8": 0.90}
+OUR_COSINES = {"fp32": 0.999, "bf16": 0.95, "int8": 0.95}
+_TEXTS = 2_000
+_CALIBRATION = 16
+
+
+class Encoder(nn.Module):
+    """A transformers encoder as engines take it: positional tensors in, the last hidden state [B, L, D] out."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        return (self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)
+
+
+class _ModelContender:
+    """Draw batches of sample text cut to one length; what all contenders share."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        warnings.simplefilter("ignore")
+        self.settings = settings
+        self.ids = _token_stream(settings["dense"])
+        self.next = 0
+        self.runner: peers.Runner | None = None
+
+    def _inputs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
+        count = batch * length
+        if self.next + count > len(self.ids):
+            self.next = 0
+        ids = self.ids[self.next : self.next + count].reshape(batch, length)
+        self.next += count
+        return ids, torch.ones_like(ids)
+
+    def _open(self, case: dict[str, Any]) -> None:
+        self.case = (case["batch"], case["length"])
+
+    def _verify(self, reference: Encoder, least: float) -> dict[str, Any]:
+        """Compare pooled embeddings of one batch with the fp32 eager model's."""
+        assert self.runner is not None
+        inputs = self._inputs(*self.case)
+        (hidden,) = self.runner.result(self.runner.run(self.runner.prepare(inputs)))
+        with torch.inference_mode():
+            (expected,) = reference(*inputs)
+        facts = compare_hidden(hidden, expected, least)
+        return facts | {"layers": 1, "memory_bytes": _resident_bytes()}
+
+    def draw(self) -> Any:
+        assert self.runner is not None
+        return self.runner.prepare(self._inputs(*self.case))
+
+    def run(self, inputs: Any) -> Any:
+        assert self.runner is not None
+        return self.runner.run(inputs)
+
+
+class DenseModelContender(_ModelContender):
+    """The dense model in one of the engines, or the same model with its FFNs removed: what no FFN could beat."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.engine = peers.engine(settings["engine"])
+        model = load_encoder(settings["dense"])
+        if settings["removed"]:
+            from nogemm.convert.convert import convert
+            from nogemm.layers import NoConfig
+
+            convert(model, NoConfig())
+        self.reference = Encoder(model).eval().requires_grad_(False)
+        self.compiled = False
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        self._open(case)
+        if not self.compiled or self.engine.static:
+            self.runner = None
+            samples = [self._inputs(8, 64) for _ in range(_CALIBRATION)]
+            self.runner = self.engine.compile(copy.deepcopy(self.reference), self._inputs(*self.case), samples)
+            self.compiled = True
+        return self._verify(self.reference, DENSE_COSINES[self.engine.precision])
+
+
+class OurModelContender(_ModelContender):
+    """The converted model, packed, in torch; `compiled` lets inductor fuse what lies around the packed layers."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        from nogemm.convert.pack import pack
+
+        model = our_model(settings)
+        self.reference = Encoder(model).eval().requires_grad_(False)
+        self.packed = Encoder(pack(copy.deepcopy(model), settings["dtype"]))
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        from nogemm.bench.peers.eager import EagerRunner
+        from nogemm.bench.peers.inductor import compile_frozen
+
+        self._open(case)
+        if self.settings["compiled"]:
+            self.runner = compile_frozen(self.packed, self._inputs(*self.case))
+        else:
+            self.runner = EagerRunner(self.packed)
+        return self._verify(self.reference, OUR_COSINES[self.settings["dtype"]])
+
+
+def our_model(settings: dict[str, Any]) -> nn.Module:
+    """Load the converted model, or convert the dense one with random weights, which run as fast."""
+    if settings["model"] is not None:
+        return load_encoder(settings["model"])
+    from nogemm.config import layer_class, parse_set
+    from nogemm.convert.convert import convert
+
+    torch.manual_seed(settings["seed"])
+    model = load_encoder(settings["dense"])
+    convert(model, parse_set(layer_class(settings["method"]), settings["set"]))
+    return model.eval()
+
+
+def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> dict[str, Any]:
+    """Compare mean-pooled embeddings by cosine.
+
+    Returns:
+        {"verified", "max_error": 1 - the least cosine, "cosine": their mean}; "error" if the least is below `least`.
+    """
+    if hidden_BLD.shape != expected_BLD.shape:
+        reason = f"output has shape {tuple(hidden_BLD.shape)}, the reference {tuple(expected_BLD.shape)}"
+        return {"verified": False, "error": f"does not match the reference: {reason}"}
+    cosine = nn.functional.cosine_similarity(hidden_BLD.double().mean(1), expected_BLD.double().mean(1), dim=-1)
+    lowest = float(cosine.min())
+    facts: dict[str, Any] = {"verified": lowest >= least}  # false for NaN too
+    if not facts["verified"]:
+        facts["error"] = f"does not match the reference: least cosine of an embedding {lowest:.5f}, needed {least}"
+    if torch.isfinite(cosine).all():
+        facts |= {"max_error": 1 - lowest, "cosine": float(cosine.mean())}
+    return facts
+
+
+def _token_stream(path: str) -> Tensor:
+    """Return the token ids of the sample's test texts, one after the other."""
+    tokenizer = load_tokenizer(path)
+    encoded = tokenizer(sample_texts(_TEXTS), add_special_tokens=True, truncation=False, verbose=False)
+    return torch.tensor([token for ids in encoded["input_ids"] for token in ids])
+
+
+def _resident_bytes() -> int:
+    """Return the most memory this process has held."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,179 @@
+"""`bench layer` end to end on a tiny shape: the file's form, the arithmetic of its rates, and refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nogemm.bench import layer as bench
+from nogemm.bench.check import token_errors
+from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
+from nogemm.bench.layer_job import dense_work, our_bound, our_layer, rounded, row_bytes
+from nogemm.errors import ConfigError
+from nogemm.layers import LookupFFN
+
+HERE = Path(__file__).parent
+KEYS = {
+    "contender",
+    "batch",
+    "cache",
+    "codes",
+    "us_median",
+    "us_p10",
+    "us_p90",
+    "us_per_token",
+    "ratio",
+    "verified",
+    "max_error",
+    "gflops",
+    "gb_per_s",
+    "roofline_fraction",
+    "bound",
+}
+TINY: dict[str, Any] = {
+    "d": 32,
+    "set": ("tables=16", "bits=3", "projection.block=8"),
+    "batch": (1, 16),
+    "threads": 1,
+    "rounds": 2,
+    "seconds": 0.01,
+    "pool_cap_bytes": 1 << 20,
+}
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    args = LayerBenchArgs(**TINY, against=("torch-fp32", "torch-int8"), cache=("fresh", "warm"))
+    return run_layer_bench(args, _min_rounds=2)
+
+
+def test_every_contender_has_every_case_and_key(result: dict[str, Any]) -> None:
+    rows = result["rows"]
+    assert json.loads(json.dumps(result))["rows"] == rows
+    assert {row["contender"] for row in rows} == {"nogemm-fp32", "torch-fp32", "torch-int8"}
+    assert len(rows) == 3 * 2 * 2
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["verified"] is True
+        assert row["codes"] == "uniform"
+        assert 0 < row["us_p10"] <= row["us_median"] <= row["us_p90"]
+
+
+def test_rates_follow_from_time_and_work(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        assert row["us_per_token"] == row["us_median"] / row["batch"]
+        assert row["gflops"] == pytest.approx(row["flops"] / row["us_median"] / 1000)
+        if row["contender"] == "torch-fp32":
+            assert row["flops"] == 4 * 32 * 128 * row["batch"]
+            ours = [
+                other["us_median"]
+                for other in result["rows"]
+                if other["contender"] == "nogemm-fp32"
+                and (other["batch"], other["cache"]) == (row["batch"], row["cache"])
+            ]
+            assert row["ratio"] == row["us_median"] / ours[0]
+
+
+def test_batch_one_goes_through_twelve_copies_when_fresh(result: dict[str, Any]) -> None:
+    layers = {(row["batch"], row["cache"]): row["layers"] for row in result["rows"]}
+    assert layers == {(1, "fresh"): 12, (16, "fresh"): 1, (1, "warm"): 1, (16, "warm"): 1}
+
+
+def test_the_file_says_where_it_comes_from(result: dict[str, Any]) -> None:
+    assert result["settings"]["seed"] == 0
+    assert result["settings"]["hidden"] == 128
+    assert result["machine"]["versions"]["torch"]
+    assert result["pool"]["note"].startswith("capped")
+
+
+@pytest.mark.parametrize("fake", ["OneWrongRow", "SwappedTables"])
+def test_a_contender_with_wrong_output_has_no_time(monkeypatch: pytest.MonkeyPatch, fake: str) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(HERE))
+    make = bench._specs
+    target = "torch-fp32" if fake == "OneWrongRow" else "nogemm-fp32"
+
+    def specs(args: LayerBenchArgs, pool: Path) -> list[Any]:
+        made = make(args, pool)
+        for spec in made:
+            if spec.name == target:
+                object.__setattr__(spec, "factory", f"fake_contenders:{fake}")
+        return made
+
+    monkeypatch.setattr(bench, "_specs", specs)
+    tiny: dict[str, Any] = TINY | {"batch": (16,), "against": ("torch-fp32",)}
+    args = LayerBenchArgs(**tiny)
+    rows = {row["contender"]: row for row in run_layer_bench(args, _min_rounds=2)["rows"]}
+    assert rows[target]["verified"] is False
+    assert "does not match the reference" in rows[target]["error"]
+    assert all(row["ratio"] is None for row in rows.values() if row is rows[target] or fake == "SwappedTables")
+    other = rows["nogemm-fp32" if fake == "OneWrongRow" else "torch-fp32"]
+    assert other["verified"] is True
+    assert other["us_median"] > 0
+
+
+def test_absent_engines_stay_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.peers, "missing", lambda name: "openvino not installed: pip install 'nogemm[peers]'")
+    args = bench._checked(LayerBenchArgs(**TINY, against=("openvino-int8",)))
+    assert [spec.missing for spec in bench._specs(args, Path("pool"))] == [
+        None,
+        "openvino not installed: pip install 'nogemm[peers]'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": "fp8"}, "--dtype must be one of fp32, bf16, int8"),
+        ({"cache": ("hot",)}, "--cache must be fresh, warm or both, got hot"),
+        ({"batch": (0,)}, "at least one token"),
+        ({"against": ("torch-int4",)}, "unknown contender 'torch-int4'"),
+        ({"method": "magic"}, "unknown layer kind 'magic'"),
+        ({"set": ("table=3",)}, "no field 'table'"),
+        ({"rounds": 6}, "at least 7 rounds"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    everything: dict[str, Any] = TINY | {"against": ()} | change
+    with pytest.raises(ValueError, match=message):
+        run_layer_bench(LayerBenchArgs(**everything))
+
+
+def test_unknown_method_is_a_config_error() -> None:
+    with pytest.raises(ConfigError):
+        bench._checked(LayerBenchArgs(method="magic"))
+
+
+def test_dense_work_by_hand() -> None:
+    # 3 -> 5 -> 3: 30 weights, 60 FLOP a token, 8 biases of 4 bytes.
+    assert dense_work(3, 5, 2, "fp32") == (120.0, 30 * 4 + 32)
+    assert dense_work(3, 5, 2, "int8") == (120.0, 30 + 32)
+
+
+def test_row_bytes_count_every_read() -> None:
+    layer = our_layer({"method": "lookup", "set": TINY["set"], "d": 32, "hidden": 128, "activation": "gelu", "seed": 0})
+    assert isinstance(layer, LookupFFN)
+    assert row_bytes(layer, 10) == 10 * 16 * 32 * 4
+    assert row_bytes(rounded(layer, "int8"), 10) == 10 * 16 * 32
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_rounded_bound_refuses_zeros(dtype: str) -> None:
+    layer = our_layer({"method": "lookup", "set": TINY["set"], "d": 32, "hidden": 128, "activation": "gelu", "seed": 0})
+    x = torch.randn(200, 32)
+    with torch.no_grad():
+        reference = layer(x)
+        bound = our_bound(dtype, token_errors(rounded(layer, dtype)(x), reference))
+    assert token_errors(torch.zeros_like(reference), reference).square().mean().sqrt() > bound.rms
+
+
+def test_weight_level_is_the_nearest_cache_that_holds_them() -> None:
+    found = [
+        {"level": "L1d", "bytes": 100, "shared_by": 1},
+        {"level": "L1i", "bytes": 900, "shared_by": 1},
+        {"level": "L2", "bytes": 1000, "shared_by": 1},
+    ]
+    assert [weight_level(size, found) for size in (100, 101, 1001)] == ["L1", "L2", "memory"]

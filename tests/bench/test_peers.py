@@ -1,0 +1,72 @@
+"""Every dense engine computes the dense layer and the dense model; none is taken for another."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from nogemm.bench import peers
+from nogemm.bench.check import DENSE_BOUNDS, compare
+from nogemm.bench.layer_job import DenseStack
+from nogemm.bench.model_job import DENSE_COSINES, Encoder, compare_hidden
+
+
+@pytest.mark.parametrize("name", peers.CONTENDERS)
+def test_engine_matches_the_dense_layer(name: str) -> None:
+    stack = DenseStack(24, 48, "gelu", copies=2, seed=0)
+    tokens = tuple(torch.randn(5, 24) for _ in range(2))
+    samples = [tuple(torch.randn(32, 24) for _ in range(2)) for _ in range(4)]
+    engine = peers.engine(name)
+    runner = engine.compile(stack, tokens, samples)
+    outputs = runner.result(runner.run(runner.prepare(tokens)))
+    assert len(outputs) == 2
+    reference = torch.cat(stack.double()(*(x.double() for x in tokens)))
+    found = compare(torch.cat(outputs), reference, DENSE_BOUNDS[engine.precision])
+    assert found["verified"] is True, found
+    if engine.precision != "fp32":
+        # It would be a fast way to win: an engine that says int8 and computes in fp32, or the other way round.
+        assert found["rms_error"] > 1e-4
+
+
+@pytest.mark.parametrize("name", ["torch-fp32", "torch-int8", "onnxruntime-fp32", "openvino-f32"])
+def test_engine_matches_the_dense_model(name: str) -> None:
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=100, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    encoder = Encoder(transformers.BertModel(config)).eval().requires_grad_(False)
+    engine = peers.engine(name)
+    shape = (3, 7)
+    inputs = (torch.randint(5, 100, shape), torch.ones(shape, dtype=torch.long))
+    runner = engine.compile(encoder, inputs, [inputs])
+    (hidden,) = runner.result(runner.run(runner.prepare(inputs)))
+    least = DENSE_COSINES[engine.precision]
+    assert compare_hidden(hidden, encoder(*inputs)[0], least)["verified"] is True
+    other = (torch.randint(5, 100, shape), inputs[1])
+    assert compare_hidden(hidden, encoder(*other)[0], 0.99999)["verified"] is False
+
+
+def test_hidden_states_that_are_not_finite_are_refused() -> None:
+    right = torch.randn(2, 3, 4)
+    found = compare_hidden(torch.where(right == right.max(), torch.nan, right), right, 0.5)
+    assert found["verified"] is False
+    assert "max_error" not in found
+    assert compare_hidden(right[:1], right, 0.5)["verified"] is False
+
+
+def test_unknown_engines_are_named() -> None:
+    with pytest.raises(ValueError, match="unknown contender 'torch-fp8'; known: torch-fp32"):
+        peers.engine("torch-fp8")
+
+
+def test_absent_packages_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("nncf", "onnx") else find(name))
+    assert peers.missing("torch-fp32") is None
+    assert peers.missing("openvino-f32") is None
+    assert peers.missing("openvino-int8") == "nncf not installed: pip install 'nogemm[peers]'"
+    with pytest.raises(ModuleNotFoundError, match="onnx not installed"):
+        peers.engine("onnxruntime-fp32")
