@@ -1,0 +1,59 @@
+"""The examples run from a shell on a tiny model and do what they say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import BertConfig, BertModel, BertTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "apple", "boat", "car", "a"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a small BERT and a file of texts."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "vocab.txt").write_text("\n".join(WORDS))
+    config = BertConfig(
+        vocab_size=len(WORDS), hidden_size=64, num_hidden_layers=3, num_attention_heads=2, intermediate_size=128
+    )
+    BertModel(config).save_pretrained(folder / "dense")
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder / "dense")
+    (folder / "texts.txt").write_text("\n".join(f"a {a} {b}" for a in WORDS[5:8] for b in WORDS[8:11]))
+    return folder
+
+
+def run(example: str, *words: object) -> str:
+    """Run an example as its user would; return what it printed."""
+    command = [sys.executable, str(ROOT / "examples" / example), *map(str, words)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_convert_distil_and_search(tiny: Path):
+    said = run("convert_and_distil.py", tiny / "dense", tiny / "texts.txt", tiny / "converted", "--tokens", 500)
+    assert "encoder.layer.2" in said
+    assert "saved to" in said
+    found = run("search_old_index.py", tiny / "dense", tiny / "converted", tiny / "texts.txt", "a red boat", "a car")
+    lines = found.splitlines()
+    assert lines[0] == "a red boat"
+    assert len(lines) == 2 * (1 + 3)
+    scores = [float(line.split()[0]) for line in lines[1:4]]
+    assert scores == sorted(scores, reverse=True)
+
+
+def test_every_example_is_short_and_described():
+    described = (ROOT / "examples" / "README.md").read_text()
+    files = sorted((ROOT / "examples").glob("*.py"))
+    assert len(files) == 2
+    for file in files:
+        assert file.name in described
+        assert len(file.read_text().splitlines()) < 60
