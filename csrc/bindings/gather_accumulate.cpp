@@ -10,9 +10,9 @@ namespace {
 
 constexpr const char* kForward = "gather_accumulate";
 constexpr const char* kBackward = "gather_accumulate_backward";
-constexpr int64_t kGroupBytes = int64_t{1} << 20;  // of table slices walked together: half of a common second-level cache
+constexpr int64_t kGroupBytes = int64_t{1} << 19;  // of table slices walked together, beside the sums in the second-level cache
 constexpr int64_t kMaxGroup = 16;
-constexpr int64_t kTokens = 8192;     // tokens planned at a time: bounds the scratch, and the tables are read once per so many
+constexpr int64_t kTokens = 4096;     // tokens planned at a time: their sums of a slice stay in the second-level cache
 constexpr int64_t kGrain = 1 << 17;   // elements of rows per thread
 
 // The first bad code seen by any piece; the least index wins, so the message does not depend on the threads.

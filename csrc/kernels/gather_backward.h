@@ -151,9 +151,10 @@ static void gather_backward(const GatherShape& shape, const int32_t* starts, con
     backward_any<kSliceVectors, false>(shape, starts, order, sliced, tables, table, column, grad, dots, column > 0, 0);
     return;
   }
+  constexpr int kHalf = kSliceVectors / 2;
   int64_t c = 0;
-  for (; c + 4 * kLanes <= columns; c += 4 * kLanes) {
-    backward_any<4, false>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots, column + c > 0, 0);
+  for (; c + kHalf * kLanes <= columns; c += kHalf * kLanes) {
+    backward_any<kHalf, false>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots, column + c > 0, 0);
   }
   for (; c < columns; c += kLanes) {
     const int last = static_cast<int>(columns - c < kLanes ? columns - c : kLanes);

@@ -47,8 +47,9 @@ struct SmallestFlips {
   }
 
   [[gnu::always_inline]] inline void offer(F u, I mask) {
+    M smaller = lt(set1(1.0f), zero());
     for (Flip& b : best) {
-      const M smaller = lt(u, b.sum);
+      smaller = smaller | lt(u, b.sum);  // once placed, the rest moves down, also past an equal sum
       const Flip old = b;
       b = {blend(smaller, u, old.sum), blend(smaller, mask, old.mask)};
       u = blend(smaller, old.sum, u);
