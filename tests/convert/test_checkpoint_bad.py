@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, SMALL, Family, run_python, train_a_little
+from transformers import AutoConfig, AutoModelForMaskedLM
 
 import nogemm
 
@@ -209,7 +210,8 @@ for path in sys.argv[1:]:
         if auto == ("AutoModelForMaskedLM" if path.endswith("vit") else "AutoModelForImageClassification"):
             continue
         for extra in ({}, {"ignore_mismatched_sizes": True},
-                      {"ignore_mismatched_sizes": True, "attn_implementation": "eager"}):
+                      {"ignore_mismatched_sizes": True, "attn_implementation": "eager"},
+                      {"attn_implementation": "eager", "experts_implementation": "eager"}):
             key = " ".join([path, auto, *extra])
             try:
                 getattr(transformers, auto).from_pretrained(path, **extra)
@@ -234,10 +236,12 @@ def test_loading_without_nogemm_is_an_error_that_says_to_import_it(
     done = run_python(WITHOUT, *(str(tmp_path / name) for name in ("good", "submodule", "vit", "dense")))
     assert done.returncode == 0, done.stderr
     answers: dict[str, str] = json.loads(done.stdout)
-    assert len(answers) == 4 * 2 * 3
+    assert len(answers) == 4 * 2 * 4
     for key, answer in answers.items():
         if "/dense " in key:
             assert answer == "LOADED"
+        elif "experts_implementation" in key:  # both guards overridden by name: the sentinels answer
+            assert "ignore_mismatched_sizes" in answer
         else:
             assert "import nogemm" in answer, (key, answer)
 
@@ -251,6 +255,19 @@ def test_sentinels_stop_a_reader_without_the_guard(path: Path) -> None:
     file.write_text(json.dumps(config))
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         load(path)
+
+
+def test_a_config_alone_gives_no_model(path: Path) -> None:
+    config = AutoConfig.from_pretrained(path)
+    with pytest.raises(ValueError, match="import nogemm"):
+        AutoModelForMaskedLM.from_config(config)
+
+
+def test_plain_state_dicts_need_strict_false(path: Path, converted_bert: Any) -> None:
+    tensors = load_file(path / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*intermediate\.dense\.weight"):
+        converted_bert.load_state_dict(tensors)
+    assert converted_bert.load_state_dict(tensors, strict=False).unexpected_keys
 
 
 def test_saving_a_random_model_warns(bert: Family, tmp_path: Path) -> None:

@@ -159,6 +159,26 @@ def test_a_model_that_is_itself_the_ffn_is_refused(swish_site: None) -> None:
         nogemm.convert(Swish(), nogemm.DenseConfig())
 
 
+class Block(nn.Module):
+    """A class that holds more than its FFN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.ffn = nn.Linear(8, 8), Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn.leave(nn.functional.silu(self.ffn.enter(self.attention(x))))
+
+
+def test_an_adapter_that_would_drop_other_weights_is_refused() -> None:
+    nogemm.register_site("Block", up="ffn.enter", down="ffn.leave", activation="silu")
+    try:
+        with pytest.raises(nogemm.ConfigError, match=r"Block holds weights beside its FFN \(attention\.weight"):
+            nogemm.convert(Holder(Block()), nogemm.DenseConfig())
+    finally:
+        del FAMILIES["Block"]
+
+
 def test_an_activation_we_cannot_compute_is_named(bert: Family) -> None:
     model = transformers.BertModel(
         transformers.BertConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,

@@ -11,30 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nogemm.convert._families import FAMILIES, SiteAdapter
+from nogemm.convert._reading import activation_name, check_nothing_else_is_lost, is_linear, is_module, read_linear
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, DenseFFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS
-
-_ACTIVATION_OF_CLASS = {
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "GELUTanh": "gelu_pytorch_tanh",
-    "PytorchGELUTanh": "gelu_pytorch_tanh",
-    "NewGELUActivation": "gelu_new",
-    "FastGELUActivation": "gelu_new",  # the same tanh formula, other constants' order
-    "AccurateGELUActivation": "gelu_new",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
 
 
 @dataclass(frozen=True)
@@ -109,15 +94,15 @@ class Site:
                 f"site {self.name!r} uses the activation {self.activation!r}, which nogemm cannot compute; known: "
                 f"{', '.join(ACTIVATIONS)}"
             )
-        up, up_bias = _weights(self.up)
+        up, up_bias = read_linear(self.up)
         gate, gate_bias = None, None
         if self.adapter.fused:  # the branch that is activated comes first
             gate, up = up.chunk(2)
             if up_bias is not None:
                 gate_bias, up_bias = up_bias.chunk(2)
         elif self.adapter.gate is not None:
-            gate, gate_bias = _weights(self.owner.get_submodule(self.adapter.gate))
-        down, down_bias = _weights(self.down)
+            gate, gate_bias = read_linear(self.owner.get_submodule(self.adapter.gate))
+        down, down_bias = read_linear(self.down)
         dense = DenseFFN.from_weights(up, up_bias, down, down_bias, gate, gate_bias, self.activation)
         return dense.to(up.device).train(self.owner.training)
 
@@ -129,7 +114,7 @@ class Site:
         if adapter.put:
             self.owner.set_submodule(adapter.put, ffn)
             for path in (*dense_paths, adapter.activation):
-                if _is_module(self.owner, path) and not (path + ".").startswith(adapter.put + "."):
+                if is_module(self.owner, path) and not (path + ".").startswith(adapter.put + "."):
                     self.owner.set_submodule(path, nn.Identity())
         else:
             if self.parent is None:
@@ -275,20 +260,21 @@ def _adapter_of(module: nn.Module) -> SiteAdapter | None:
             for method in ("forward", "feed_forward_chunk", "ff_chunk")
         )
         matrices = [path for path in (adapter.up, adapter.gate, adapter.down) if path is not None]
-        return adapter if same and all(_is_linear(module, path) for path in matrices) else None
+        return adapter if same and all(is_linear(module, path) for path in matrices) else None
     return None
 
 
 def _make_site(name: str, owner: nn.Module, parent: nn.Module | None, adapter: SiteAdapter) -> Site:
-    up, _ = _weights(owner.get_submodule(adapter.up))
-    down, _ = _weights(owner.get_submodule(adapter.down))
+    check_nothing_else_is_lost(name, owner, adapter)
+    up, _ = read_linear(owner.get_submodule(adapter.up))
+    down, _ = read_linear(owner.get_submodule(adapter.down))
     d_out, hidden = down.shape
     return Site(
         name=name,
         d_in=up.shape[1],
         d_out=d_out,
         hidden=hidden,
-        activation=_activation_name(owner, adapter.activation),
+        activation=activation_name(owner, adapter.activation),
         gated=adapter.fused or adapter.gate is not None,
         owner=owner,
         parent=parent,
@@ -296,43 +282,7 @@ def _make_site(name: str, owner: nn.Module, parent: nn.Module | None, adapter: S
     )
 
 
-def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Return weight [out, in] and bias of a Linear or of transformers' Conv1D, which stores its transpose."""
-    weight, bias = linear.weight, linear.bias
-    assert isinstance(weight, Tensor)
-    if type(linear).__name__ == "Conv1D":
-        weight = weight.T
-    return weight.detach(), bias.detach() if isinstance(bias, Tensor) else None
-
-
-def _activation_name(owner: nn.Module, path: str) -> str:
-    act: Any = owner
-    for part in path.split("."):
-        act = getattr(act, part, None)
-    if act is None:
-        return path  # hard-coded in the class: the adapter gives the name itself
-    if isinstance(act, nn.GELU) and act.approximate == "tanh":
-        return "gelu_pytorch_tanh"
-    label = type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", str(act))
-    return _ACTIVATION_OF_CLASS.get(label, label)
-
-
-def _is_linear(owner: nn.Module, path: str) -> bool:
-    if not _is_module(owner, path):
-        return False
-    linear = owner.get_submodule(path)
-    return isinstance(linear, nn.Linear) or type(linear).__name__ == "Conv1D"
-
-
-def _is_module(owner: nn.Module, path: str) -> bool:
-    try:
-        owner.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def placement(site: Site) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype of a site's dense weights, which our layer takes over."""
-    weight, _ = _weights(site.up)
+    weight, _ = read_linear(site.up)
     return weight.device, weight.dtype
