@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -14,6 +16,7 @@ from nogemm.bench.report import write_report
 from nogemm.bench.report_svg import Bar, Point, bars, lines, number, scatter
 from nogemm.errors import ConfigError
 from nogemm.files import write_atomically, write_json
+from nogemm.hardware.memory import peak_memory_bytes
 
 LINE = "Some CPU, 2 cores"
 
@@ -175,3 +178,13 @@ def test_json_refuses_what_is_not_json(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"value": float("nan")})
     assert not (tmp_path / "x.json").exists()
+
+
+def test_peak_memory_is_this_process_own():
+    # A child that inherited its parent's peak would report more than the block that only the parent held.
+    block = bytearray(300 * 2**20)
+    code = "from nogemm.hardware.memory import peak_memory_bytes as p; print(p()); b = bytearray(2**28); print(p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert peak_memory_bytes() > len(block)
+    assert after - before > 0.9 * 2**28

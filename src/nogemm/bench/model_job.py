@@ -6,8 +6,6 @@ Legend: B texts, L tokens per text, D width.
 from __future__ import annotations
 
 import copy
-import resource
-import sys
 import warnings
 from typing import Any
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 from nogemm.bench import peers
 from nogemm.bench.models import load_encoder, load_tokenizer, sample_texts
+from nogemm.hardware.memory import peak_memory_bytes
 
 # Least cosine between a text's pooled embedding and the reference's. fp32 of a converted model: a bit near zero may
 # fall on either side, and reads another row for that token.
@@ -65,7 +64,7 @@ class _ModelContender:
         with torch.inference_mode():
             (expected,) = reference(*inputs)
         facts = compare_hidden(hidden, expected, least)
-        return facts | {"layers": 1, "memory_bytes": _resident_bytes()}
+        return facts | {"layers": 1, "memory_bytes": peak_memory_bytes()}
 
     def draw(self) -> Any:
         assert self.runner is not None
@@ -161,9 +160,3 @@ def _token_stream(path: str) -> Tensor:
     tokenizer = load_tokenizer(path)
     encoded = tokenizer(sample_texts(_TEXTS), add_special_tokens=True, truncation=False, verbose=False)
     return torch.tensor([token for ids in encoded["input_ids"] for token in ids])
-
-
-def _resident_bytes() -> int:
-    """Return the most memory this process has held."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -106,7 +106,7 @@ def child(model: Path, out: Path, pack: str | None = None) -> dict[str, Any]:
     if agreement is not None:
         if agreement < 0.999:
             raise NogemmError(f"SentenceTransformer gives other embeddings than transformers (cosine {agreement:.4f})")
-        said += f", SentenceTransformer agrees (least cosine {agreement:.5f})"
+        said += f", SentenceTransformer agrees (cosine {agreement:.5f})"
     return found | {"said": said}
 
 
