@@ -63,7 +63,7 @@ def test_stage_two_raises_agreement(pair: Pair) -> None:
     before = agreement(pair)
     report = run(pair, stage1_share=0.0, validation=make_texts(60, seed=9))
     assert report.agreement is not None
-    assert report.agreement > before + 0.01
+    assert report.agreement > before + 0.1 * (1.0 - before)
 
 
 def test_modes_and_gradient_flags_come_back(pair: Pair) -> None:
@@ -110,9 +110,8 @@ def test_models_with_a_head_are_trained_on_its_logits() -> None:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=62, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, num_labels=3
-    )
+    config = BertConfig(vocab_size=62, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+    config.num_labels = 3
     teacher, model = BertForSequenceClassification(config), BertForSequenceClassification(config)
     model.load_state_dict(teacher.state_dict())
     nogemm.convert(model, LOOKUP)
@@ -209,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(
 
 def test_a_rate_that_is_far_too_large_never_leaves_bad_weights() -> None:
     pair = make_pair()
-    next(iter(converted(pair.model).values())).tables.data.fill_(3e38)
+    next(iter(converted(pair.model).values())).get_parameter("projection.weight").data.fill_(3e38)
     with pytest.raises(TrainingError, match="lower the learning rates"):
         run(pair)
 

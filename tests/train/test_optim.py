@@ -30,8 +30,9 @@ def test_groups_hold_every_parameter_once(pair: Pair) -> None:
     ids = [id(p) for group in groups.values() for p in group]
     assert len(ids) == len(set(ids))
     assert set(ids) == {id(p) for p in pair.model.parameters()}
-    assert {id(p) for p in groups["tables"]} == {id(layer.tables) for layer in layers}
-    assert all(id(layer.projection.weight) in {id(p) for p in groups["projection"]} for layer in layers)
+    assert {id(p) for p in groups["tables"]} == {id(layer.get_parameter("tables")) for layer in layers}
+    projections = {id(layer.get_parameter("projection.weight")) for layer in layers}
+    assert projections <= {id(p) for p in groups["projection"]}
     embeddings = {id(m.weight) for m in pair.model.modules() if isinstance(m, nn.Embedding)}
     assert not embeddings & {id(p) for p in backbone_parameters(pair.model, layers, embeddings=False)}
 

@@ -6,12 +6,10 @@ Reading order: `distil`, `Run.train`, `Run.save` and `Run.restore`; steps are in
 from __future__ import annotations
 
 import shutil
-import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,13 @@ from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.data import Batch, Batches, tokenise
 from nogemm.train.errors import TrainingError, TrainingInterrupted
+from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
 from nogemm.train.losses import Spread, hidden_states, pooled
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.progress import Progress
 from nogemm.train.sources import describe, texts
-from nogemm.train.stages import LayerStage, ModelStage, Stage, run
+from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable, run
 
 VALIDATION_TOKENS = 50_000
 """At most this many validation tokens are measured at a time."""
@@ -117,7 +116,7 @@ class Run:
     def _plan(self) -> list[tuple[str, float, float]]:
         """Return (stage, from, to) in parts of the budget; a model without sites to fit has only the second."""
         share = self.options.stage1_share
-        if not LayerStage(self.model, self.teacher, self.options).layers:
+        if not fittable(self.model, self.teacher):
             share = 0.0
         stages = [("layers", 0.0, share), ("model", share, 1.0)]
         return [entry for entry in stages if entry[2] > entry[1]]
@@ -186,6 +185,8 @@ class Run:
         optimiser, rates = make_optimiser(stage.groups, self.options)
         if self.resumed is not None and self.resumed.state["stage"] == index:
             load_optimiser_tensors(optimiser, self.resumed.parts["optimiser"])
+            if isinstance(stage, LayerStage):
+                stage.fresh.clear()
             for key, state in ckpt.unflatten(self.resumed.parts["spread"]).items():
                 stage.spreads.setdefault(key, Spread(0)).load_state(state)
         report = self.reports[index]
@@ -210,17 +211,21 @@ class Run:
         self.resumed = None
 
     def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
+        mean: dict[str, float] = {}
         try:
-            losses = stage.step(batch)
+            for count, losses in enumerate(stage.steps(batch), start=1):
+                mean = {
+                    name: mean.get(name, 0.0) + (value - mean.get(name, 0.0)) / count for name, value in losses.items()
+                }
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
         except TrainingError as error:
-            # The parameters are still those of the step before: only a finite gradient is ever applied.
+            # The parameters are still those of the update before: only a finite gradient is ever applied.
             kept = ckpt.latest(self.directory) if self.keep else None
             where = f"; the last checkpoint is {kept}" if kept else ""
             raise TrainingError(f"stopped after {self.tokens:,} tokens: {error}{where}") from error
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
         self.tokens += batch.tokens
-        return losses
+        return mean
 
     def _take(self, tokens: int) -> list[Batch]:
         """Return the next batches that hold about this many tokens; they count towards the budget."""
@@ -322,19 +327,6 @@ class Run:
         )
 
 
-def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
-    free = {"log_seconds", "checkpoint_seconds"}
-    before = {**before, "hidden_map": as_tuple(before["hidden_map"]), "field": as_tuple(before["field"])}
-    now = {**now, "hidden_map": as_tuple(now["hidden_map"]), "field": as_tuple(now["field"])}
-    return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
-
-
-def as_tuple(value: Any) -> Any:
-    """Turn JSON's lists back into tuples."""
-    return tuple(value) if isinstance(value, list) else value
-
-
 def default_tokenizer(teacher: nn.Module) -> Any:
     """Load the tokenizer that was saved with the teacher."""
     name = getattr(getattr(teacher, "config", None), "_name_or_path", "")
@@ -343,51 +335,3 @@ def default_tokenizer(teacher: nn.Module) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name)
-
-
-@contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Switch dropout off for the whole run, and give every module its mode back afterwards."""
-    before = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in before:
-            module.training = mode
-
-
-@contextmanager
-def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
-    """Let only the stage's parameters collect gradients, and restore every flag afterwards."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(parameter) for group in stage.groups.values() for parameter in group}
-    for parameter, _ in before:
-        parameter.requires_grad_(id(parameter) in wanted)
-    try:
-        yield
-    finally:
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
-
-
-@contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is looked at between steps; a second one interrupts at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    old = signal.getsignal(signal.SIGINT)
-
-    def handler(number: int, frame: Any) -> None:
-        event.set()
-        signal.signal(signal.SIGINT, old)
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield event
-    finally:
-        signal.signal(signal.SIGINT, old)

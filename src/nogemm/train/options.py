@@ -19,6 +19,7 @@ class DistilOptions:
             time ends depends on the machine's speed; one that tokens end is reproducible.
         stage1_share: part of the budget that fits layers alone; the rest trains the whole model.
         batch_tokens: tokens in a batch, padding included.
+        updates_per_batch: optimiser steps for each teacher pass of stage 1, each on its share of the tokens.
         max_length: longer texts are cut to this many tokens.
         seed: order of the data.
         lr_projection: learning rate of the hash projections.
@@ -48,10 +49,11 @@ class DistilOptions:
     max_seconds: float | None = None
     stage1_share: float = 0.4
     batch_tokens: int = 2048
+    updates_per_batch: int = 2
     max_length: int = 128
     seed: int = 0
     lr_projection: float = 2e-3
-    lr_tables: float = 2e-3
+    lr_tables: float = 5e-3
     lr_other: float = 1e-3
     lr_backbone: float = 2e-4
     weight_decay: float = 0.0
@@ -94,6 +96,7 @@ _RANGES = (
     ("max_seconds", 0, _LARGE),
     ("stage1_share", 0, 1),
     ("batch_tokens", 1, _LARGE),
+    ("updates_per_batch", 1, _LARGE),
     ("max_length", 2, _LARGE),
     ("warmup", 0, 1),
     ("clip", 0, _LARGE),

@@ -9,11 +9,13 @@ Legend: N tokens, D width, S sequences, L positions.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert.fitted import is_random
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, LookupFFN
@@ -32,8 +34,8 @@ class Stage(Protocol):
     groups: dict[str, list[nn.Parameter]]
     spreads: dict[str, Spread]
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """Compute losses and leave clipped gradients in the parameters; "loss" is the one that is minimised."""
+    def steps(self, batch: Batch) -> Iterator[dict[str, float]]:
+        """Yield the losses of each update on this batch, clipped gradients in place; "loss" is the minimised one."""
         ...
 
 
@@ -43,7 +45,8 @@ class LayerStage:
         loss = sum over sites of  mean_{n, d} (y[n, d] - t[n, d])^2 / var_d(t)
 
     where y is our layer on the teacher's input of that site, and t the teacher's output. The layers share nothing, so
-    each has its own gradient norm and the teacher never waits for the model.
+    each has its own gradient norm. One teacher pass serves several updates: each takes every k-th token. Layers that
+    are still random start from empty tables and the mean output, so that nothing must be unlearnt first.
     """
 
     name = "layers"
@@ -54,17 +57,25 @@ class LayerStage:
         self.layers: dict[str, FFN] = fittable(model, teacher)
         self.groups = layer_groups(self.layers.values())
         self.spreads = {name: Spread(layer.d_out) for name, layer in self.layers.items()}
+        self.fresh = {name for name, layer in self.layers.items() if is_random(layer)}
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        losses: dict[str, float] = {}
-        for name, (x_ND, t_ND) in self.activations(batch).items():
-            layer, spread = self.layers[name], self.spreads[name]
-            spread.update(t_ND)
-            loss = relative_error(layer(x_ND), t_ND, spread.weights())
-            loss.backward()
-            losses[name] = finite(loss, f"the loss of {name}")
-            finite(clip_gradients(layer.parameters(), self.options.clip), f"the gradient of {name}")
-        return {"loss": sum(losses.values()) / len(losses), **losses}
+    def steps(self, batch: Batch) -> Iterator[dict[str, float]]:
+        activations = self.activations(batch)
+        for name, (_, t_ND) in activations.items():
+            self.spreads[name].update(t_ND)
+            if name in self.fresh:
+                start_empty(self.layers[name], t_ND.mean(0))
+        self.fresh.clear()
+        updates = min(self.options.updates_per_batch, batch.tokens)
+        for first in range(updates):
+            losses: dict[str, float] = {}
+            for name, (x_ND, t_ND) in activations.items():
+                layer, weights_D = self.layers[name], self.spreads[name].weights()
+                loss = relative_error(layer(x_ND[first::updates]), t_ND[first::updates], weights_D)
+                loss.backward()
+                losses[name] = finite(loss, f"the loss of {name}")
+                finite(clip_gradients(layer.parameters(), self.options.clip), f"the gradient of {name}")
+            yield {"loss": sum(losses.values()) / len(losses), **losses}
 
     def activations(self, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Return {site: (input [N, D], output [N, D])} of the teacher's FFNs, padding left out."""
@@ -108,7 +119,7 @@ class ModelStage:
         self.map = hidden_map(model, teacher, options)
         self.spreads: dict[str, Spread] = {}
 
-    def step(self, batch: Batch) -> dict[str, float]:
+    def steps(self, batch: Batch) -> Iterator[dict[str, float]]:
         with torch.no_grad():
             target = run(self.teacher, batch, hidden=True)
         output = run(self.model, batch, hidden=True)
@@ -126,7 +137,16 @@ class ModelStage:
         value = finite(loss, "the loss")
         loss.backward()
         finite(clip_gradients(self.trained, self.options.clip), "the gradient")
-        return {"loss": value, "hidden": hidden.item(), "output": task.item()}
+        yield {"loss": value, "hidden": hidden.item(), "output": task.item()}
+
+
+def start_empty(layer: FFN, mean_D: Tensor) -> None:
+    """Let a random lookup layer answer the mean output to every token."""
+    if isinstance(layer, LookupFFN):
+        with torch.no_grad():
+            layer.tables.zero_()
+            if layer.bias is not None:
+                layer.bias.copy_(mean_D)
 
 
 def rate(options: DistilOptions, group: str) -> float:

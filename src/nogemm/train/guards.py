@@ -1,0 +1,74 @@
+"""What surrounds a run: modes and gradient flags that are put back, Ctrl-C, and options compared on resuming."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from nogemm.train.stages import Stage
+
+
+@contextmanager
+def evaluation_mode(*models: nn.Module) -> Iterator[None]:
+    """Switch dropout off for the whole run, and give every module its mode back afterwards."""
+    before = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in before:
+            module.training = mode
+
+
+@contextmanager
+def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
+    """Let only the stage's parameters collect gradients, and restore every flag afterwards."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    wanted = {id(parameter) for group in stage.groups.values() for parameter in group}
+    for parameter, _ in before:
+        parameter.requires_grad_(id(parameter) in wanted)
+    try:
+        yield
+    finally:
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+
+
+@contextmanager
+def interrupts() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C into an event that is looked at between steps; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    old = signal.getsignal(signal.SIGINT)
+
+    def handler(number: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, old)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
+    free = {"log_seconds", "checkpoint_seconds"}
+    before = {**before, "hidden_map": as_tuple(before["hidden_map"]), "field": as_tuple(before["field"])}
+    now = {**now, "hidden_map": as_tuple(now["hidden_map"]), "field": as_tuple(now["field"])}
+    return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
+
+
+def as_tuple(value: Any) -> Any:
+    """Turn JSON's lists back into tuples."""
+    return tuple(value) if isinstance(value, list) else value
