@@ -107,7 +107,7 @@ def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     Returns:
         y [..., d_out] in x's dtype, accumulated in float32.
     Raises:
-        RuntimeError: a buffer that `pack_lookup` did not make, or a width that is not the layer's.
+        ValueError: a buffer that `pack_lookup` did not make, or a width that is not the layer's.
     Cost: hash 2 r m D B + r m D log2 D FLOP, gather 2 T F d_out FLOP per token; see `LookupFFN.cost`.
     """
     return torch.ops.nogemm.packed_lookup(x, packed, d_out)
