@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
@@ -29,7 +29,7 @@ from nogemm.train.progress import Progress
 from nogemm.train.sources import describe, texts
 from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable, run
 
-VALIDATION_TOKENS = 50_000
+VALIDATION_TOKENS = 20_000
 """At most this many validation tokens are measured at a time."""
 
 
@@ -109,6 +109,7 @@ class Run:
         self.stopped = ""
         self.history: list[dict[str, float]] = []
         self.validation: list[Batch] = []
+        self.targets: list[Tensor] = []
         self.resumed: ckpt.Checkpoint | None = None
         self.plan = self._plan()
         self.reports = [StageReport(stage) for stage, _, _ in self.plan]
@@ -252,16 +253,16 @@ class Run:
 
     def agreement(self) -> float:
         """Return the mean cosine of the validation texts' pooled embeddings with the teacher's."""
-        total, count = 0.0, 0
         with torch.no_grad():
-            for batch in self.validation:
-                ours, theirs = (
-                    pooled(hidden_states(run(model, batch, hidden=True))[-1], batch.mask)
-                    for model in (self.model, self.teacher)
-                )
-                total += float((ours * theirs).sum())
-                count += len(batch.ids)
-        return total / count
+            if not self.targets:
+                self.targets = [self._embed(self.teacher, batch) for batch in self.validation]
+            pairs = zip(self.validation, self.targets, strict=True)
+            cosines = [(self._embed(self.model, batch) * target).sum(-1) for batch, target in pairs]
+        return torch.cat(cosines).mean().item()
+
+    @staticmethod
+    def _embed(model: nn.Module, batch: Batch) -> Tensor:
+        return pooled(hidden_states(run(model, batch, hidden=True))[-1], batch.mask)
 
     # -- saving
 
