@@ -6,13 +6,16 @@ import fcntl
 import multiprocessing
 import random
 import resource
+import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_models import FAMILIES, Family, train_a_little
 
 import nogemm
@@ -102,6 +105,17 @@ def test_a_full_disk_leaves_the_old_checkpoint(converted_bert: Any, tmp_path: Pa
     assert names(tmp_path) == {"model"}
 
 
+def test_too_little_space_is_seen_before_writing(
+    converted_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nogemm.save(converted_bert, tmp_path / "model")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(nogemm.CheckpointError, match=r"needs 0 MB, .* has 0 MB free.*untouched"):
+        nogemm.save(converted_bert, tmp_path / "model")
+    assert names(tmp_path) == {"model"}
+
+
 def test_two_writers_exclude_each_other(converted_bert: Any, tmp_path: Path) -> None:
     with (tmp_path / ".model.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -145,14 +159,24 @@ def test_a_file_in_the_way_and_a_model_that_cannot_be_saved(converted_bert: Any,
     assert not (tmp_path / "linear").exists()
 
 
-def save_for_ever(model: Any, path: Path) -> None:
+def save_for_ever(model: Any, path: Path, write: Callable[[Any, Path], None]) -> None:
     """Child process: save step after step, both layers of each save marked with the step's number."""
     torch.set_num_threads(1)
+    # A progress bar takes a lock that forked processes share: killed while holding it, a child would stop the parent.
+    transformers.logging.disable_progress_bar()
     for step in range(10**6):
         with torch.no_grad():
             for layer in nogemm.converted(model).values():
                 layer.get_parameter("bias").fill_(float(step))
-        nogemm.save(model, path)
+        write(model, path)
+
+
+def kill_a_writer(model: Any, path: Path, write: Callable[[Any, Path], None], seconds: float) -> None:
+    child = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(model, path, write))
+    child.start()
+    time.sleep(seconds)
+    child.kill()
+    child.join()
 
 
 def test_kill_9_at_random_moments_leaves_a_complete_checkpoint(converted_bert: Any, tmp_path: Path) -> None:
@@ -163,16 +187,31 @@ def test_kill_9_at_random_moments_leaves_a_complete_checkpoint(converted_bert: A
     chance = random.Random(0)
     interrupted = 0
     for _ in range(25):
-        child = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(converted_bert, path))
-        child.start()
-        time.sleep(chance.uniform(0.02, 0.2))
-        child.kill()
-        child.join()
+        kill_a_writer(converted_bert, path, nogemm.save, chance.uniform(0.02, 0.2))
         interrupted += len(names(tmp_path)) > 2  # a lock or a temporary was left: the kill came during a save
         check_complete(path, reference)
     assert interrupted > 5  # negative control: the kills do hit saves
     nogemm.save(converted_bert, path)  # the dead writers' locks and leftovers are no obstacle
     assert names(tmp_path) == {"source", "model"}
+
+
+def test_kill_9_during_plain_save_pretrained_never_half_loads(converted_bert: Any, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path, max_shard_size="8KB")
+    reference = FAMILIES["bert"].auto.from_pretrained(tmp_path)
+    chance = random.Random(1)
+    failures = 0
+
+    def write(model: Any, path: Path) -> None:
+        model.save_pretrained(path, max_shard_size="8KB")
+
+    for _ in range(25):
+        kill_a_writer(converted_bert, tmp_path, write, chance.uniform(0.02, 0.1))
+        try:
+            check_complete(tmp_path, reference)
+        except (nogemm.CheckpointError, OSError, ValueError):  # ValueError: transformers, on half an index file
+            failures += 1
+        converted_bert.save_pretrained(tmp_path, max_shard_size="8KB")  # in place: repair it for the next round
+    assert failures > 0  # the kills do leave broken directories, and loading says so
 
 
 def check_complete(path: Path, reference: Any) -> None:

@@ -57,6 +57,7 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
         fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
         try:
             fresh.mkdir()
+            _check_space(model, target)
             _write(model, tokenizer, fresh)
             if target.exists():
                 _carry_over(target, fresh)
@@ -70,6 +71,17 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)  # the new one after an error, the old one after an exchange
+
+
+def _check_space(model: nn.Module, target: Path) -> None:
+    """Refuse early: safetensors fills a memory map, and a disk that fills up under one kills the process."""
+    needed = sum(value.numel() * value.element_size() for value in inner_model(model).state_dict().values())
+    free = shutil.disk_usage(target.parent).free
+    if needed > free:
+        raise CheckpointError(
+            f"save: the model needs {needed / 1e6:.0f} MB, {target.parent} has {free / 1e6:.0f} MB free. "
+            "What was there before is untouched"
+        )
 
 
 def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
