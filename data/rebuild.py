@@ -174,8 +174,8 @@ def main() -> int:
         target.add_argument("--compare", type=Path)
     args = parser.parse_args()
     if args.command == "debian":
-        names = None if args.all else kept("debian-packages.jsonl.gz", "name")
-        rows, key = debian_rows(args.packages, args.translation, names and set(names)), "name"
+        names = None if args.all else set(kept("debian-packages.jsonl.gz", "name"))
+        rows, key = debian_rows(args.packages, args.translation, names), "name"
     else:
         rows, key = wordnet_rows(args.directory, kept("wordnet-glosses.jsonl.gz", "id")), "id"
     if args.compare is not None:

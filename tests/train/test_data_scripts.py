@@ -23,7 +23,7 @@ Package: beta
 Section: net
 Description: second
 """
-LONG = " Version 1 of this tool does a number of useful things that are worth describing here,\n and continues on a second line."
+LONG = " Version 1 of this tool does a number of useful things that are worth describing here,\n and continues for a while on a second line."
 TRANSLATION = f"""Package: alpha
 Description-md5: 0
 Description-en: the first tool
@@ -69,7 +69,7 @@ def test_debian_rows_follow_the_rules(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = rebuild.debian_rows(str(packages), str(translation), None)
     assert [(row["name"], row["section"]) for row in rows] == [("alpha", "utils"), ("omega", None)]
     assert rows[0]["short"] == "the first tool"
-    assert rows[0]["long"].endswith("continues on a second line.\n\nA second paragraph:  * with an item")
+    assert rows[0]["long"].endswith("continues for a while on a second line.\n\nA second paragraph:  * with an item")
     assert [row["name"] for row in rebuild.debian_rows(str(packages), str(translation), {"omega"})] == ["omega"]
 
 
