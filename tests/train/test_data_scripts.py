@@ -23,7 +23,10 @@ Package: beta
 Section: net
 Description: second
 """
-LONG = " Version 1 of this tool does a number of useful things that are worth describing here,\n and continues for a while on a second line."
+LONG = (
+    " Version 1 of this tool does a number of useful things that are worth describing here,\n"
+    " and continues for a while on a second line."
+)
 TRANSLATION = f"""Package: alpha
 Description-md5: 0
 Description-en: the first tool
