@@ -79,7 +79,7 @@ def _check_space(model: nn.Module, target: Path) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
-            f"save: the model needs {needed / 1e6:.0f} MB, {target.parent} has {free / 1e6:.0f} MB free. "
+            f"save: the model needs {needed / 1e6:.1f} MB, {target.parent} has {free / 1e6:.1f} MB free. "
             "What was there before is untouched"
         )
 
