@@ -36,6 +36,7 @@ def test_set_words() -> None:
         ({"tables": True}, "tables=True"),
         ({"score": "softmax"}, "score must be one of gelu, sigmoid"),
         ({"storage": "int4"}, "storage must be one of"),
+        ({"norm_eps": -1e-5}, "norm_eps must be at least 0"),
         ({"projection": 3}, "projection must be a projection config"),
     ],
 )

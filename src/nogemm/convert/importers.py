@@ -72,12 +72,11 @@ def lookupffn(state_dict: Mapping[str, Tensor], *, eps: float = 1e-5, mix: float
         _shape(state, "hash.projection.weight", (repeats, ROUNDS, width // block, block, block))
         weight = weight * math.sqrt(width)
         projection = BHConfig(rounds=ROUNDS, block=block, residual=mix)
-    config = LookupConfig(tables=tables, bits=bits, projection=projection, score="gelu", norm=True)
+    config = LookupConfig(tables=tables, bits=bits, projection=projection, norm_eps=eps)
     layer = config.build(d, d_out).to(weight.dtype)
     assert layer.norm is not None
     assert layer.bias is not None
     assert layer.projection.bias is not None
-    layer.norm.eps = eps
     with torch.no_grad():
         layer.norm.weight.copy_(state["LayerNorm.weight"])
         layer.norm.bias.copy_(state["LayerNorm.bias"])

@@ -42,6 +42,7 @@ class LookupConfig(LayerConfig):
         score: "gelu" (linearly scaled) or "sigmoid".
         neighbours: rows read per table, from 1 to 2^K, nearest codes first.
         norm: LayerNorm inside the layer, before the projection.
+        norm_eps: added to its variance.
         bias: add a trainable bias to the output.
         init: "scaled" (output scale independent of tables, bits and projection) or "reference" (as published).
         storage: how the tables are kept: "fp32" (trainable, in the layer's dtype), or compressed "bf16" or "int8"
@@ -55,6 +56,7 @@ class LookupConfig(LayerConfig):
     score: str = "gelu"
     neighbours: int = 1
     norm: bool = True
+    norm_eps: float = 1e-5
     bias: bool = True
     init: str = "scaled"
     storage: str = "fp32"
@@ -66,6 +68,8 @@ class LookupConfig(LayerConfig):
         check_choice("LookupConfig", "score", self.score, ("gelu", "sigmoid"))
         check_choice("LookupConfig", "init", self.init, ("scaled", "reference"))
         check_choice("LookupConfig", "storage", self.storage, ("fp32", "bf16", "int8"))
+        if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps >= 0:
+            raise ConfigError(f"LookupConfig: norm_eps must be at least 0, got norm_eps={self.norm_eps!r}")
         if not isinstance(self.projection, ProjectionConfig):
             raise ConfigError(f"LookupConfig: projection must be a projection config, got {self.projection!r}")
 
@@ -105,7 +109,7 @@ class LookupFFN(FFN):
     def __init__(self, config: LookupConfig, d_model: int, d_out: int | None = None) -> None:
         super().__init__(config, d_model, d_out)
         self.config: LookupConfig = config
-        self.norm = nn.LayerNorm(d_model) if config.norm else None
+        self.norm = nn.LayerNorm(d_model, eps=config.norm_eps) if config.norm else None
         self.projection = config.projection.build(d_model, config.tables * config.bits)
         self.bias = nn.Parameter(torch.empty(self.d_out)) if config.bias else None
         shape = (config.tables, 2**config.bits, self.d_out)

@@ -89,8 +89,8 @@ class BHProjection(Projection):
         else:
             # Orthogonal blocks keep every round an isometry, so depth does not change the scale; the last round makes
             # up for the zero padding and the residual share c: c^2 s^2 d/D + (1 - c)^2 d/D = 1.
-            for matrix in self.weight.data.flatten(0, -3):
-                nn.init.orthogonal_(matrix)
+            with torch.no_grad():
+                self.weight.copy_(random_orthogonal(self.weight))
             share = 1.0 if self.residual is None else self.residual
             with torch.no_grad():
                 self.weight[:, -1] *= math.sqrt(self.width / self.d_in - (1.0 - share) ** 2) / share
@@ -114,3 +114,14 @@ class BHProjection(Projection):
         flops = self.repeats * rounds * (2 * self.width * block + self.width * math.log2(self.width))
         stored = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
         return Cost(flops, stored * itemsize, stored)
+
+
+def random_orthogonal(like: Tensor) -> Tensor:
+    """Draw orthogonal matrices of `like`'s shape [..., B, B], uniformly: Q of a Gaussian's QR, signs from R.
+
+    All at once: one call per matrix would make converting a model take seconds.
+    """
+    if like.is_meta:  # shapes only: somebody builds the layer to load weights into it
+        return like
+    q, r = torch.linalg.qr(torch.randn(like.shape, dtype=torch.float32, device=like.device))
+    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
