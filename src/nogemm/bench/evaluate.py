@@ -19,8 +19,8 @@ from torch import nn
 from nogemm.bench.embed import MAX_LENGTH, embed, logits, masked_losses
 from nogemm.bench.models import load_encoder, load_model, load_tokenizer
 from nogemm.bench.quality import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
+from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
-from nogemm.hardware import machine, machine_line
 
 Note = Callable[[str], None]
 TASKS = ("search", "mlm", "classify")
@@ -57,7 +57,7 @@ def run_eval(args: EvalArgs, *, note: Note | None = None) -> dict[str, Any]:
     """Evaluate a model directory against its teacher's.
 
     Returns:
-        {"machine", "machine_line", "settings", "samples", "teacher": {figure}, "ours": {figure}, "kept" or
+        `nogemm.bench.result.origin` and {"samples", "teacher": {figure}, "ours": {figure}, "kept" or
         "difference"}; a figure is {"value", "low", "high", "samples"}.
     Raises:
         ConfigError: an unknown task, no teacher for a search, or a directory without a model.
@@ -66,9 +66,7 @@ def run_eval(args: EvalArgs, *, note: Note | None = None) -> dict[str, Any]:
     if args.task not in TASKS:
         raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     run = {"search": _search, "mlm": _mlm, "classify": _classify}[args.task]
-    found = run(args, note or (lambda line: None))
-    head = {"machine": machine(), "machine_line": machine_line(), "settings": asdict(args)}
-    return head | found
+    return origin(asdict(args)) | run(args, note or (lambda line: None))
 
 
 def evaluate(

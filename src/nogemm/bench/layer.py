@@ -14,15 +14,13 @@ from typing import Any
 from nogemm.bench import peers
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
+from nogemm.bench.result import origin, our_names
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
-from nogemm.hardware import machine, machine_line
 from nogemm.hardware.cpu import caches, usable_cores
 from nogemm.hardware.roofline import Roofline, measure_roofline
-from nogemm.ops import isa
 
 _KEYS = ("batch", "cache", "codes")
-_DTYPES = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class LayerBenchArgs:
     Attributes:
         method: kind of our layer, such as "lookup"; `set` are its fields as "tables=64" or "projection.block=64".
         d, hidden, activation: shape of the dense layer that is replaced; hidden 0 means 4 d.
-        dtype: ours is packed in.
+        dtype: ours is packed in; of several, with commas, the first is the one that ratios are against.
         batch: tokens per call, one case each.
         against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
         cache: "fresh" and "warm", see `run_layer_bench`.
@@ -71,7 +69,7 @@ def run_layer_bench(
     through 12 copies of the layer in turn, dense peers too. "warm": one layer, the same tokens again and again.
 
     Returns:
-        {"machine", "machine_line", "isa", "roofline", "settings", "pool", "rows"}; a row has "contender", "batch",
+        `nogemm.bench.result.origin` and {"roofline", "pool", "rows"}; a row has "contender", "batch",
         "cache", "codes", "verified", "max_error", "us_median", "us_p10", "us_p90" (per call of one layer),
         "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". A contender
         that is not installed has "missing", one that failed or does not match its reference has "error"; neither has a
@@ -80,6 +78,8 @@ def run_layer_bench(
         ConfigError, ValueError: an unknown method, field, contender or cache, or fewer than seven rounds.
     """
     args = _checked(args)
+    ours = our_names(args.dtype)[0]
+    head = origin(asdict(args) | {"ours": ours})
     roofline = measure_roofline(args.threads)
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
     with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
@@ -89,24 +89,15 @@ def run_layer_bench(
         cases = [{"batch": b, "cache": cache, "codes": codes} for cache in args.cache for b in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
         rows = measure(_specs(args, pool), cases, plan, note=note, _min_rounds=_min_rounds)
-    ours = f"nogemm-{args.dtype}"
     add_ratios(rows, ours, _KEYS)
     for row in rows:
         _add_rates(row, roofline, args)
-    return {
-        "machine": machine(),
-        "machine_line": machine_line(),
-        "isa": isa(),
-        "roofline": None if roofline is None else roofline.to_dict(),
-        "settings": asdict(args) | {"ours": ours},
-        "pool": size.to_dict(),
-        "rows": rows,
-    }
+    measured = None if roofline is None else roofline.to_dict()
+    return head | {"roofline": measured, "pool": size.to_dict(), "rows": rows}
 
 
 def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
-    if args.dtype not in _DTYPES:
-        raise ConfigError(f"--dtype must be one of {', '.join(_DTYPES)}, got {args.dtype!r}")
+    our_names(args.dtype)
     unknown = [cache for cache in args.cache if cache not in ("fresh", "warm")]
     if unknown or not args.cache:
         raise ConfigError(f"--cache must be fresh, warm or both, got {', '.join(unknown) or 'nothing'}")
@@ -122,14 +113,12 @@ def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
 
 def _specs(args: LayerBenchArgs, pool: Path) -> list[Spec]:
     shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "pool": str(pool)}
-    ours = {"method": args.method, "set": list(args.set), "dtype": args.dtype}
+    ours = {"method": args.method, "set": list(args.set)}
     trained = {"checkpoint": args.checkpoint, "site": args.site}
+    factory = "nogemm.bench.layer_job:OurContender"
     specs = [
-        Spec(
-            name=f"nogemm-{args.dtype}",
-            factory="nogemm.bench.layer_job:OurContender",
-            settings=shape | ours | trained,
-        )
+        Spec(name=name, factory=factory, settings=shape | ours | trained | {"dtype": name.partition("-")[2]})
+        for name in our_names(args.dtype)
     ]
     for name in args.against:
         factory = "nogemm.bench.layer_job:DenseContender"

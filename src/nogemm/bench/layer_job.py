@@ -190,9 +190,14 @@ def rounded(layer: FFN, dtype: str) -> FFN:
     twin = copy.deepcopy(layer)
     if dtype == "fp32":
         return twin
-    if isinstance(twin, LookupFFN) and twin.config.storage == "fp32":
+    if not isinstance(twin, LookupFFN):
+        return twin.to(torch.bfloat16)
+    if twin.config.storage == "fp32":
         twin.compress(dtype)
-    return twin.to(torch.bfloat16)
+    scale = twin.row_scale
+    twin.to(torch.bfloat16)
+    twin.row_scale = scale  # scales stay float32 when packed
+    return twin
 
 
 def our_bound(dtype: str, rounded_errors: Tensor) -> Bound:

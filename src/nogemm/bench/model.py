@@ -9,11 +9,10 @@ from typing import Any
 from nogemm.bench import peers
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.models import PACKAGED
+from nogemm.bench.result import origin, our_names
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
-from nogemm.hardware import machine, machine_line
 from nogemm.hardware.cpu import usable_cores
-from nogemm.ops import isa
 
 _KEYS = ("batch", "length")
 REMOVED = "no-ffn+"
@@ -28,7 +27,7 @@ class ModelBenchArgs:
         dense: directory of the dense model, or all-MiniLM-L6-v2.
         model: directory of the converted model; None converts the dense one by `method` and `set` with random weights.
         method, set: as in `nogemm bench layer`; unused with `model`.
-        dtype: ours is packed in.
+        dtype: ours is packed in; of several, with commas, the first is the one that ratios are against.
         shape: (texts, tokens per text), one case each.
         against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
         ceiling: engines that also run the dense model with its FFNs removed.
@@ -72,35 +71,29 @@ def run_model_bench(
     are compared with the fp32 eager model of the same weights before it is timed.
 
     Returns:
-        {"machine", "machine_line", "isa", "settings", "rows"}; a row has "contender", "batch" (texts), "length",
+        `nogemm.bench.result.origin` and {"rows"}; a row has "contender", "batch" (texts), "length",
         "codes", "verified", "max_error" (1 - least cosine), "cosine", "us_median", "us_p10", "us_p90" (per call),
         "us_per_token", "ratio" (its median / ours), "memory_bytes" (peak of its process); or "missing", or "error".
     Raises:
         ConfigError, ValueError: an unknown method, field or contender, or fewer than seven rounds.
     """
     args = _checked(args)
+    ours = our_names(args.dtype)[0]
+    head = origin(asdict(args) | {"ours": ours})
     codes = "uniform" if args.model is None else "trained"
     cases = [{"batch": batch, "length": length, "cache": "fresh", "codes": codes} for batch, length in args.shape]
     plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
     rows = measure(_specs(args), cases, plan, note=note, _min_rounds=_min_rounds)
-    ours = f"nogemm-{args.dtype}"
     add_ratios(rows, ours, _KEYS)
     for row in rows:
         us = row.get("us_median")
         row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error")}
         row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
-    return {
-        "machine": machine(),
-        "machine_line": machine_line(),
-        "isa": isa(),
-        "settings": asdict(args) | {"ours": ours},
-        "rows": rows,
-    }
+    return head | {"rows": rows}
 
 
 def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
-    if args.dtype not in ("fp32", "bf16", "int8"):
-        raise ConfigError(f"--dtype must be one of fp32, bf16, int8, got {args.dtype!r}")
+    our_names(args.dtype)
     if not args.shape or min(min(shape) for shape in args.shape) < 1:
         raise ConfigError(f"--shape needs at least one pair of positive numbers, got {args.shape}")
     parse_set(layer_class(args.method), args.set)
@@ -111,14 +104,15 @@ def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
 
 def _specs(args: ModelBenchArgs) -> list[Spec]:
     base = {"dense": args.dense, "seed": args.seed}
-    ours = base | {"model": args.model, "method": args.method, "set": list(args.set), "dtype": args.dtype}
+    ours = base | {"model": args.model, "method": args.method, "set": list(args.set)}
     factory = "nogemm.bench.model_job:OurModelContender"
     specs = [
         Spec(
-            name=f"nogemm-{args.dtype}{COMPILED if compiled else ''}",
+            name=f"{name}{COMPILED if compiled else ''}",
             factory=factory,
-            settings=ours | {"compiled": compiled},
+            settings=ours | {"compiled": compiled, "dtype": name.partition("-")[2]},
         )
+        for name in our_names(args.dtype)
         for compiled in ((False, True) if args.compiled else (False,))
     ]
     factory = "nogemm.bench.model_job:DenseModelContender"

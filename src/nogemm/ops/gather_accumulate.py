@@ -105,6 +105,8 @@ def gather_accumulate(
         raise DtypeError("gather_accumulate: int8 tables need row_scale, a float32 scale for each row")
     if not has_native_kernel(scores_NTF):
         return gather_accumulate_reference(codes_NTF, scores_NTF, tables_TRD, row_scale_TR)
+    if row_scale_TR is not None:
+        row_scale_TR = row_scale_TR.float()  # a model cast to bfloat16 after compression has cast it, too
     return torch.ops.nogemm.gather_accumulate(codes_NTF, scores_NTF, tables_TRD, row_scale_TR)
 
 
