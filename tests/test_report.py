@@ -61,6 +61,14 @@ def demo_result() -> dict[str, Any]:
     }
 
 
+def train_step_result() -> dict[str, Any]:
+    rows = [
+        {"contender": name, "tokens": 4096, "codes": "uniform", "us_median": us, "us_p10": us, "us_p90": us}
+        for name, us in (("nogemm", 5e4), ("dense-fused", 3e5))
+    ]
+    return {"kind": "train-step", "machine_line": LINE, "settings": {"d": 768, "hidden": 3072}, "rows": rows}
+
+
 def report(tmp_path: Path, *results: dict[str, Any]) -> str:
     paths = []
     for i, result in enumerate(results):
@@ -70,10 +78,12 @@ def report(tmp_path: Path, *results: dict[str, Any]) -> str:
 
 
 def test_the_page_holds_everything_and_asks_for_nothing(tmp_path):
-    page = report(tmp_path, demo_result(), layer_result())
+    page = report(tmp_path, demo_result(), layer_result(), train_step_result())
     assert "a &lt;demo&gt;" in page
     assert page.count(LINE) == 1
-    for section in ("Quality against cost", "speed against batch", "latency", "Bytes and memory", "What was replaced"):
+    for section in ("Quality against cost", "speed against batch", "latency", "Bytes and memory", "Training step"):
+        assert section in page
+    for section in ("What was replaced", "4,096, uniform codes"):
         assert section in page
     assert "4.0x" in page  # ours against torch fp32 at the largest size
     assert re.search(r"FFNs removed.*?recorded", page, re.DOTALL)

@@ -33,7 +33,7 @@ def load_model(path: str | Path, task: str = "search") -> nn.Module:
     import transformers
 
     cls = getattr(transformers, _CLASSES[task])
-    return cls.from_pretrained(_directory(path), local_files_only=True, dtype=torch.float32).eval()
+    return cls.from_pretrained(model_directory(path), local_files_only=True, dtype=torch.float32).eval()
 
 
 def load_encoder(path: str | Path) -> nn.Module:
@@ -45,7 +45,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """Load the tokenizer that lies beside a model."""
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(_directory(path), local_files_only=True)
+    return transformers.AutoTokenizer.from_pretrained(model_directory(path), local_files_only=True)
 
 
 def sample_texts(limit: int) -> list[str]:
@@ -79,7 +79,12 @@ def site_inputs(path: str | Path, site: int, *, tokens: int = 32_768, seed: int 
     return torch.cat(rows)[:tokens]
 
 
-def _directory(path: str | Path) -> str:
+def model_directory(path: str | Path) -> str:
+    """Return the directory of a model; `all-MiniLM-L6-v2` is found in its package.
+
+    Raises:
+        ConfigError: there is no transformers model.
+    """
     if str(path) == PACKAGED and not Path(path).exists():
         spec = importlib.util.find_spec(_PACKAGE)
         if spec is None or spec.origin is None:

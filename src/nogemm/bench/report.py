@@ -41,7 +41,8 @@ def render(results: Results, *, title: str | None = None) -> str:
         _tiles(results),
         _quality_section(results.quality),
         _layer_section(results.layers),
-        _model_section(results.models),
+        _bars_section("Model: latency", results.models, "Whole model, one call. Size = (sequences, tokens in each)."),
+        _bars_section("Training step", results.training, "Forward, backward and update of one layer."),
         _memory_section(results.quality),
         _sites_section(results),
     ]
@@ -163,21 +164,22 @@ def _per_token(rows: Sequence[SpeedRow], contender: str) -> list[tuple[float, fl
     return sorted((r.size[0], r.us / r.size[0]) for r in rows if r.contender == contender and r.us is not None)
 
 
-def _model_section(rows: Sequence[SpeedRow]) -> str:
+def _bars_section(title: str, rows: Sequence[SpeedRow], hint: str) -> str:
     parts = []
-    for shape, size in _unique((row.shape, row.size) for row in rows):
+    several = len({row.shape for row in rows}) > 1
+    for shape, setting, size in _unique((row.shape, row.setting, row.size) for row in rows):
         data = [
             Bar(row.contender, row.us, f"{number(row.us / 1000)} ms", 0 if row.ours else 1)
             for row in rows
-            if (row.shape, row.size) == (shape, size) and row.us is not None
+            if (row.shape, row.setting, row.size) == (shape, setting, size) and row.us is not None
         ]
         if data:
-            parts.append(_figure(_size(size), bars(sorted(data, key=lambda bar: bar.value))))
+            caption = ", ".join(part for part in (shape if several else "", _size(size), setting) if part)
+            parts.append(_figure(caption, bars(sorted(data, key=lambda bar: bar.value))))
     if not rows:
         return ""
     plots = f'<div class="charts">{"".join(parts)}</div>'
-    hint = "<p class='hint'>Whole model, one call. Size = (sequences, tokens in each).</p>"
-    return f"<section><h2>Model: latency</h2>{plots}{hint}{_speed_table(rows, 'ms')}</section>"
+    return f"<section><h2>{title}</h2>{plots}<p class='hint'>{hint}</p>{_speed_table(rows, 'ms')}</section>"
 
 
 def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:

@@ -1,7 +1,7 @@
 """Read result files into the rows that the report draws.
 
-A result is a JSON object. `kind` says what it holds: "layer" and "model" (timings), "quality" (scores of embeddings),
-"study" (recorded rows of a long run), "demo" (all of them). A file without a kind is told by its rows.
+A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
+embeddings), "study" (recorded rows of a long run), "demo" (all of them). A file without a kind is told by its rows.
 Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
 """
 
@@ -93,6 +93,7 @@ class Results:
     quality: list[QualityRow] = field(default_factory=list)
     layers: list[SpeedRow] = field(default_factory=list)
     models: list[SpeedRow] = field(default_factory=list)
+    training: list[SpeedRow] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -242,6 +243,12 @@ def _model_row(row: Mapping[str, Any], model: str) -> SpeedRow:
     return _speed_row(row, model, (int(row["batch"]), int(row["length"])), "")
 
 
+def _read_train_step(data: Mapping[str, Any], results: Results) -> None:
+    shape = f"{data['settings']['d']} x {data['settings']['hidden']}"
+    for row in data["rows"]:
+        results.training.append(_speed_row(row, shape, (int(row["tokens"]),), f"{row['codes']} codes"))
+
+
 def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], setting: str) -> SpeedRow:
     return SpeedRow(
         shape=shape,
@@ -261,6 +268,7 @@ def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], settin
 _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "layer": _read_layer,
     "model": _read_model,
+    "train-step": _read_train_step,
     "quality": _read_quality,
     "study": _read_study,
     "demo": _read_demo,

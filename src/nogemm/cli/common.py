@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.errors import ConfigError
+from nogemm.bench.models import model_directory
 from nogemm.files import write_json
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
@@ -29,27 +29,16 @@ def load_model(path: str) -> Any:
 
     # Its bars would stand between our lines, and in front of an error's only line.
     logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(_directory(path), local_files_only=True)
+    path = model_directory(path)
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
     names = getattr(config, "architectures", None) or []
     cls = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
     return cls.from_pretrained(path, local_files_only=True).eval()
 
 
-def load_tokenizer(path: str) -> Any:
-    """Load the tokenizer that lies beside a model."""
-    import transformers
-
-    return transformers.AutoTokenizer.from_pretrained(_directory(path), local_files_only=True)
-
-
-def _directory(path: str) -> str:
-    if not (Path(path) / "config.json").is_file():
-        raise ConfigError(f"{path}: not a directory with a transformers model (config.json is missing)")
-    return path
-
-
 def carry_over(source: str | Path, target: str | Path) -> None:
     """Bring sentence-transformers' own files along, so that it loads `target` as it loaded `source`."""
+    source = model_directory(source)
     for pattern in ("modules.json", "*sentence*.json", "*_Pooling", "*_Normalize"):
         for item in Path(source).glob(pattern):
             place = Path(target) / item.name

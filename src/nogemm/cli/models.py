@@ -15,13 +15,14 @@ from nogemm.cli.common import (
     clear_progress,
     finish,
     load_model,
-    load_tokenizer,
     print_table,
     progress,
 )
 from nogemm.errors import ConfigError
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="Directory of a transformers model.")]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory of a transformers model, or all-MiniLM-L6-v2.")
+]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One choice; may be repeated.")]
 Data = Annotated[str, typer.Option(help="Text or JSONL file (also .gz), or `sample` for the packaged one.")]
@@ -40,6 +41,7 @@ def convert(
 ) -> None:
     """Replace the FFNs of MODEL and write the result to OUTPUT."""
     import nogemm
+    from nogemm.bench.models import load_tokenizer
     from nogemm.config import layer_class, parse_set
     from nogemm.train.sources import texts
 
@@ -73,6 +75,7 @@ def distil(
 ) -> None:
     """Train the replaced FFNs of MODEL against the dense TEACHER and write the result to OUTPUT."""
     import nogemm
+    from nogemm.bench.models import load_tokenizer
 
     choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
     named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field}
