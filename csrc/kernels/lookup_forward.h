@@ -16,8 +16,9 @@ namespace nogemm::NOGEMM_NS {
 inline constexpr int64_t kRowsBatch = 16;
 inline constexpr int64_t kFusedBatch = 255;
 inline constexpr int64_t kChunkTokens = 8192;
-inline constexpr int64_t kBlockTokens = 1536;        // their sums of one slice take 768 KB of L2
-inline constexpr int64_t kGroupBytes = 1 << 20;      // rows of one slice of a group of tables
+// A worker's second-level cache (2 MB where this was tuned) holds the sums of a block, one group's rows and the next's.
+inline constexpr int64_t kBlockTokens = 1024;
+inline constexpr int64_t kGroupBytes = 512 << 10;
 inline constexpr int64_t kGroupLookups = 512;        // integer sums stay below 2^31
 inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
 
@@ -94,9 +95,15 @@ NOGEMM_INLINE const char* slice_rows(const Layer& l, int64_t slice) {
   return l.at + h.tables_at + slice * h.tables * h.rows() * kTableSlice * row_element(h);
 }
 
+// Memory that a pass fetches for the next one, besides its own rows.
+struct Soon {
+  const char* at;
+  int64_t bytes;
+};
+
 // One slice of one piece of tokens, all lookups from..to.
 NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int64_t to, const Lookups& lookups,
-                                int64_t tokens, float* sums, Output y, bool ahead) {
+                                int64_t tokens, float* sums, Output y, bool ahead, Soon soon) {
   const LookupHeader& h = *l.h;
   const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice, size = row_element(h);
   const int64_t left = h.d_out - slice * kTableSlice;
@@ -112,6 +119,8 @@ NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int
   g.last = to == lookups.count;
   g.sums = sums;
   g.next_rows = slice + 1 < h.slices && h.last_slice == kTableSlice ? slice_rows(l, slice + 1) : nullptr;
+  g.soon = soon.at;
+  g.soon_bytes = soon.bytes;
   y.y += slice * kTableSlice * (y.dtype == 0 ? 4 : 2);
   if (h.mode == 0) (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
   if (h.mode == 1) (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
@@ -129,7 +138,7 @@ NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t sta
   for (int64_t slice = 0; slice < h.slices; ++slice)
     for (int64_t from = 0; from < lookups.count; from += kGroupLookups) {
       const int64_t to = from + kGroupLookups < lookups.count ? from + kGroupLookups : lookups.count;
-      gather_piece(c.layer, slice, from, to, lookups, tokens, sums, output_at(c, start), true);
+      gather_piece(c.layer, slice, from, to, lookups, tokens, sums, output_at(c, start), true, {nullptr, 0});
     }
 }
 
@@ -212,29 +221,61 @@ static void run_hash(int64_t worker, void* arg) {
   }
 }
 
-NOGEMM_INLINE int64_t block_pieces(const Call& c) { return kBlockTokens / c.cut.piece; }
+// How a chunk's gather is cut: blocks of hash pieces, groups of lookups.
+struct GatherPlan {
+  int64_t blocks, per_block;  // blocks of `per_block` pieces
+  int64_t count, group;       // lookups per token, per group
+  bool bulk;                  // a block touches most rows: fetch whole groups instead of single rows
+};
+
+NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
+  const LookupHeader& h = *c.layer.h;
+  GatherPlan p;
+  const int64_t most = kBlockTokens / c.cut.piece;
+  p.blocks = (c.cut.pieces + most - 1) / most;
+  p.per_block = (c.cut.pieces + p.blocks - 1) / p.blocks;
+  p.count = padded_lookups(h);
+  const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);
+  const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
+  const int64_t wanted = round_up(fit * h.neighbours, 4);
+  p.group = wanted < kGroupLookups ? wanted : kGroupLookups;
+  p.bulk = p.per_block * c.cut.piece * h.neighbours >= h.rows();
+  return p;
+}
+
+// The tables of the lookups from .. from + group of a slice.
+NOGEMM_INLINE Soon group_rows(const Layer& l, const GatherPlan& p, int64_t slice, int64_t from) {
+  const LookupHeader& h = *l.h;
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice;
+  const int64_t to = from + p.group < h.lookups() ? from + p.group : h.lookups();
+  const int64_t first = from / h.neighbours, end = (to + h.neighbours - 1) / h.neighbours;
+  const int64_t table = h.rows() * width * row_element(h);
+  return {slice_rows(l, slice) + first * table, (end - first) * table};
+}
 
 static void run_gather(int64_t worker, void* arg) {
   const Call& c = *static_cast<const Call*>(arg);
   const LookupHeader& h = *c.layer.h;
   const WorkerScratch w = scratch_of(c, worker);
-  const int64_t most = block_pieces(c), blocks = (c.cut.pieces + most - 1) / most;
-  const int64_t per_block = (c.cut.pieces + blocks - 1) / blocks;
-  const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);
-  const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
-  const int64_t wanted = round_up(fit * h.neighbours, 4), group = wanted < kGroupLookups ? wanted : kGroupLookups;
-  const Share share = share_of(c, worker, blocks * h.slices);
+  const GatherPlan p = gather_plan(c);
+  const Share share = share_of(c, worker, p.blocks * h.slices);
   for (int64_t i = share.from; i < share.to; ++i) {
-    const int64_t slice = i / blocks, first = i % blocks * per_block;
-    const int64_t end = first + per_block < c.cut.pieces ? first + per_block : c.cut.pieces;
-    const int64_t count = padded_lookups(h);
-    for (int64_t from = 0; from < count; from += group)
+    const int64_t slice = i / p.blocks, first = i % p.blocks * p.per_block;
+    const int64_t end = first + p.per_block < c.cut.pieces ? first + p.per_block : c.cut.pieces;
+    for (int64_t from = 0; from < p.count; from += p.group) {
+      const bool last_group = from + p.group >= p.count;
+      Soon soon = {nullptr, 0};
+      if (p.bulk && !last_group) soon = group_rows(c.layer, p, slice, from + p.group);
+      if (p.bulk && last_group && i + 1 < share.to) soon = group_rows(c.layer, p, (i + 1) / p.blocks, 0);
       for (int64_t piece = first; piece < end; ++piece) {
-        const int64_t tokens = piece_tokens(c, piece), at = piece * c.cut.piece;
+        const int64_t tokens = piece_tokens(c, piece), at = piece * c.cut.piece, pieces = end - first;
+        const int64_t begin = soon.bytes * (piece - first) / pieces, stop = soon.bytes * (piece - first + 1) / pieces;
         const Lookups lookups = tile_lookups(c, tokens, c.lookups + piece * piece_bytes(h, c.cut.piece));
-        gather_piece(c.layer, slice, from, from + group < count ? from + group : count, lookups, tokens,
-                     w.sums + (at - first * c.cut.piece) * kTableSlice, output_at(c, c.start + at), false);
+        gather_piece(c.layer, slice, from, last_group ? p.count : from + p.group, lookups, tokens,
+                     w.sums + (at - first * c.cut.piece) * kTableSlice, output_at(c, c.start + at), !p.bulk,
+                     {soon.at + begin, stop - begin});
       }
+    }
   }
 }
 
@@ -267,8 +308,7 @@ static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, i
       continue;
     }
     on_workers(*host, c, c.cut.pieces, h->fixed_point ? run_hash<FixedStep> : run_hash<FloatStep>);
-    const int64_t most = block_pieces(c), blocks = (c.cut.pieces + most - 1) / most;
-    on_workers(*host, c, blocks * h->slices, run_gather);
+    on_workers(*host, c, gather_plan(c).blocks * h->slices, run_gather);
   }
 }
 

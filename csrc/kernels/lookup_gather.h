@@ -19,7 +19,9 @@ struct GatherPass {
   int64_t from, to;         // lookups, multiples of 4 for integer scores
   bool first, last;         // start from zero; add the bias and write y
   float* sums;              // [token][kTableSlice] between passes
-  const char* next_rows;    // the rows wanted after the last token's (null: none), for the prefetch
+  const char* next_rows;    // AHEAD: the rows wanted after the last token's (null: none)
+  const char* soon;         // memory wanted in the next pass, fetched into L2 a little per token
+  int64_t soon_bytes;
 };
 
 // Rows of y, d_out elements apart, at the slice's first column.
@@ -84,22 +86,36 @@ NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, int64_t to
 
 #if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
 
+// acc + sum of four products, unsigned by signed bytes. By hand for the reason given at dot_pairs.
+NOGEMM_INLINE __m512i dot_bytes(__m512i acc, __m512i bytes, __m512i weights) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(bytes), "v"(weights));
+  return acc;
+}
+
 // acc += step * (256 high + low - 128 sum q), four rows at a time; the integer sums are exact (at most kGroupLookups of them).
 template <int CH, bool AHEAD>
-NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, int64_t token, int64_t chunk,
-                                       const char* next_rows, int64_t next_token, F* acc) {
+NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, int64_t token, const char* next_rows,
+                                       int64_t next_token, F* acc) {
+  constexpr int64_t kRowBytes = CH * kChunk;  // one pass covers the slice, so the row's length is known
   __m512i high[CH * 4], low[CH * 4];
+  NOGEMM_UNROLL
   for (int q = 0; q < CH * 4; ++q) high[q] = low[q] = _mm512_setzero_si512();
-  const char* rows = g.rows + chunk * kChunk;
   const int64_t width = l.width;
-  const int32_t *index = l.index + token, *highs = l.high() + token, *lows = l.low() + token;
-  for (int64_t e = g.from; e < g.to; e += 4) {
-    const char* p[4];
-    for (int i = 0; i < 4; ++i) {
-      p[i] = rows + index[(e + i) * width] * g.row_bytes;
-      fetch_ahead<AHEAD>(next_rows, g.row_bytes, l.index + (e + i) * width + next_token);
+  const int32_t* index = l.index + g.from * width + token;
+  const int32_t *highs = l.high() + g.from / 4 * width + token, *lows = l.low() + g.from / 4 * width + token;
+  for (int64_t left = (g.to - g.from) / 4; left > 0; --left) {
+    const char* p[4] = {g.rows + index[0] * kRowBytes, g.rows + index[width] * kRowBytes,
+                        g.rows + index[2 * width] * kRowBytes, g.rows + index[3 * width] * kRowBytes};
+    if constexpr (AHEAD) {
+      const int32_t* next = index - token + next_token;
+      NOGEMM_UNROLL
+      for (int i = 0; i < 4; ++i) fetch_ahead<true>(next_rows, kRowBytes, next + i * width);
     }
-    const __m512i h = _mm512_set1_epi32(highs[e / 4 * width]), s = _mm512_set1_epi32(lows[e / 4 * width]);
+    const __m512i h = _mm512_set1_epi32(*highs), s = _mm512_set1_epi32(*lows);
+    index += 4 * width;
+    highs += width;
+    lows += width;
+    NOGEMM_UNROLL
     for (int c = 0; c < CH; ++c) {
       const __m512i r0 = _mm512_loadu_si512(p[0] + c * 64), r1 = _mm512_loadu_si512(p[1] + c * 64);
       const __m512i r2 = _mm512_loadu_si512(p[2] + c * 64), r3 = _mm512_loadu_si512(p[3] + c * 64);
@@ -107,9 +123,10 @@ NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, in
       const __m512i d = _mm512_unpacklo_epi8(r2, r3), f = _mm512_unpackhi_epi8(r2, r3);
       const __m512i four[4] = {_mm512_unpacklo_epi16(a, d), _mm512_unpackhi_epi16(a, d), _mm512_unpacklo_epi16(b, f),
                                _mm512_unpackhi_epi16(b, f)};
+      NOGEMM_UNROLL
       for (int q = 0; q < 4; ++q) {
-        high[c * 4 + q] = _mm512_dpbusd_epi32(high[c * 4 + q], four[q], h);
-        low[c * 4 + q] = _mm512_dpbusd_epi32(low[c * 4 + q], four[q], s);
+        high[c * 4 + q] = dot_bytes(high[c * 4 + q], four[q], h);
+        low[c * 4 + q] = dot_bytes(low[c * 4 + q], four[q], s);
       }
     }
   }
@@ -117,6 +134,7 @@ NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, in
   const auto sum = static_cast<uint32_t>(before[g.to / 4 * width]) - static_cast<uint32_t>(before[g.from / 4 * width]);
   const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(128u * sum));
   const F step = set1(l.step[token]);
+  NOGEMM_UNROLL
   for (int q = 0; q < CH * 4; ++q) {
     const I total = {_mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[q], 8), low[q]), excess)};
     acc[q] = fma(to_float(total), step, acc[q]);
@@ -148,7 +166,7 @@ NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t t
   for (int q = 0; q < kVectors; ++q) acc[q] = zero();
 #if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
   if constexpr (sizeof(Row) == 1) {
-    add_lookups_integer<CH, AHEAD>(g, l, token, chunk, next_rows, next_token, acc);
+    add_lookups_integer<CH, AHEAD>(g, l, token, next_rows, next_token, acc);
   } else {
     add_lookups<Row, CH, AHEAD>(g, l, token, chunk, next_rows, next_token, acc);
   }
@@ -177,6 +195,8 @@ NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t t
 template <class Row, bool AHEAD>
 static void gather_tokens(const GatherPass& g, const Lookups& l, int64_t tokens, const Output& y) {
   for (int64_t n = 0; n < tokens; ++n) {
+    const int64_t fetched = g.soon_bytes * n / tokens / 64 * 64, fetch = g.soon_bytes * (n + 1) / tokens;
+    for (int64_t at = fetched; at < fetch; at += 64) prefetch_l2(g.soon + at);
     const bool more = n + 1 < tokens;
     const char* next_rows = more || g.next_rows == nullptr ? g.rows : g.next_rows;
     const int64_t next = more ? n + 1 : 0;

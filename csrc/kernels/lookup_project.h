@@ -41,18 +41,25 @@ NOGEMM_INLINE void tile_product(const typename S::Word* w, const float* scale, i
   constexpr int NO = kTileOutputs<NV>, NT = NV * kLanes;
   for (int64_t o = 0; o < outputs; o += NO) {
     typename S::Acc acc[NO][NV];
+    NOGEMM_UNROLL
     for (int q = 0; q < NO; ++q)
+      NOGEMM_UNROLL
       for (int v = 0; v < NV; ++v) acc[q][v] = S::none();
     for (int64_t i = 0; i < steps; ++i) {
       typename S::Acc x[NV];
+      NOGEMM_UNROLL
       for (int v = 0; v < NV; ++v) x[v] = load(in + i * NT + v * kLanes);
       const typename S::Word* wi = w + i * outputs + o;
+      NOGEMM_UNROLL
       for (int q = 0; q < NO; ++q) {
         const typename S::Acc wq = set1(wi[q]);
+        NOGEMM_UNROLL
         for (int v = 0; v < NV; ++v) acc[q][v] = S::step(acc[q][v], wq, x[v]);
       }
     }
+    NOGEMM_UNROLL
     for (int q = 0; q < NO; ++q)
+      NOGEMM_UNROLL
       for (int v = 0; v < NV; ++v)
         store(out + (o + q) * NT + v * kLanes, S::finish(acc[q][v], set1(scale[o + q])));
   }
@@ -62,17 +69,24 @@ template <class S, int NTOK, int NV>
 NOGEMM_INLINE void rows_pass(const typename S::Word* w, const float* scale, int64_t steps, int64_t outputs,
                              const typename S::Word* in, int64_t in_stride, float* out, int64_t out_stride) {
   typename S::Acc acc[NTOK][NV];
+  NOGEMM_UNROLL
   for (int n = 0; n < NTOK; ++n)
+    NOGEMM_UNROLL
     for (int v = 0; v < NV; ++v) acc[n][v] = S::none();
   for (int64_t i = 0; i < steps; ++i) {
     typename S::Acc wi[NV];
+    NOGEMM_UNROLL
     for (int v = 0; v < NV; ++v) wi[v] = load(w + i * outputs + v * kLanes);
+    NOGEMM_UNROLL
     for (int n = 0; n < NTOK; ++n) {
       const typename S::Acc x = set1(in[n * in_stride + i]);
+      NOGEMM_UNROLL
       for (int v = 0; v < NV; ++v) acc[n][v] = S::step(acc[n][v], wi[v], x);
     }
   }
+  NOGEMM_UNROLL
   for (int n = 0; n < NTOK; ++n)
+    NOGEMM_UNROLL
     for (int v = 0; v < NV; ++v)
       store(out + n * out_stride + v * kLanes, S::finish(acc[n][v], load(scale + v * kLanes)));
 }
