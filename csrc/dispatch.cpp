@@ -30,10 +30,8 @@ bool always() { return true; }
 const Level kLevels[] = {
     {&scalar::kTable, always},
 #if defined(NOGEMM_X86)
-    {&avx2::kTable, has_avx2},
-    {&avx512::kTable, has_avx512},
-    {&avx512_vnni::kTable, has_vnni},
-    {&avx512_bf16::kTable, has_bf16},
+    {&avx2::kTable, has_avx2},        {&avx512::kTable, has_avx512},
+    {&avx512_vnni::kTable, has_vnni}, {&avx512_bf16::kTable, has_bf16},
 #endif
 };
 
@@ -59,14 +57,15 @@ Choice choose(const char* name) {
   for (const Level& level : kLevels) {
     if (best ? level.supported() : std::strcmp(name, level.table->name) == 0) {
       if (!level.supported()) {
-        return {nullptr, "instruction set '" + std::string(name) + "' is not supported by this CPU; supported: " +
-                             supported_names()};
+        return {nullptr, "instruction set '" + std::string(name) +
+                             "' is not supported by this CPU; supported: " + supported_names()};
       }
       table = level.table;
     }
   }
   if (table == nullptr) {
-    return {nullptr, "unknown instruction set '" + std::string(name) + "'; supported here: " + supported_names()};
+    return {nullptr,
+            "unknown instruction set '" + std::string(name) + "'; supported here: " + supported_names()};
   }
   return {table, ""};
 }

@@ -1,8 +1,8 @@
 // Which instruction set runs. Levels are ordered: each implies the ones before it on x86.
 //
-// The best supported level is chosen on first use. The environment variable NOGEMM_ISA forces one; a name that is unknown,
-// or known but not supported by this CPU, is remembered as an error and reported by the first call that needs a kernel (or
-// by `nogemm_isa_error`), never by a crash while the library loads.
+// The best supported level is chosen on first use. The environment variable NOGEMM_ISA forces one; a name
+// that is unknown, or known but not supported by this CPU, is remembered as an error and reported by the
+// first call that needs a kernel (or by `nogemm_isa_error`), never by a crash while the library loads.
 #pragma once
 #include "kernel_table.h"
 
@@ -13,7 +13,8 @@ const KernelTable& kernels();
 
 }  // namespace nogemm
 
-// Plain C entry points for ctypes. Strings live as long as the library, error strings until the next call on the same thread.
+// Plain C entry points for ctypes. Strings live as long as the library, error strings until the next call on
+// the same thread.
 extern "C" {
 // Name of the level in force, or "" if NOGEMM_ISA is wrong (see nogemm_isa_error).
 const char* nogemm_isa();
@@ -21,8 +22,8 @@ const char* nogemm_isa();
 const char* nogemm_isa_error();
 // The i-th supported level's name, from slowest to fastest; null past the end.
 const char* nogemm_isa_supported(int i);
-// Forces a level for the whole process; null or "" chooses the best. Returns an error message, or null on success.
-// Not to be called while an operator runs.
+// Forces a level for the whole process; null or "" chooses the best. Returns an error message, or null on
+// success. Not to be called while an operator runs.
 const char* nogemm_set_isa(const char* name);
 // Version of the library, as in the package's metadata.
 const char* nogemm_version();

@@ -1,11 +1,13 @@
-// The kernels of one instruction set, as function pointers: what bindings call and what csrc/isa/*.cpp fill in.
+// The kernels of one instruction set, as function pointers: what bindings call and what csrc/isa/*.cpp fill
+// in.
 //
-// Pointers are indexed by Dtype, so bindings contain no `if (dtype == ...)` beyond one check that the entry is not null.
-// Kernels take raw pointers, allocate nothing, start no threads and never fail: the binding has checked every argument,
-// provides scratch, and cuts the work into pieces. A piece depends on the shape alone, so results do not depend on the
-// number of threads.
+// Pointers are indexed by Dtype, so bindings contain no `if (dtype == ...)` beyond one check that the entry
+// is not null. Kernels take raw pointers, allocate nothing, start no threads and never fail: the binding has
+// checked every argument, provides scratch, and cuts the work into pieces. A piece depends on the shape
+// alone, so results do not depend on the number of threads.
 //
-// Shape legend: N tokens, D width, T tables, K bits, R = 2^K rows, B block width, k neighbours. Strides are in elements.
+// Shape legend: N tokens, D width, T tables, K bits, R = 2^K rows, B block width, k neighbours. Strides are
+// in elements.
 #pragma once
 #include <cstdint>
 
@@ -30,48 +32,55 @@ struct BlockProductKernels {
   // matrix (float32) = weight, for one block of `count` elements.
   void (*widen[kDtypes])(const void* weight, float* matrix, int64_t count);
   // y[n, :outer] = x[n, :inner] matrix, float32 accumulation in increasing inner index.
-  void (*apply[kDtypes])(const void* x, int64_t x_stride, const float* matrix, void* y, int64_t y_stride, int64_t tokens,
-                         int64_t inner, int64_t outer);
+  void (*apply[kDtypes])(const void* x, int64_t x_stride, const float* matrix, void* y, int64_t y_stride,
+                         int64_t tokens, int64_t inner, int64_t outer);
   // grad_weight[o, i] = sum_n grad[n, o] x[n, i]; scratch holds outer * inner floats (unused for float32).
-  void (*weight_grad[kDtypes])(const void* grad, int64_t grad_stride, const void* x, int64_t x_stride, void* grad_weight,
-                               float* scratch, int64_t tokens, int64_t outer, int64_t inner);
+  void (*weight_grad[kDtypes])(const void* grad, int64_t grad_stride, const void* x, int64_t x_stride,
+                               void* grad_weight, float* scratch, int64_t tokens, int64_t outer,
+                               int64_t inner);
 };
 
 struct HashCodesKernels {
-  void (*forward[kDtypes])(const void* z, int32_t* codes, void* scores, int64_t tokens, int64_t tables, int bits,
-                           int neighbours, bool gelu);
-  void (*backward[kDtypes])(const void* grad, const void* z, const int32_t* codes, void* grad_z, int64_t tokens,
-                            int64_t tables, int bits, int neighbours, bool gelu);
+  void (*forward[kDtypes])(const void* z, int32_t* codes, void* scores, int64_t tokens, int64_t tables,
+                           int bits, int neighbours, bool gelu);
+  void (*backward[kDtypes])(const void* grad, const void* z, const int32_t* codes, void* grad_z,
+                            int64_t tokens, int64_t tables, int bits, int neighbours, bool gelu);
 };
 
-// gather_accumulate works on column slices; see kernels/gather_accumulate.h for the walk and the scratch layouts.
+// gather_accumulate works on column slices; see kernels/gather_accumulate.h for the walk and the scratch
+// layouts.
 struct GatherKernels {
   int64_t slice;  // columns per slice
 
-  // plan[group][n][slot] for tokens [begin, end); returns the first flat index n*T*k + ... whose code is outside [0, R), or -1.
-  // Indexed by the dtype of scores; row_scale is float32 [T, R] or null.
-  int64_t (*plan[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores, const float* row_scale,
-                           GatherEntry* plan, int64_t begin, int64_t end);
-  // One slice: sums[n][slice] = sum over the plan of weight * tables[table, row, slice columns], tokens [begin, end).
-  void (*forward[kDtypes])(const GatherShape& shape, const GatherEntry* plan, const void* tables, int64_t column,
-                           float* sums, int64_t begin, int64_t end);
+  // plan[group][n][slot] for tokens [begin, end); returns the first flat index n*T*k + ... whose code is
+  // outside [0, R), or -1. Indexed by the dtype of scores; row_scale is float32 [T, R] or null.
+  int64_t (*plan[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores,
+                           const float* row_scale, GatherEntry* plan, int64_t begin, int64_t end);
+  // One slice: sums[n][slice] = sum over the plan of weight * tables[table, row, slice columns], tokens
+  // [begin, end).
+  void (*forward[kDtypes])(const GatherShape& shape, const GatherEntry* plan, const void* tables,
+                           int64_t column, float* sums, int64_t begin, int64_t end);
   // y[n, column...] = sums, for tokens [begin, end); indexed by the dtype of y.
-  void (*finish[kDtypes])(const GatherShape& shape, const float* sums, int64_t column, void* y, int64_t begin, int64_t end);
+  void (*finish[kDtypes])(const GatherShape& shape, const float* sums, int64_t column, void* y, int64_t begin,
+                          int64_t end);
 
-  // Sort the entries of one table by row: starts[R + 1], order[N * k] (token-major inside a row). Returns as `plan` does.
-  int64_t (*bucket[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores, int64_t table,
-                             int32_t* starts, GatherEntry* order);
+  // Sort the entries of one table by row: starts[R + 1], order[N * k] (token-major inside a row). Returns as
+  // `plan` does.
+  int64_t (*bucket[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores,
+                             int64_t table, int32_t* starts, GatherEntry* order);
   // sliced[n][slice] (float32) = grad[n, column...], zero beyond the width.
-  void (*slice_grad[kDtypes])(const GatherShape& shape, const void* grad, int64_t column, float* sliced, int64_t begin,
-                              int64_t end);
-  // One table, one slice: grad_tables[table, :, column...] (every row written once); dots[entry] += <grad, row> over the slice,
-  // or = for the first slice. Slices in increasing order.
-  void (*backward[kDtypes])(const GatherShape& shape, const int32_t* starts, const GatherEntry* order, const float* sliced,
-                            const void* tables, int64_t table, int64_t column, void* grad_tables, float* dots);
+  void (*slice_grad[kDtypes])(const GatherShape& shape, const void* grad, int64_t column, float* sliced,
+                              int64_t begin, int64_t end);
+  // One table, one slice: grad_tables[table, :, column...] (every row written once); dots[entry] += <grad,
+  // row> over the slice, or = for the first slice. Slices in increasing order.
+  void (*backward[kDtypes])(const GatherShape& shape, const int32_t* starts, const GatherEntry* order,
+                            const float* sliced, const void* tables, int64_t table, int64_t column,
+                            void* grad_tables, float* dots);
   // by_token[n * k + f] = dots[entry], for one table.
   void (*unsort)(const GatherShape& shape, const GatherEntry* order, const float* dots, float* by_token);
   // grad_scores[n][t][f] = by_token[t][n * k + f] for tokens [begin, end).
-  void (*score_grad[kDtypes])(const GatherShape& shape, const float* by_token, void* grad_scores, int64_t begin, int64_t end);
+  void (*score_grad[kDtypes])(const GatherShape& shape, const float* by_token, void* grad_scores,
+                              int64_t begin, int64_t end);
 };
 
 // Measures the machine; see kernels/roofline.h. Each returns the operations done or bytes read.
@@ -85,8 +94,8 @@ struct RooflineKernels {
 // The packed LookupFFN (lookup_pack.h): a whole layer in one call.
 struct LookupKernels {
   int64_t (*workspace)(const LookupHeader* header, int64_t tokens, int64_t threads);
-  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
-                  void* workspace, const NogemmHost* host);
+  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                  int64_t tokens, void* workspace, const NogemmHost* host);
 };
 
 struct KernelTable {

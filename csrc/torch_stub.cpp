@@ -1,6 +1,8 @@
-// A stand-in for libtorch_cpu.so at link time only: the same SONAME, exactly the functions of torch_shim.h, no bodies worth
-// running. It is never installed. At run time the dynamic linker finds the libtorch_cpu.so that `import torch` has loaded.
-#define STUB(name) extern "C" __attribute__((visibility("default"))) void name() {}
+// A stand-in for libtorch_cpu.so at link time only: the same SONAME, exactly the functions of torch_shim.h,
+// no bodies worth running. It is never installed. At run time the dynamic linker finds the libtorch_cpu.so
+// that `import torch` has loaded.
+#define STUB(name) \
+  extern "C" __attribute__((visibility("default"))) void name() {}
 
 STUB(aoti_torch_library_init_impl)
 STUB(torch_library_impl)

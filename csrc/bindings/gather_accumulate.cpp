@@ -1,5 +1,6 @@
 // nogemm::gather_accumulate(Tensor codes, Tensor scores, Tensor tables, Tensor? row_scale) -> Tensor
-// nogemm::gather_accumulate_backward(Tensor grad, Tensor codes, Tensor scores, Tensor tables) -> (Tensor, Tensor)
+// nogemm::gather_accumulate_backward(Tensor grad, Tensor codes, Tensor scores, Tensor tables) -> (Tensor,
+// Tensor)
 #include <atomic>
 #include <limits>
 
@@ -10,10 +11,12 @@ namespace {
 
 constexpr const char* kForward = "gather_accumulate";
 constexpr const char* kBackward = "gather_accumulate_backward";
-constexpr int64_t kGroupBytes = int64_t{1} << 19;  // of table slices walked together, beside the sums in the second-level cache
+constexpr int64_t kGroupBytes =
+    int64_t{1} << 19;  // of table slices walked together, beside the sums in the second-level cache
 constexpr int64_t kMaxGroup = 16;
-constexpr int64_t kTokens = 4096;     // tokens planned at a time: their sums of a slice stay in the second-level cache
-constexpr int64_t kGrain = 1 << 17;   // elements of rows per thread
+constexpr int64_t kTokens =
+    4096;  // tokens planned at a time: their sums of a slice stay in the second-level cache
+constexpr int64_t kGrain = 1 << 17;  // elements of rows per thread
 
 // The first bad code seen by any piece; the least index wins, so the message does not depend on the threads.
 class FirstWrong {
@@ -28,8 +31,8 @@ class FirstWrong {
     const int64_t flat = first_.load();
     if (flat == std::numeric_limits<int64_t>::max()) return;
     const int64_t k = s.neighbours;
-    fail<std::out_of_range>(op, "codes[", flat / (s.tables * k), ", ", flat / k % s.tables, ", ", flat % k, "] = ",
-                            codes[flat], " is outside [0, ", s.rows, "), the rows of a table");
+    fail<std::out_of_range>(op, "codes[", flat / (s.tables * k), ", ", flat / k % s.tables, ", ", flat % k,
+                            "] = ", codes[flat], " is outside [0, ", s.rows, "), the rows of a table");
   }
 
  private:
@@ -39,13 +42,14 @@ class FirstWrong {
 GatherShape check_shapes(const Tensor& codes, const Tensor& scores, const Tensor& tables, const char* op) {
   check(codes.dtype() == aoti_torch_dtype_int32(), op, "codes must be int32");
   check(codes.dim() == 3 && tables.dim() == 3 && codes.size(1) == tables.size(0), op,
-        "expected codes [N, T, F] and tables [T, R, D], got codes of shape ", codes.shape(), " and tables of shape ",
-        tables.shape());
-  check(scores.shape() == codes.shape(), op, "scores of shape ", scores.shape(), " must have the shape of codes, ",
-        codes.shape());
+        "expected codes [N, T, F] and tables [T, R, D], got codes of shape ", codes.shape(),
+        " and tables of shape ", tables.shape());
+  check(scores.shape() == codes.shape(), op, "scores of shape ", scores.shape(),
+        " must have the shape of codes, ", codes.shape());
   const GatherShape s{codes.size(0), tables.size(0), tables.size(1), tables.size(2), codes.size(2), 1};
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
-  check(s.rows * kMaxGroup <= kLimit && s.tokens * s.neighbours <= kLimit, op, "too many rows or tokens for 32-bit indices");
+  check(s.rows * kMaxGroup <= kLimit && s.tokens * s.neighbours <= kLimit, op,
+        "too many rows or tokens for 32-bit indices");
   return s;
 }
 
@@ -65,16 +69,17 @@ struct Forward {
   char* y;
 };
 
-// The tokens of f.shape, whose scratch the caller provides: plan, then all slices of all tokens. A token's sum does not depend on how
-// the (slice, token) pairs are cut, so each thread takes one stretch of them.
+// The tokens of f.shape, whose scratch the caller provides: plan, then all slices of all tokens. A token's
+// sum does not depend on how the (slice, token) pairs are cut, so each thread takes one stretch of them.
 void forward_tokens(const Forward& f, GatherEntry* plan, float* sums, FirstWrong& wrong, int64_t first_flat) {
   const GatherKernels& kernel = kernels().gather;
   const GatherShape& s = f.shape;
   const int64_t grain = 1 + kGrain / (s.tables * s.neighbours * kernel.slice + 1);
-  parallel_for(s.tokens, 1 + kGrain / (16 * s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
-    const int64_t flat = kernel.plan[f.score_dtype](s, f.codes, f.scores, f.row_scale, plan, begin, end);
-    if (flat >= 0) wrong.note(first_flat + flat);
-  });
+  parallel_for(
+      s.tokens, 1 + kGrain / (16 * s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
+        const int64_t flat = kernel.plan[f.score_dtype](s, f.codes, f.scores, f.row_scale, plan, begin, end);
+        if (flat >= 0) wrong.note(first_flat + flat);
+      });
   const int64_t slices = (s.width + kernel.slice - 1) / kernel.slice;
   parallel_for(slices * s.tokens, grain, [&](int64_t begin, int64_t end) noexcept {
     while (begin < end) {
@@ -98,16 +103,18 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const GatherShape whole = f.shape;
   if (row_scale.defined()) {
     row_scale = std::move(row_scale).contiguous();
-    check(row_scale.dtype() == aoti_torch_dtype_float32() && row_scale.dim() == 2 && row_scale.size(0) == whole.tables &&
-              row_scale.size(1) == whole.rows,
-          kForward, "row_scale must be float32 [T, R] = (", whole.tables, ", ", whole.rows, "), got shape ", row_scale.shape());
+    check(row_scale.dtype() == aoti_torch_dtype_float32() && row_scale.dim() == 2 &&
+              row_scale.size(0) == whole.tables && row_scale.size(1) == whole.rows,
+          kForward, "row_scale must be float32 [T, R] = (", whole.tables, ", ", whole.rows, "), got shape ",
+          row_scale.shape());
     f.row_scale = row_scale.data<float>();
   }
   check(f.row_dtype != kI8 || f.row_scale != nullptr, kForward, "int8 tables need a row_scale");
 
   Tensor y = Tensor::empty({whole.tokens, whole.width}, scores.dtype());
   const int64_t slice = kernels().gather.slice, slices = (whole.width + slice - 1) / slice;
-  const int64_t most = whole.tokens < kTokens ? whole.tokens : kTokens, entries = whole.tables * whole.neighbours;
+  const int64_t most = whole.tokens < kTokens ? whole.tokens : kTokens,
+                entries = whole.tables * whole.neighbours;
   f.shape.group = group_size(whole, slice, f.row_dtype);
   f.tables = tables.data();
   if (entries == 0) {  // a sum over nothing
@@ -129,9 +136,11 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = std::move(y).to_stack();
 }
 
-// All tables, slice after slice: a table's dot products are summed over the slices in order, whichever thread has the table.
-void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const Tensor& grad, const void* tables,
-                     const int32_t* starts, const GatherEntry* order, float* dots, void* grad_tables) {
+// All tables, slice after slice: a table's dot products are summed over the slices in order, whichever thread
+// has the table.
+void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const Tensor& grad,
+                     const void* tables, const int32_t* starts, const GatherEntry* order, float* dots,
+                     void* grad_tables) {
   const GatherKernels& kernel = kernels().gather;
   const Scratch<float> sliced(s.tokens * kernel.slice);
   const int64_t pairs = s.tokens * s.neighbours;
@@ -143,8 +152,8 @@ void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const T
     });
     parallel_for(s.tables, grain, [&](int64_t begin, int64_t end) noexcept {
       for (int64_t t = begin; t < end; ++t) {
-        kernel.backward[row_dtype](s, starts + t * (s.rows + 1), order + t * pairs, sliced.get(), tables, t, column,
-                                   grad_tables, dots + t * pairs);
+        kernel.backward[row_dtype](s, starts + t * (s.rows + 1), order + t * pairs, sliced.get(), tables, t,
+                                   column, grad_tables, dots + t * pairs);
       }
     });
   }
@@ -153,7 +162,8 @@ void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const T
 void backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take_tensor(stack[0]).contiguous(), codes = take_tensor(stack[1]).contiguous(),
          scores = take_tensor(stack[2]).contiguous(), tables = take_tensor(stack[3]).contiguous();
-  const Dtype dtype = dtype_of(scores, kBackward, "scores"), row_dtype = dtype_of(tables, kBackward, "tables");
+  const Dtype dtype = dtype_of(scores, kBackward, "scores"),
+              row_dtype = dtype_of(tables, kBackward, "tables");
   check_same_dtype(grad, scores, kBackward, "grad", "scores");
   const GatherShape s = check_shapes(codes, scores, tables, kBackward);
   check(grad.dim() == 2 && grad.size(0) == s.tokens && grad.size(1) == s.width, kBackward,
@@ -187,9 +197,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
       kernel.unsort(s, order.get() + t * pairs, dots.get() + t * pairs, by_token.get() + t * pairs);
     }
   });
-  parallel_for(s.tokens, 1 + (1 << 15) / (s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
-    kernel.score_grad[dtype](s, by_token.get(), grad_score_data, begin, end);
-  });
+  parallel_for(s.tokens, 1 + (1 << 15) / (s.tables * s.neighbours + 1),
+               [&](int64_t begin, int64_t end) noexcept {
+                 kernel.score_grad[dtype](s, by_token.get(), grad_score_data, begin, end);
+               });
   stack[0] = std::move(grad_scores).to_stack();
   stack[1] = std::move(grad_tables).to_stack();
 }

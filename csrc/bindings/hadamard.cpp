@@ -5,14 +5,16 @@ namespace nogemm {
 namespace {
 
 constexpr const char* kOp = "hadamard";
-constexpr int64_t kGrain = 1 << 15;  // elements per thread below which a second thread costs more than it saves
+constexpr int64_t kGrain =
+    1 << 15;  // elements per thread below which a second thread costs more than it saves
 
 void hadamard(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take_tensor(stack[0]).contiguous();
   check(x.dim() > 0, kOp, "x needs at least one dimension");
   const Dtype dtype = dtype_of(x, kOp, "x");
   const int64_t width = x.size(x.dim() - 1);
-  check(width > 0 && (width & (width - 1)) == 0, kOp, "the last dimension must be a power of two, got x of shape ", x.shape());
+  check(width > 0 && (width & (width - 1)) == 0, kOp,
+        "the last dimension must be a power of two, got x of shape ", x.shape());
 
   Tensor y = Tensor::empty(x.sizes(), x.dim(), x.dtype());
   const int64_t rows = x.numel() / width;

@@ -7,12 +7,13 @@ namespace {
 
 constexpr const char* kForward = "hash_codes";
 constexpr const char* kBackward = "hash_codes_backward";
-constexpr int64_t kMaxBits = 30;      // as in kernels/hash_codes.h
+constexpr int64_t kMaxBits = 30;     // as in kernels/hash_codes.h
 constexpr int64_t kGrain = 1 << 13;  // soft codes per thread
 
 int64_t check_soft_codes(const Tensor& z, int64_t bits, const char* op) {
   check(bits >= 1 && bits <= kMaxBits, op, "bits must be in 1..", kMaxBits, ", got ", bits);
-  check(z.dim() == 2 && z.size(1) % bits == 0, op, "z must be [N, T K] with K = ", bits, " bits, got ", z.shape());
+  check(z.dim() == 2 && z.size(1) % bits == 0, op, "z must be [N, T K] with K = ", bits, " bits, got ",
+        z.shape());
   return z.size(1) / bits;
 }
 
@@ -24,7 +25,8 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   const bool gelu = take_bool(stack[3]);
   const Dtype dtype = dtype_of(z, kForward, "z");
   const int64_t tables = check_soft_codes(z, bits, kForward), tokens = z.size(0);
-  check(neighbours == 1 || neighbours == 2 || neighbours == 4, kForward, "neighbours must be 1, 2 or 4, got ", neighbours);
+  check(neighbours == 1 || neighbours == 2 || neighbours == 4, kForward, "neighbours must be 1, 2 or 4, got ",
+        neighbours);
   check(neighbours <= int64_t{1} << bits, kForward, neighbours, " neighbours need more than ", bits, " bits");
 
   Tensor codes = Tensor::empty({tokens, tables, neighbours}, aoti_torch_dtype_int32());
@@ -35,8 +37,9 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   int32_t* code_out = codes.mutable_data<int32_t>();
   char* score_out = scores.mutable_data<char>();
   parallel_for(tokens, tokens_per_thread(z.size(1)), [&](int64_t begin, int64_t end) noexcept {
-    kernel(in + begin * tables * bits * item, code_out + begin * per_token, score_out + begin * per_token * item,
-           end - begin, tables, static_cast<int>(bits), static_cast<int>(neighbours), gelu);
+    kernel(in + begin * tables * bits * item, code_out + begin * per_token,
+           score_out + begin * per_token * item, end - begin, tables, static_cast<int>(bits),
+           static_cast<int>(neighbours), gelu);
   });
   stack[0] = std::move(codes).to_stack();
   stack[1] = std::move(scores).to_stack();
@@ -51,21 +54,22 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   check_same_dtype(z, grad, kBackward, "z", "grad");
   check(codes.dtype() == aoti_torch_dtype_int32(), kBackward, "codes must be int32");
   const int64_t tables = check_soft_codes(z, bits, kBackward), tokens = z.size(0);
-  check(codes.dim() == 3 && codes.size(0) == tokens && codes.size(1) == tables && codes.size(2) >= 1, kBackward,
-        "codes must be [N, T, F] = (", tokens, ", ", tables, ", F), got ", codes.shape());
-  check(grad.shape() == codes.shape(), kBackward, "grad of shape ", grad.shape(), " must have the shape of codes, ",
-        codes.shape());
+  check(codes.dim() == 3 && codes.size(0) == tokens && codes.size(1) == tables && codes.size(2) >= 1,
+        kBackward, "codes must be [N, T, F] = (", tokens, ", ", tables, ", F), got ", codes.shape());
+  check(grad.shape() == codes.shape(), kBackward, "grad of shape ", grad.shape(),
+        " must have the shape of codes, ", codes.shape());
 
   Tensor result = Tensor::empty({tokens, tables * bits}, z.dtype());
   const auto kernel = kernels().hash_codes.backward[dtype];
-  const int64_t item = static_cast<int64_t>(item_size(dtype)), neighbours = codes.size(2), per_token = tables * neighbours;
+  const int64_t item = static_cast<int64_t>(item_size(dtype)), neighbours = codes.size(2),
+                per_token = tables * neighbours;
   const char *g = grad.data<char>(), *in = z.data<char>();
   const int32_t* code = codes.data<int32_t>();
   char* out = result.mutable_data<char>();
   parallel_for(tokens, tokens_per_thread(z.size(1)), [&](int64_t begin, int64_t end) noexcept {
     kernel(g + begin * per_token * item, in + begin * tables * bits * item, code + begin * per_token,
-           out + begin * tables * bits * item, end - begin, tables, static_cast<int>(bits), static_cast<int>(neighbours),
-           gelu);
+           out + begin * tables * bits * item, end - begin, tables, static_cast<int>(bits),
+           static_cast<int>(neighbours), gelu);
   });
   stack[0] = std::move(result).to_stack();
 }

@@ -1,5 +1,6 @@
-// Included once per instruction set, after NOGEMM_NS is defined: compiles every kernel and gathers them in one table.
-// Nothing with external linkage besides kTable may come out of these files, hence no standard library templates here.
+// Included once per instruction set, after NOGEMM_NS is defined: compiles every kernel and gathers them in
+// one table. Nothing with external linkage besides kTable may come out of these files, hence no standard
+// library templates here.
 #pragma once
 #include "kernel_table.h"
 #include "kernels/vec.h"

@@ -3,9 +3,9 @@
 //     y[n, o] = sum_i x[n, i] matrix[i, o]            apply: one block, a range of tokens
 //     grad_weight[o, i] = sum_n grad[n, o] x[n, i]    weight_grad: one block, all tokens
 //
-// Outputs lie in the lanes, a tile of kTileTokens x kTileVectors accumulators stays in registers, and each step broadcasts one
-// input per token. Every output is one chain of fma in increasing i, in whichever tile it falls: a token's result does not
-// depend on the other tokens.
+// Outputs lie in the lanes, a tile of kTileTokens x kTileVectors accumulators stays in registers, and each
+// step broadcasts one input per token. Every output is one chain of fma in increasing i, in whichever tile it
+// falls: a token's result does not depend on the other tokens.
 #pragma once
 #include "vec.h"
 
@@ -15,7 +15,8 @@ namespace nogemm::NOGEMM_NS {
 inline constexpr int kTileTokens = kRegisters == 32 ? 6 : kLanes == 1 ? 2 : 6;
 inline constexpr int kTileVectors = kRegisters == 32 ? 4 : kLanes == 1 ? 4 : 2;
 inline constexpr int kInnerChunk = 64;  // inputs of a tile that are converted to float32 at a time
-inline constexpr int kTokenChunk = 64;  // tokens whose x and grad stay in the first-level cache in weight_grad
+inline constexpr int kTokenChunk =
+    64;  // tokens whose x and grad stay in the first-level cache in weight_grad
 
 // A view of `rows` x `count` values as float32: the tensor itself, or a converted copy of it.
 template <int ROWS>
@@ -39,8 +40,8 @@ inline constexpr bool kIsFloat<float> = true;
 
 // TOKENS x (VECTORS * kLanes) outputs; with PART the last vector has only `last` lanes.
 template <int TOKENS, int VECTORS, bool PART, class T>
-static void product_tile(const T* NOGEMM_RESTRICT x, int64_t x_stride, const float* NOGEMM_RESTRICT matrix, int64_t outer,
-                         T* NOGEMM_RESTRICT y, int64_t y_stride, int64_t inner, int last) {
+static void product_tile(const T* NOGEMM_RESTRICT x, int64_t x_stride, const float* NOGEMM_RESTRICT matrix,
+                         int64_t outer, T* NOGEMM_RESTRICT y, int64_t y_stride, int64_t inner, int last) {
   F sum[TOKENS][VECTORS];
   for (auto& row : sum) {
     for (F& s : row) s = zero();
@@ -77,21 +78,22 @@ static void product_tile(const T* NOGEMM_RESTRICT x, int64_t x_stride, const flo
 
 // All tokens for one column tile.
 template <int VECTORS, bool PART, class T>
-static void product_columns(const T* x, int64_t x_stride, const float* matrix, int64_t outer, T* y, int64_t y_stride,
-                            int64_t tokens, int64_t inner, int last) {
+static void product_columns(const T* x, int64_t x_stride, const float* matrix, int64_t outer, T* y,
+                            int64_t y_stride, int64_t tokens, int64_t inner, int last) {
   int64_t n = 0;
   for (; n + kTileTokens <= tokens; n += kTileTokens) {
-    product_tile<kTileTokens, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride, inner,
-                                             last);
+    product_tile<kTileTokens, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride,
+                                             y_stride, inner, last);
   }
   for (; n < tokens; ++n) {
-    product_tile<1, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride, inner, last);
+    product_tile<1, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride,
+                                   inner, last);
   }
 }
 
 template <class T>
-static void product_apply(const void* x_void, int64_t x_stride, const float* matrix, void* y_void, int64_t y_stride,
-                          int64_t tokens, int64_t inner, int64_t outer) {
+static void product_apply(const void* x_void, int64_t x_stride, const float* matrix, void* y_void,
+                          int64_t y_stride, int64_t tokens, int64_t inner, int64_t outer) {
   const T* x = static_cast<const T*>(x_void);
   T* y = static_cast<T*>(y_void);
   int64_t o = 0;
@@ -110,10 +112,12 @@ static void product_apply(const void* x_void, int64_t x_stride, const float* mat
   }
 }
 
-// Adds a tile of ROWS x (VECTORS * kLanes) of grad_weight over one chunk of tokens; grad holds ROWS values per token.
+// Adds a tile of ROWS x (VECTORS * kLanes) of grad_weight over one chunk of tokens; grad holds ROWS values
+// per token.
 template <int ROWS, int VECTORS, bool PART, class T>
 static void weight_tile(const float* NOGEMM_RESTRICT grad, int64_t grad_stride, const T* NOGEMM_RESTRICT x,
-                        int64_t x_stride, float* NOGEMM_RESTRICT sums, int64_t inner, int64_t tokens, int last) {
+                        int64_t x_stride, float* NOGEMM_RESTRICT sums, int64_t inner, int64_t tokens,
+                        int last) {
   F sum[ROWS][VECTORS];
   for (auto& row : sum) {
     for (F& s : row) s = zero();
@@ -143,8 +147,8 @@ static void weight_tile(const float* NOGEMM_RESTRICT grad, int64_t grad_stride, 
 
 // ROWS rows of grad_weight over one chunk of tokens.
 template <int ROWS, class T>
-static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t x_stride, float* sums, int64_t tokens,
-                        int64_t inner) {
+static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t x_stride, float* sums,
+                        int64_t tokens, int64_t inner) {
   [[maybe_unused]] float copy[kTokenChunk * ROWS];
   const float* g;
   int64_t g_stride;
@@ -169,8 +173,9 @@ static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t 
 }
 
 template <class T>
-static void product_weight_grad(const void* grad_void, int64_t grad_stride, const void* x_void, int64_t x_stride,
-                                void* grad_weight, float* scratch, int64_t tokens, int64_t outer, int64_t inner) {
+static void product_weight_grad(const void* grad_void, int64_t grad_stride, const void* x_void,
+                                int64_t x_stride, void* grad_weight, float* scratch, int64_t tokens,
+                                int64_t outer, int64_t inner) {
   float* sums = scratch;
   if constexpr (kIsFloat<T>) sums = static_cast<float*>(grad_weight);
   for (int64_t i = 0; i < outer * inner; ++i) sums[i] = 0.0f;

@@ -1,5 +1,6 @@
-// Storage types of the kernels. Plain data, no functions: this header may be included from files built for different
-// instruction sets, so an inline function here could be compiled once for AVX-512 and then called on a machine without it.
+// Storage types of the kernels. Plain data, no functions: this header may be included from files built for
+// different instruction sets, so an inline function here could be compiled once for AVX-512 and then called
+// on a machine without it.
 #pragma once
 #include <cstdint>
 

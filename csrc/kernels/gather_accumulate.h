@@ -2,22 +2,24 @@
 //
 //     y[n] = sum_t sum_f score[n, t, f] row_scale[t, code] tables[t, code],   code = codes[n, t, f]
 //
-// A table (R rows of D columns) is larger than the first-level cache and all tables together are larger than the last one, so the
-// walk is: a slice of kSlice columns; a group of tables whose slices fit the second-level cache together; the tokens. The
-// sums of a token's slice stay in registers over a group. What a (group, token) needs is put side by side beforehand: the plan.
+// A table (R rows of D columns) is larger than the first-level cache and all tables together are larger than
+// the last one, so the walk is: a slice of kSlice columns; a group of tables whose slices fit the
+// second-level cache together; the tokens. The sums of a token's slice stay in registers over a group. What a
+// (group, token) needs is put side by side beforehand: the plan.
 //
-//   plan   for group g, token n: min(group, T - g group) * k entries, groups one after the other, tokens within them
-//   sums   [N][kSlice] float32, contiguous, so that the walk over the tokens touches few pages
+//   plan   for group g, token n: min(group, T - g group) * k entries, groups one after the other, tokens
+//   within them sums   [N][kSlice] float32, contiguous, so that the walk over the tokens touches few pages
 //
-// A token's sum runs over tables in increasing order with fused multiply-adds, whatever the cut: the same for any batch or
-// thread count.
+// A token's sum runs over tables in increasing order with fused multiply-adds, whatever the cut: the same for
+// any batch or thread count.
 #pragma once
 #include "gather_shape.h"
 #include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
 
-// 64 columns (16 without SIMD): the sums of 4096 tokens then take 1 MiB and stay in the second-level cache with the rows.
+// 64 columns (16 without SIMD): the sums of 4096 tokens then take 1 MiB and stay in the second-level cache
+// with the rows.
 inline constexpr int kSliceVectors = kLanes == 1 ? 16 : 64 / kLanes;
 inline constexpr int kSlice = kSliceVectors * kLanes;
 
@@ -29,11 +31,12 @@ NOGEMM_INLINE int64_t slice_columns(const GatherShape& shape, int64_t column) {
   return shape.width - column < kSlice ? shape.width - column : kSlice;
 }
 
-// plan[group][n][slot] = (row within the group's tables, weight). Returns the flat index of the first code out of range, or -1;
-// such a code is replaced by row 0, so that nothing outside the tables is read even if the caller went on.
+// plan[group][n][slot] = (row within the group's tables, weight). Returns the flat index of the first code
+// out of range, or -1; such a code is replaced by row 0, so that nothing outside the tables is read even if
+// the caller went on.
 template <class S>
-static int64_t gather_plan(const GatherShape& shape, const int32_t* codes, const void* scores_void, const float* row_scale,
-                           GatherEntry* plan, int64_t begin, int64_t end) {
+static int64_t gather_plan(const GatherShape& shape, const int32_t* codes, const void* scores_void,
+                           const float* row_scale, GatherEntry* plan, int64_t begin, int64_t end) {
   const S* scores = static_cast<const S*>(scores_void);
   const int64_t k = shape.neighbours;
   int64_t wrong = -1;
@@ -62,15 +65,16 @@ static int64_t gather_plan(const GatherShape& shape, const int32_t* codes, const
 // Rows of the next group, to be fetched into the second-level cache while the current one is being used.
 template <class T>
 struct Ahead {
-  const T* next;     // first row of the next group, at the slice's column; null when there is none
-  int64_t rows;      // how many rows it has
-  int64_t per_token; // how many of them to fetch per token
+  const T* next;      // first row of the next group, at the slice's column; null when there is none
+  int64_t rows;       // how many rows it has
+  int64_t per_token;  // how many of them to fetch per token
   int64_t done;
 
   [[gnu::always_inline]] inline void fetch(int64_t width, int64_t bytes) {
     for (int64_t stop = done + per_token < rows ? done + per_token : rows; done < stop; ++done) {
       const char* row = reinterpret_cast<const char*>(next + done * width);
-      // Every second line: the hardware fetches lines in pairs, and the few outstanding misses of a core are what limits this.
+      // Every second line: the hardware fetches lines in pairs, and the few outstanding misses of a core are
+      // what limits this.
       for (int64_t b = 0; b < bytes; b += 128) prefetch_l2(row + b);
     }
   }
@@ -78,9 +82,10 @@ struct Ahead {
 
 // Columns [column, column + VECTORS * kLanes) for tokens [begin, end); sums points at this part of the slice.
 template <int VECTORS, bool PART, class T>
-static void gather_columns(const GatherShape& shape, const GatherEntry* plan, const T* tables, int64_t column, float* sums,
-                           int64_t begin, int64_t end, int last) {
-  const int64_t k = shape.neighbours, width = shape.width, bytes = VECTORS * kLanes * static_cast<int64_t>(sizeof(T));
+static void gather_columns(const GatherShape& shape, const GatherEntry* plan, const T* tables, int64_t column,
+                           float* sums, int64_t begin, int64_t end, int last) {
+  const int64_t k = shape.neighbours, width = shape.width,
+                bytes = VECTORS * kLanes * static_cast<int64_t>(sizeof(T));
   // Worth it only where most rows of a table will be read.
   const bool dense_reads = (end - begin) * k >= 2 * shape.rows;
   for (int64_t first = 0; first < shape.tables; first += shape.group) {
@@ -112,11 +117,12 @@ static void gather_columns(const GatherShape& shape, const GatherEntry* plan, co
 }
 
 template <class T>
-static void gather_forward(const GatherShape& shape, const GatherEntry* plan, const void* tables_void, int64_t column,
-                           float* sums, int64_t begin, int64_t end) {
+static void gather_forward(const GatherShape& shape, const GatherEntry* plan, const void* tables_void,
+                           int64_t column, float* sums, int64_t begin, int64_t end) {
   const T* tables = static_cast<const T*>(tables_void);
   const int64_t columns = slice_columns(shape, column);
-  if (columns == kSlice) return gather_columns<kSliceVectors, false>(shape, plan, tables, column, sums, begin, end, 0);
+  if (columns == kSlice)
+    return gather_columns<kSliceVectors, false>(shape, plan, tables, column, sums, begin, end, 0);
   constexpr int kHalf = kSliceVectors / 2;
   int64_t c = 0;
   for (; c + kHalf * kLanes <= columns; c += kHalf * kLanes) {
@@ -129,8 +135,8 @@ static void gather_forward(const GatherShape& shape, const GatherEntry* plan, co
 }
 
 template <class Y>
-static void gather_finish(const GatherShape& shape, const float* sums, int64_t column, void* y_void, int64_t begin,
-                          int64_t end) {
+static void gather_finish(const GatherShape& shape, const float* sums, int64_t column, void* y_void,
+                          int64_t begin, int64_t end) {
   const int64_t columns = slice_columns(shape, column);
   for (int64_t n = begin; n < end; ++n) {
     Y* y = static_cast<Y*>(y_void) + n * shape.width + column;

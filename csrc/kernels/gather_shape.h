@@ -13,8 +13,8 @@ struct GatherShape {
   int64_t group;       // tables walked together by the forward pass
 };
 
-// One (token, table, neighbour): which row, and with which weight. In the forward plan `index` is the row within the table;
-// in the backward order it is n * k + f, the row being implied by the bucket.
+// One (token, table, neighbour): which row, and with which weight. In the forward plan `index` is the row
+// within the table; in the backward order it is n * k + f, the row being implied by the bucket.
 struct GatherEntry {
   int32_t index;
   float weight;

@@ -2,8 +2,9 @@
 //
 //     y = x H_D / sqrt(D),   H_2D = [[H_D, H_D], [H_D, -H_D]],   D a power of two
 //
-// D log2(D) additions per row. The levels are done in groups of three (radix 8, in registers), the innermost log2(kLanes)
-// inside a vector, so a row of 1024 floats is read and written four times, in the first-level cache.
+// D log2(D) additions per row. The levels are done in groups of three (radix 8, in registers), the innermost
+// log2(kLanes) inside a vector, so a row of 1024 floats is read and written four times, in the first-level
+// cache.
 #pragma once
 #include "vec.h"
 
@@ -17,7 +18,8 @@ alignas(64) static const float kLaneSigns[4][16] = {
     {1, 1, 1, 1, 1, 1, 1, 1, -1, -1, -1, -1, -1, -1, -1, -1},
 };
 
-// One butterfly level inside a vector: lane i becomes a_i + a_{i + STEP} or a_{i - STEP} - a_i. The product by +-1 is exact.
+// One butterfly level inside a vector: lane i becomes a_i + a_{i + STEP} or a_{i - STEP} - a_i. The product
+// by +-1 is exact.
 template <int STEP>
 NOGEMM_INLINE F lane_level(F a) {
   if constexpr (STEP < kLanes) {
@@ -29,8 +31,8 @@ NOGEMM_INLINE F lane_level(F a) {
 
 NOGEMM_INLINE F lane_levels(F a) { return lane_level<8>(lane_level<4>(lane_level<2>(lane_level<1>(a)))); }
 
-// LEVELS butterfly levels over vectors `stride` vectors apart; FIRST adds the levels inside the vectors. LEVELS = 0 only with
-// FIRST, for a row of one vector.
+// LEVELS butterfly levels over vectors `stride` vectors apart; FIRST adds the levels inside the vectors.
+// LEVELS = 0 only with FIRST, for a row of one vector.
 template <int LEVELS, bool FIRST, class In, class Out>
 static void hadamard_pass(const In* in, Out* out, int64_t vectors, int64_t stride, float scale) {
   constexpr int kRadix = 1 << LEVELS;
@@ -56,12 +58,17 @@ static void hadamard_pass(const In* in, Out* out, int64_t vectors, int64_t strid
 }
 
 template <bool FIRST, class In, class Out>
-static void hadamard_levels(int levels, const In* in, Out* out, int64_t vectors, int64_t stride, float scale) {
+static void hadamard_levels(int levels, const In* in, Out* out, int64_t vectors, int64_t stride,
+                            float scale) {
   switch (levels) {
-    case 0: return hadamard_pass<0, FIRST>(in, out, vectors, stride, scale);
-    case 1: return hadamard_pass<1, FIRST>(in, out, vectors, stride, scale);
-    case 2: return hadamard_pass<2, FIRST>(in, out, vectors, stride, scale);
-    default: return hadamard_pass<3, FIRST>(in, out, vectors, stride, scale);
+    case 0:
+      return hadamard_pass<0, FIRST>(in, out, vectors, stride, scale);
+    case 1:
+      return hadamard_pass<1, FIRST>(in, out, vectors, stride, scale);
+    case 2:
+      return hadamard_pass<2, FIRST>(in, out, vectors, stride, scale);
+    default:
+      return hadamard_pass<3, FIRST>(in, out, vectors, stride, scale);
   }
 }
 

@@ -1,11 +1,13 @@
 // Codes and scores of soft codes z, and the gradient of z.
 //
 //     u_j = |z_j|,  code = sum_j [z_j > 0] 2^(K-1-j),  A = sum_j u_j,  P = prod_j 1 / (1 + exp(-2 u_j))
-//     for a set F of flipped bits: s_F = sum_F u,  a_F = A - 2 s_F,  p_F = P exp(-2 s_F),  score = a_F p_F (gelu) or p_F
-//     dz_j = sum_F grad_F p_F (S_Fj + a_F (S_Fj - tanh z_j)) (gelu) or grad_F p_F (S_Fj - tanh z_j), S_Fj = +-1 by bit j of code F
+//     for a set F of flipped bits: s_F = sum_F u,  a_F = A - 2 s_F,  p_F = P exp(-2 s_F),  score = a_F p_F
+//     (gelu) or p_F dz_j = sum_F grad_F p_F (S_Fj + a_F (S_Fj - tanh z_j)) (gelu) or grad_F p_F (S_Fj - tanh
+//     z_j), S_Fj = +-1 by bit j of code F
 //
-// Tables lie in the lanes: one step handles kLanes tables of one token, so everything is vertical. No logarithm and no sigmoid: one
-// exponential per bit, one division per table. A table with a NaN or an infinity gets score NaN and gradient NaN.
+// Tables lie in the lanes: one step handles kLanes tables of one token, so everything is vertical. No
+// logarithm and no sigmoid: one exponential per bit, one division per table. A table with a NaN or an
+// infinity gets score NaN and gradient NaN.
 #pragma once
 #include "vec.h"
 
@@ -36,8 +38,8 @@ struct Flip {
   I mask;
 };
 
-// The three bits of least u in increasing order (ties: the smaller mask first). Bits are offered from the last to the first, so
-// masks come in increasing order and a strict comparison keeps the earlier one.
+// The three bits of least u in increasing order (ties: the smaller mask first). Bits are offered from the
+// last to the first, so masks come in increasing order and a strict comparison keeps the earlier one.
 struct SmallestFlips {
   Flip best[3];
 
@@ -112,8 +114,8 @@ static void hash_tile(const T* z, int count, int bits, bool gelu, int32_t* codes
 }
 
 template <class T>
-static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, int64_t tokens, int64_t tables, int bits,
-                         int neighbours, bool gelu) {
+static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, int64_t tokens,
+                         int64_t tables, int bits, int neighbours, bool gelu) {
   const T* z = static_cast<const T*>(z_void);
   T* scores = static_cast<T*>(scores_void);
   for (int64_t n = 0; n < tokens; ++n) {
@@ -135,8 +137,8 @@ static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, 
 }
 
 template <class T>
-static void hash_backward_tile(const T* grad, const T* z, const int32_t* codes, T* grad_z, int count, int bits,
-                               int neighbours, bool gelu) {
+static void hash_backward_tile(const T* grad, const T* z, const int32_t* codes, T* grad_z, int count,
+                               int bits, int neighbours, bool gelu) {
   SoftCodes soft, slope;  // slope: tanh z until the end, then the gradient
   alignas(64) float sums[kMaxBits * kLanes];
   load_soft_codes(z, count, bits, soft);
@@ -196,7 +198,8 @@ static void hash_backward(const void* grad, const void* z, const int32_t* codes,
       const int count = static_cast<int>(tables - t < kLanes ? tables - t : kLanes);
       const int64_t at = n * tables + t;
       hash_backward_tile(static_cast<const T*>(grad) + at * neighbours, static_cast<const T*>(z) + at * bits,
-                         codes + at * neighbours, static_cast<T*>(grad_z) + at * bits, count, bits, neighbours, gelu);
+                         codes + at * neighbours, static_cast<T*>(grad_z) + at * bits, count, bits,
+                         neighbours, gelu);
     }
   }
 }

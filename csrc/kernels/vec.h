@@ -1,15 +1,17 @@
-// The vector vocabulary every kernel is written in: one specialisation per instruction set, chosen by the flags a file is
-// built with. A file in csrc/isa defines NOGEMM_NS (scalar, avx2, ...) before including this; everything lives in
-// nogemm::NOGEMM_NS, so two objects built with different flags never share a symbol (no ODR trap).
+// The vector vocabulary every kernel is written in: one specialisation per instruction set, chosen by the
+// flags a file is built with. A file in csrc/isa defines NOGEMM_NS (scalar, avx2, ...) before including this;
+// everything lives in nogemm::NOGEMM_NS, so two objects built with different flags never share a symbol (no
+// ODR trap).
 //
 //   F, I, M      a vector of kLanes floats, of kLanes int32, a mask of kLanes bits
-//   load/store   T = float, bf16, fp16 or int8 (load only) <-> F; *_part touch only the first n lanes (others read as 0)
-//   arithmetic   + - * /, fma(a,b,c) = a b + c, fnma = c - a b, min max abs, comparisons -> M, blend(m, a, b) = m ? a : b
-//   exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for NaN
-//   hsum         sum of the lanes in a fixed order
+//   load/store   T = float, bf16, fp16 or int8 (load only) <-> F; *_part touch only the first n lanes (others
+//   read as 0) arithmetic   + - * /, fma(a,b,c) = a b + c, fnma = c - a b, min max abs, comparisons -> M,
+//   blend(m, a, b) = m ? a : b exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for
+//   NaN hsum         sum of the lanes in a fixed order
 //
-// float <-> bf16 rounds to nearest even and keeps subnormals and NaN on every instruction set: `vcvtneps2bf16` would flush
-// subnormals, and results would then differ between instruction sets for no reason.
+// float <-> bf16 rounds to nearest even and keeps subnormals and NaN on every instruction set:
+// `vcvtneps2bf16` would flush subnormals, and results would then differ between instruction sets for no
+// reason.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -42,11 +44,13 @@ NOGEMM_INLINE float to_float(float x) { return x; }
 NOGEMM_INLINE float to_float(bf16 x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
 NOGEMM_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
 
-// Exponent rebias by one multiplication: 2^112 moves half's exponent to float's and normalises subnormals on the way.
+// Exponent rebias by one multiplication: 2^112 moves half's exponent to float's and normalises subnormals on
+// the way.
 NOGEMM_INLINE float to_float(fp16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t special = rest >= 0x0f800000u ? 0x70000000u : 0u;  // infinity and NaN keep the all-ones exponent
+  const uint32_t special =
+      rest >= 0x0f800000u ? 0x70000000u : 0u;  // infinity and NaN keep the all-ones exponent
   const float scaled = bits_to_float(rest) * 0x1p112f;
   return bits_to_float(sign | (special ? (rest | 0x7f800000u) : float_to_bits(scaled)));
 }
@@ -65,7 +69,8 @@ NOGEMM_INLINE void from_float(float x, fp16& out) {
   } else if (a >= 0x477ff000u) {
     h = 0x7c00u;  // rounds past the largest half
   } else if (a < 0x38800000u) {
-    h = float_to_bits(bits_to_float(a) + 0.5f) - 0x3f000000u;  // subnormal: the float adder rounds to a multiple of 2^-24
+    h = float_to_bits(bits_to_float(a) + 0.5f) -
+        0x3f000000u;  // subnormal: the float adder rounds to a multiple of 2^-24
   } else {
     h = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
   }
@@ -84,12 +89,13 @@ NOGEMM_INLINE void from_float(float x, fp16& out) {
 
 namespace nogemm::NOGEMM_NS {
 
-// e^x for x <= 0. x = n ln2 + r with |r| <= ln2 / 2; e^r by its Taylor polynomial to degree 7 (remainder 5e-9 relative);
-// 2^n is put into the exponent. Below -87.3 the result would be subnormal and is given as 0. NaN survives because the
-// final blend compares x, and because r is NaN.
+// e^x for x <= 0. x = n ln2 + r with |r| <= ln2 / 2; e^r by its Taylor polynomial to degree 7 (remainder 5e-9
+// relative); 2^n is put into the exponent. Below -87.3 the result would be subnormal and is given as 0. NaN
+// survives because the final blend compares x, and because r is NaN.
 NOGEMM_INLINE F exp_neg(F x) {
   const F n = round_even(x * set1(1.44269504088896341f));
-  F r = fnma(n, set1(0.693145751953125f), x);        // ln2 in two parts: the first has 15 bits, so n * part is exact
+  F r =
+      fnma(n, set1(0.693145751953125f), x);  // ln2 in two parts: the first has 15 bits, so n * part is exact
   r = fnma(n, set1(1.42860682e-6f), r);
   F p = set1(1.0f / 5040);
   p = fma(p, r, set1(1.0f / 720));

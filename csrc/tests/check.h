@@ -1,5 +1,5 @@
-// What the kernel tests share: random data in a kernel's dtype, guarded output buffers, and a comparison whose tolerance
-// follows from the arithmetic instead of being guessed.
+// What the kernel tests share: random data in a kernel's dtype, guarded output buffers, and a comparison
+// whose tolerance follows from the arithmetic instead of being guessed.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -49,7 +49,8 @@ inline uint16_t to_bf16(float f) {
   std::memcpy(&wide, &f, sizeof wide);
   const uint16_t down = static_cast<uint16_t>(wide >> 16);
   if (!std::isfinite(f)) return std::isnan(f) ? static_cast<uint16_t>(down | 0x40) : down;
-  const uint16_t up = static_cast<uint16_t>(down + 1);  // away from zero; past the largest value it is infinity
+  const uint16_t up =
+      static_cast<uint16_t>(down + 1);  // away from zero; past the largest value it is infinity
   const double gap = std::fabs(static_cast<double>(f)) - std::fabs(static_cast<double>(bf16_value(down)));
   const double step = std::ldexp(1.0, (down & 0x7f80) == 0 ? -133 : ((down >> 7) & 0xff) - 134);
   if (gap * 2 == step) return down & 1 ? up : down;
@@ -59,8 +60,14 @@ inline uint16_t to_bf16(float f) {
 // Values in a kernel's storage type, with a guard behind them that must survive.
 class Buffer {
  public:
-  Buffer(Dtype dtype, int64_t count) : dtype_(dtype), count_(count), item_(dtype == nogemm::kF32 ? 4 : dtype == nogemm::kI8 ? 1 : 2) {
-    bytes_.assign(static_cast<size_t>(count * item_ + kGuard), static_cast<unsigned char>(0xff));  // NaN if read as a float
+  Buffer(Dtype dtype, int64_t count)
+      : dtype_(dtype),
+        count_(count),
+        item_(dtype == nogemm::kF32  ? 4
+              : dtype == nogemm::kI8 ? 1
+                                     : 2) {
+    bytes_.assign(static_cast<size_t>(count * item_ + kGuard),
+                  static_cast<unsigned char>(0xff));  // NaN if read as a float
   }
   Buffer(Dtype dtype, const std::vector<float>& values) : Buffer(dtype, static_cast<int64_t>(values.size())) {
     for (int64_t i = 0; i < count_; ++i) set(i, values[static_cast<size_t>(i)]);
@@ -124,11 +131,13 @@ struct Expected {
   }
 };
 
-// Error allowed: half a step of the output's type, plus float32's rounding in each of `steps` operations on the magnitudes.
+// Error allowed: half a step of the output's type, plus float32's rounding in each of `steps` operations on
+// the magnitudes.
 inline bool close(float got, const Expected& e, Dtype dtype, int64_t steps) {
   if (std::isnan(e.value)) return std::isnan(got);
   const double step = dtype == nogemm::kBF16 ? std::ldexp(1.0, -7) : std::ldexp(1.0, -23);
-  const double allowed = 0.51 * step * std::fabs(e.value) + std::ldexp(1.0, -24) * static_cast<double>(steps + 4) * e.magnitude;
+  const double allowed =
+      0.51 * step * std::fabs(e.value) + std::ldexp(1.0, -24) * static_cast<double>(steps + 4) * e.magnitude;
   return std::fabs(got - e.value) <= allowed + 1e-37;  // NaN fails
 }
 
@@ -139,7 +148,8 @@ inline bool matches(const Buffer& got, const std::vector<Expected>& want, int64_
   return got.guard_intact();
 }
 
-// `matches` must fail when one output is wrong by a little more than the tolerance, or is NaN: call with any passing pair.
+// `matches` must fail when one output is wrong by a little more than the tolerance, or is NaN: call with any
+// passing pair.
 inline void control(Buffer got, const std::vector<Expected>& want, int64_t steps, const std::string& what) {
   if (got.size() == 0) return;
   const int64_t i = got.size() / 2;

@@ -18,12 +18,14 @@ void hadamard_tests() {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t i = 0; i < width; ++i)
           for (int64_t j = 0; j < width; ++j)
-            want[static_cast<size_t>(r * width + i)].add((__builtin_parityll(static_cast<uint64_t>(i & j)) ? -1 : 1) * scale * x[r * width + j]);
+            want[static_cast<size_t>(r * width + i)].add(
+                (__builtin_parityll(static_cast<uint64_t>(i & j)) ? -1 : 1) * scale * x[r * width + j]);
       const std::string what = text("hadamard ", width, dtype == nogemm::kF32 ? " float32" : " bfloat16");
       expect(matches(y, want, levels), what);
       control(y, want, levels, what);
       nogemm::kernels().hadamard.rows[dtype](x.data(), x.data(), scratch.data(), rows, width);
-      expect(std::memcmp(x.data(), y.data(), static_cast<size_t>(rows * width) * (dtype == nogemm::kF32 ? 4 : 2)) == 0,
+      expect(std::memcmp(x.data(), y.data(),
+                         static_cast<size_t>(rows * width) * (dtype == nogemm::kF32 ? 4 : 2)) == 0,
              what + " in place");
     }
   }

@@ -1,4 +1,5 @@
-// Codes, scores and their gradient against the formulas, neighbours against an exhaustive search over all bit sets.
+// Codes, scores and their gradient against the formulas, neighbours against an exhaustive search over all bit
+// sets.
 #include <algorithm>
 
 #include "check.h"
@@ -19,7 +20,8 @@ struct Set {
   int mask;
 };
 
-// The k bit sets of least sum, ties by mask; sums in float32 as the kernel has them, so that equal means equal.
+// The k bit sets of least sum, ties by mask; sums in float32 as the kernel has them, so that equal means
+// equal.
 std::vector<Set> nearest(const Buffer& z, int64_t at, int bits, int k) {
   std::vector<Set> sets;
   for (int mask = 0; mask < (1 << bits); ++mask) {
@@ -31,7 +33,8 @@ std::vector<Set> nearest(const Buffer& z, int64_t at, int bits, int k) {
     for (float m : members) sum += m;
     sets.push_back({static_cast<double>(sum), mask});
   }
-  std::sort(sets.begin(), sets.end(), [](const Set& a, const Set& b) { return a.sum < b.sum || (a.sum == b.sum && a.mask < b.mask); });
+  std::sort(sets.begin(), sets.end(),
+            [](const Set& a, const Set& b) { return a.sum < b.sum || (a.sum == b.sum && a.mask < b.mask); });
   sets.resize(static_cast<size_t>(k));
   return sets;
 }
@@ -54,17 +57,19 @@ struct Table {
 
 void forward_and_backward(const Case& c, int k, bool gelu, Dtype dtype, bool broken, std::mt19937& rng) {
   const int64_t count = c.tokens * c.tables, soft = count * c.bits;
-  Buffer z = normal(rng, dtype, soft), scores(dtype, count * k), grad = normal(rng, dtype, count * k), grad_z(dtype, soft);
+  Buffer z = normal(rng, dtype, soft), scores(dtype, count * k), grad = normal(rng, dtype, count * k),
+         grad_z(dtype, soft);
   for (int64_t i = 0; i < soft; i += 7) z.set(i, z[(i + 3) % soft]);  // ties
   z.set(soft / 3, 0.0f);
   if (broken) z.set(soft / 2, soft % 2 != 0 ? NAN : -INFINITY);
   std::vector<int32_t> codes(static_cast<size_t>(count * k));
   const nogemm::HashCodesKernels& kernel = nogemm::kernels().hash_codes;
   kernel.forward[dtype](z.data(), codes.data(), scores.data(), c.tokens, c.tables, c.bits, k, gelu);
-  kernel.backward[dtype](grad.data(), z.data(), codes.data(), grad_z.data(), c.tokens, c.tables, c.bits, k, gelu);
+  kernel.backward[dtype](grad.data(), z.data(), codes.data(), grad_z.data(), c.tokens, c.tables, c.bits, k,
+                         gelu);
 
-  const std::string what = text("hash_codes T ", c.tables, " K ", c.bits, " k ", k, gelu ? " gelu" : " sigmoid", " dtype ", int{dtype},
-                                broken ? " broken" : "");
+  const std::string what = text("hash_codes T ", c.tables, " K ", c.bits, " k ", k,
+                                gelu ? " gelu" : " sigmoid", " dtype ", int{dtype}, broken ? " broken" : "");
   std::vector<Expected> want, want_grad(static_cast<size_t>(soft), Expected{0, 0});
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * c.bits;
@@ -79,11 +84,13 @@ void forward_and_backward(const Case& c, int k, bool gelu, Dtype dtype, bool bro
         continue;
       }
       const Set& set = sets[static_cast<size_t>(f)];
-      expect(code == (table.code ^ set.mask), text(what, ": code of table ", t, " neighbour ", f, " is ", code));
+      expect(code == (table.code ^ set.mask),
+             text(what, ": code of table ", t, " neighbour ", f, " is ", code));
       const double a = table.total - 2 * set.sum, p = table.p * std::exp(-2 * set.sum), g = grad[t * k + f];
       want.push_back({gelu ? a * p : p, (gelu ? (table.total + set.sum) * p : p) * (1 + table.total)});
       for (int j = 0; j < c.bits; ++j) {
-        const double s = code >> (c.bits - 1 - j) & 1 ? 1 : -1, slope = s - std::tanh(static_cast<double>(z[at + j]));
+        const double s = code >> (c.bits - 1 - j) & 1 ? 1 : -1,
+                     slope = s - std::tanh(static_cast<double>(z[at + j]));
         Expected& e = want_grad[static_cast<size_t>(at + j)];
         e.value += g * p * (gelu ? s + a * slope : slope);
         e.magnitude += std::fabs(g * p) * (2 + 2 * table.total) * (1 + table.total);
