@@ -9,6 +9,7 @@ import json
 import logging
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nogemm.hardware import machine, machine_line
 
 CONFIG = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(rounds=4, block=64))
 TRAINING: dict[str, Any] = {"tokens": 1_500_000, "max_seconds": 400.0, "seed": 0}
+VALIDATION_TEXTS = 300  # a rough agreement while it trains; the test texts are scored in full afterwards
 SIZES = ((1, 16), (1, 128), (32, 128))
 TITLE = "all-MiniLM-L6-v2 with every FFN replaced by a LookupFFN"
 # Compiling for inductor takes longer than all the rest of the timing; `./run bench model` includes it, for ours too.
@@ -131,6 +133,8 @@ def training_run(folder: Path, target: Path) -> dict[str, Any]:
     """Distil and save; an interrupted run continues from its last checkpoint."""
     from transformers import AutoModel
 
+    from nogemm.train import texts
+
     model, _ = converted_model()
     teacher = AutoModel.from_pretrained(teacher_path(), local_files_only=True).eval()
     report = nogemm.distil(
@@ -138,6 +142,7 @@ def training_run(folder: Path, target: Path) -> dict[str, Any]:
         teacher,
         "sample",
         tokenizer=model.tokenizer,
+        validation=list(islice(texts("sample", split="validation"), VALIDATION_TEXTS)),
         output_dir=folder / "distil",
         resume=True,
         log_seconds=30.0,
