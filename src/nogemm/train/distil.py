@@ -25,7 +25,7 @@ from nogemm.train.guards import changed_options, evaluation_mode, gradients_for,
 from nogemm.train.losses import Spread, hidden_states, pooled
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
-from nogemm.train.progress import Progress
+from nogemm.train.progress import Progress, logger
 from nogemm.train.sources import describe, texts
 from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable, run
 
@@ -183,7 +183,9 @@ class Run:
         name, low, high = self.plan[index]
         kind = LayerStage if name == "layers" else ModelStage
         stage: Stage = kind(self.model, self.teacher, self.options)
-        optimiser, rates = make_optimiser(stage.groups, self.options)
+        # A model without a first stage learns its new layers in the second, at their full rates.
+        factor = self.options.stage2_rate if low > 0 else 1.0
+        optimiser, rates = make_optimiser(stage.groups, self.options, factor)
         if self.resumed is not None and self.resumed.state["stage"] == index:
             load_optimiser_tensors(optimiser, self.resumed.parts["optimiser"])
             if isinstance(stage, LayerStage):
@@ -244,6 +246,7 @@ class Run:
             return
         value = self.agreement()
         self.history.append({"tokens": self.tokens, "seconds": self.seconds(), "agreement": value})
+        logger.info("agreement on the validation texts after %s tokens: %.4f", f"{self.tokens:,}", value)
         values = [entry["agreement"] for entry in self.history]
         since_best = len(values) - 1 - values.index(max(values))
         if options.target is not None and value >= options.target:

@@ -39,13 +39,16 @@ def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embedding
 
 
 def make_optimiser(
-    groups: Mapping[str, list[nn.Parameter]], options: DistilOptions
+    groups: Mapping[str, list[nn.Parameter]], options: DistilOptions, factor: float = 1.0
 ) -> tuple[torch.optim.AdamW, dict[str, float]]:
-    """Make AdamW with one group for each non-empty entry whose rate is above 0; return it and the peak rates."""
+    """Make AdamW with one group for each non-empty entry whose rate is above 0; return it and the peak rates.
+
+    `factor` scales the rates of the new layers, not that of the backbone.
+    """
     rates = {
-        "projection": options.lr_projection,
-        "tables": options.lr_tables,
-        "other": options.lr_other,
+        "projection": options.lr_projection * factor,
+        "tables": options.lr_tables * factor,
+        "other": options.lr_other * factor,
         "backbone": options.lr_backbone,
     }
     rows: list[dict[str, Any]] = []

@@ -25,6 +25,7 @@ class DistilOptions:
         lr_projection: learning rate of the hash projections.
         lr_tables: learning rate of the tables.
         lr_other: learning rate of what else the new layers hold (biases, inner norms, dense matrices).
+        stage2_rate: factor on the rates of projections, tables and others in stage 2, where they are already fitted.
         lr_backbone: learning rate of the rest of the model in stage 2; 0 freezes it.
         weight_decay: of matrices outside the tables.
         train_embeddings: also train token embeddings in stage 2 (large, and most rows see few tokens).
@@ -49,12 +50,13 @@ class DistilOptions:
     max_seconds: float | None = None
     stage1_share: float = 0.4
     batch_tokens: int = 2048
-    updates_per_batch: int = 2
+    updates_per_batch: int = 4
     max_length: int = 128
     seed: int = 0
     lr_projection: float = 2e-3
     lr_tables: float = 5e-3
     lr_other: float = 1e-3
+    stage2_rate: float = 0.2
     lr_backbone: float = 2e-4
     weight_decay: float = 0.0
     train_embeddings: bool = False
@@ -104,6 +106,7 @@ _RANGES = (
     ("lr_tables", 0, _LARGE),
     ("lr_other", 0, _LARGE),
     ("lr_backbone", 0, _LARGE),
+    ("stage2_rate", 0, _LARGE),
     ("weight_decay", 0, _LARGE),
     ("hidden_weight", 0, _LARGE),
     ("output_weight", 0, _LARGE),
