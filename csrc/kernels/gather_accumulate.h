@@ -31,6 +31,10 @@ NOGEMM_INLINE int64_t slice_columns(const GatherShape& shape, int64_t column) {
   return shape.width - column < kSlice ? shape.width - column : kSlice;
 }
 
+// Rows come in random order: fetch the slice of the row that is so many additions away. More than the core's
+// out-of-order window finds by itself.
+inline constexpr int64_t kEntriesAhead = 16;
+
 // plan[group][n][slot] = (row within the group's tables, weight). Returns the flat index of the first code
 // out of range, or -1; such a code is replaced by row 0, so that nothing outside the tables is read even if
 // the caller went on.
@@ -92,6 +96,7 @@ static void gather_columns(const GatherShape& shape, const GatherEntry* plan, co
     const int64_t count = group_tables(shape, first);
     const T* base = tables + first * shape.rows * width + column;
     const GatherEntry* entry = plan + (first * shape.tokens + begin * count) * k;
+    const GatherEntry* group_end = entry + (end - begin) * count * k;
     Ahead<T> ahead{};
     if (dense_reads && first + count < shape.tables) {
       ahead.next = base + count * shape.rows * width;
@@ -103,6 +108,9 @@ static void gather_columns(const GatherShape& shape, const GatherEntry* plan, co
       F sum[VECTORS];
       for (int v = 0; v < VECTORS; ++v) sum[v] = first == 0 ? zero() : load(out + v * kLanes);
       for (const GatherEntry* stop = entry + count * k; entry < stop; ++entry) {
+        const GatherEntry* later = entry + kEntriesAhead < group_end ? entry + kEntriesAhead : entry;
+        const char* later_row = reinterpret_cast<const char*>(base + later->index * width);
+        for (int64_t b = 0; b < bytes; b += 64) prefetch(later_row + b);
         const T* row = base + entry->index * width;
         const F w = set1(entry->weight);
         for (int v = 0; v < VECTORS; ++v) {
