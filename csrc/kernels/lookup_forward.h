@@ -19,7 +19,6 @@ inline constexpr int64_t kChunkTokens = 8192;
 // A worker's second-level cache (2 MB where this was tuned) holds the sums of a block, one group's rows and the next's.
 inline constexpr int64_t kBlockTokens = 1024;
 inline constexpr int64_t kGroupBytes = 512 << 10;
-inline constexpr int64_t kGroupLookups = 512;        // integer sums stay below 2^31
 inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
 
 struct Cut {
@@ -136,10 +135,7 @@ NOGEMM_INLINE Output output_at(const Call& c, int64_t token) {
 NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t start, int64_t tokens, float* sums) {
   const LookupHeader& h = *c.layer.h;
   for (int64_t slice = 0; slice < h.slices; ++slice)
-    for (int64_t from = 0; from < lookups.count; from += kGroupLookups) {
-      const int64_t to = from + kGroupLookups < lookups.count ? from + kGroupLookups : lookups.count;
-      gather_piece(c.layer, slice, from, to, lookups, tokens, sums, output_at(c, start), true, {nullptr, 0});
-    }
+    gather_piece(c.layer, slice, 0, lookups.count, lookups, tokens, sums, output_at(c, start), true, {nullptr, 0});
 }
 
 // The rows of a few tokens, all slices: as many in flight as the memory system takes, before the first is needed.
@@ -237,8 +233,7 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
   p.count = padded_lookups(h);
   const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);
   const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
-  const int64_t wanted = round_up(fit * h.neighbours, 4);
-  p.group = wanted < kGroupLookups ? wanted : kGroupLookups;
+  p.group = round_up(fit * h.neighbours, 4);
   p.bulk = p.per_block * c.cut.piece * h.neighbours >= h.rows();
   return p;
 }

@@ -92,14 +92,14 @@ NOGEMM_INLINE __m512i dot_bytes(__m512i acc, __m512i bytes, __m512i weights) {
   return acc;
 }
 
-// acc += step * (256 high + low - 128 sum q), four rows at a time; the integer sums are exact (at most kGroupLookups of them).
+// acc += sum of q * stored bytes, four rows at a time; exact.
 template <int CH, bool AHEAD>
 NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, int64_t token, const char* next_rows,
-                                       int64_t next_token, F* acc) {
+                                       int64_t next_token, __m512i* acc) {
   constexpr int64_t kRowBytes = CH * kChunk;  // one pass covers the slice, so the row's length is known
-  __m512i high[CH * 4], low[CH * 4];
+  __m512i high[CH * 4];
   NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q) high[q] = low[q] = _mm512_setzero_si512();
+  for (int q = 0; q < CH * 4; ++q) high[q] = _mm512_setzero_si512();
   const int64_t width = l.width;
   const int32_t* index = l.index + g.from * width + token;
   const int32_t *highs = l.high() + g.from / 4 * width + token, *lows = l.low() + g.from / 4 * width + token;
@@ -126,19 +126,12 @@ NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, in
       NOGEMM_UNROLL
       for (int q = 0; q < 4; ++q) {
         high[c * 4 + q] = dot_bytes(high[c * 4 + q], four[q], h);
-        low[c * 4 + q] = dot_bytes(low[c * 4 + q], four[q], s);
+        acc[c * 4 + q] = dot_bytes(acc[c * 4 + q], four[q], s);
       }
     }
   }
-  const int32_t* before = l.before() + token;
-  const auto sum = static_cast<uint32_t>(before[g.to / 4 * width]) - static_cast<uint32_t>(before[g.from / 4 * width]);
-  const __m512i excess = _mm512_set1_epi32(static_cast<int32_t>(128u * sum));
-  const F step = set1(l.step[token]);
   NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q) {
-    const I total = {_mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[q], 8), low[q]), excess)};
-    acc[q] = fma(to_float(total), step, acc[q]);
-  }
+  for (int q = 0; q < CH * 4; ++q) acc[q] = _mm512_add_epi32(acc[q], _mm512_slli_epi32(high[q], 8));
 }
 
 #endif
@@ -158,21 +151,50 @@ NOGEMM_INLINE void order_columns(F* acc) {
   }
 }
 
+// y[column ...] = value, as far as the slice has columns.
+NOGEMM_INLINE void finish_columns(const GatherPass& g, const Output& y, int64_t token, int64_t column, F value) {
+  const int64_t left = g.columns - column, at = token * y.stride + column;
+  const F sum = value + load(g.bias + column);
+  if (y.dtype == 0) store_columns(reinterpret_cast<float*>(y.y) + at, sum, left);
+  if (y.dtype == 1) store_columns(reinterpret_cast<bf16*>(y.y) + at, sum, left);
+  if (y.dtype == 2) store_columns(reinterpret_cast<fp16*>(y.y) + at, sum, left);
+}
+
+#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
+
+template <int CH, bool AHEAD>
+NOGEMM_INLINE void gather_token_integer(const GatherPass& g, const Lookups& l, int64_t token, int32_t* sums,
+                                        const Output& y, const char* next_rows, int64_t next_token) {
+  __m512i acc[CH * 4];
+  NOGEMM_UNROLL
+  for (int q = 0; q < CH * 4; ++q) acc[q] = g.first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + q * kLanes);
+  add_lookups_integer<CH, AHEAD>(g, l, token, next_rows, next_token, acc);
+  if (!g.last) {
+    NOGEMM_UNROLL
+    for (int q = 0; q < CH * 4; ++q) _mm512_storeu_si512(sums + q * kLanes, acc[q]);
+    return;
+  }
+  const __m512i excess = _mm512_set1_epi32(l.excess()[token]);
+  const F step = set1(l.step[token]);
+  NOGEMM_UNROLL
+  for (int q = 0; q < CH * 4; ++q)
+    finish_columns(g, y, token, q * kLanes, to_float(I{_mm512_sub_epi32(acc[q], excess)}) * step);
+}
+
+#endif
+
 template <class Row, int CH, bool AHEAD>
 NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t token, int64_t chunk, float* sums,
                                 const Output& y, const char* next_rows, int64_t next_token) {
+#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
+  if constexpr (sizeof(Row) == 1)
+    return gather_token_integer<CH, AHEAD>(g, l, token, reinterpret_cast<int32_t*>(sums), y, next_rows, next_token);
+#endif
   constexpr int kVectors = CH * kChunk / kLanes;
   F acc[kVectors];
+  NOGEMM_UNROLL
   for (int q = 0; q < kVectors; ++q) acc[q] = zero();
-#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
-  if constexpr (sizeof(Row) == 1) {
-    add_lookups_integer<CH, AHEAD>(g, l, token, next_rows, next_token, acc);
-  } else {
-    add_lookups<Row, CH, AHEAD>(g, l, token, chunk, next_rows, next_token, acc);
-  }
-#else
   add_lookups<Row, CH, AHEAD>(g, l, token, chunk, next_rows, next_token, acc);
-#endif
   order_columns<Row, CH>(acc);
   float* kept = sums + chunk * kChunk;
   if (!g.first)
@@ -181,14 +203,7 @@ NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t t
     for (int q = 0; q < kVectors; ++q) store(kept + q * kLanes, acc[q]);
     return;
   }
-  for (int q = 0; q < kVectors; ++q) {
-    const int64_t column = chunk * kChunk + q * kLanes, left = g.columns - column;
-    const F value = acc[q] + load(g.bias + column);
-    const int64_t at = token * y.stride + column;
-    if (y.dtype == 0) store_columns(reinterpret_cast<float*>(y.y) + at, value, left);
-    if (y.dtype == 1) store_columns(reinterpret_cast<bf16*>(y.y) + at, value, left);
-    if (y.dtype == 2) store_columns(reinterpret_cast<fp16*>(y.y) + at, value, left);
-  }
+  for (int q = 0; q < kVectors; ++q) finish_columns(g, y, token, chunk * kChunk + q * kLanes, acc[q]);
 }
 
 // Tokens [0, tokens) of a piece; y and sums point at the piece's first token.

@@ -54,7 +54,7 @@ NOGEMM_INLINE int64_t place_hash_scratch(const LookupHeader& h, int64_t width, c
     return p;
   };
   const int64_t tokens = width > kRowTokens ? width : kRowTokens, rows = kLanes > kRowTokens ? kLanes : kRowTokens;
-  const int64_t wide = (widest(h) + 16) * tokens * 4, z = z_room(h) * kRowTokens * 4;
+  const int64_t wide = (widest(h) + h.blocks + 16) * tokens * 4, z = z_room(h) * kRowTokens * 4;
   HashScratch scratch;
   scratch.rows = reinterpret_cast<float*>(take(rows * round_up(h.in_width(), 16) * 4));
   scratch.row_words = reinterpret_cast<int32_t*>(take(rows * input_words(h) * 4));

@@ -114,17 +114,22 @@ NOGEMM_INLINE void butterfly_pass(float* x, int64_t groups, int64_t span, I* lar
       for (int v = 0; v < NV; ++v) {
         float* p = base + at + v * kLanes;
         F a[R];
+        NOGEMM_UNROLL
         for (int i = 0; i < R; ++i) a[i] = load(p + i * span);
+        NOGEMM_UNROLL
         for (int half = 1; half < R; half *= 2)
+          NOGEMM_UNROLL
           for (int i = 0; i < R; ++i)
             if (!(i & half)) {
               const F sum = a[i] + a[i + half], difference = a[i] - a[i + half];
               a[i] = sum;
               a[i + half] = difference;
             }
-        if (LEVELS > 0)
+        if constexpr (LEVELS > 0)
+          NOGEMM_UNROLL
           for (int i = 0; i < R; ++i) store(p + i * span, a[i]);
-        if (MAX)
+        if constexpr (MAX)
+          NOGEMM_UNROLL
           for (int i = 0; i < R; ++i) largest[v] = max(largest[v], magnitude(a[i]));
       }
     }
