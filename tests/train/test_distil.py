@@ -88,7 +88,7 @@ def test_modes_and_gradient_flags_come_back(pair: Pair) -> None:
 )
 def test_every_kind_of_layer_trains(config: Any) -> None:
     pair = make_pair(config)
-    report = run(pair, tokens=8_000, lr_other=1e-2)
+    report = run(pair, tokens=16_000, stage1_share=0.6, lr_other=1e-2)
     assert report.stages[0].last["loss"] < report.stages[0].first["loss"]
     assert report.stages[1].last["loss"] < report.stages[1].first["loss"]
 

@@ -48,14 +48,14 @@ class DistilOptions:
 
     tokens: int | None = 1_000_000
     max_seconds: float | None = None
-    stage1_share: float = 0.4
-    batch_tokens: int = 2048
-    updates_per_batch: int = 4
+    stage1_share: float = 0.3
+    batch_tokens: int = 1024
+    updates_per_batch: int = 2
     max_length: int = 128
     seed: int = 0
     lr_projection: float = 2e-3
     lr_tables: float = 5e-3
-    lr_other: float = 1e-3
+    lr_other: float = 2e-3
     stage2_rate: float = 0.2
     lr_backbone: float = 2e-4
     weight_decay: float = 0.0
