@@ -40,6 +40,12 @@ struct Smallest {
   I mask[3];
 };
 
+NOGEMM_INLINE void see_one(Smallest& s, F u, I mask) {
+  const M first = le(u, s.u[0]);
+  s.u[0] = blend(first, u, s.u[0]);
+  s.mask[0] = blend(first, mask, s.mask[0]);
+}
+
 NOGEMM_INLINE void see(Smallest& s, F u, I mask) {
   const M first = le(u, s.u[0]), second = le(u, s.u[1]), third = le(u, s.u[2]);
   s.u[2] = blend(second, s.u[1], blend(third, u, s.u[2]));
@@ -71,7 +77,8 @@ NOGEMM_INLINE void encode(int bits, int neighbours, bool gelu, Bit bit, Encoded&
     code = blend(gt(z, zero()), code | mask, code);
     a = a + u;
     product = fma(product, exp_minus_twice<FINE>(u), product);
-    if (neighbours > 1) see(small, u, mask);
+    if (neighbours == 2) see_one(small, u, mask);
+    if (neighbours > 2) see(small, u, mask);
   }
   const F p = set1(1.0f) / product;
   const F broken = a * zero();  // NaN if any z is NaN or infinite, else 0
