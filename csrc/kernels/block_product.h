@@ -14,9 +14,10 @@ namespace nogemm::NOGEMM_NS {
 // Accumulators + one row of the matrix + one broadcast fit the registers.
 inline constexpr int kTileTokens = kRegisters == 32 ? 6 : kLanes == 1 ? 2 : 6;
 inline constexpr int kTileVectors = kRegisters == 32 ? 4 : kLanes == 1 ? 4 : 2;
-inline constexpr int kInnerChunk = 64;  // inputs of a tile that are converted to float32 at a time
-inline constexpr int kTokenChunk =
-    64;  // tokens whose x and grad stay in the first-level cache in weight_grad
+// Inputs of a tile that are converted to float32 at a time.
+inline constexpr int kInnerChunk = 64;
+// Tokens whose x and grad stay in the first-level cache in weight_grad.
+inline constexpr int kTokenChunk = 64;
 
 // A view of `rows` x `count` values as float32: the tensor itself, or a converted copy of it.
 template <int ROWS>
