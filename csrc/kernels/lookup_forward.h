@@ -17,7 +17,7 @@ inline constexpr int64_t kRowsBatch = 16;
 inline constexpr int64_t kFusedBatch = 255;
 inline constexpr int64_t kChunkTokens = 8192;
 // A worker's second-level cache (2 MB where this was tuned) holds the sums of a block, one group's rows and the next's.
-inline constexpr int64_t kBlockTokens = 1024;
+inline constexpr int64_t kBlockTokens = 1536;
 inline constexpr int64_t kGroupBytes = 512 << 10;
 inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
 
@@ -27,7 +27,7 @@ struct Cut {
 };
 
 NOGEMM_INLINE int64_t tile_vectors(int64_t tokens) {
-  const int64_t most = tokens >= 192 ? kMaxNV : tokens >= 64 ? 2 : 1;
+  const int64_t most = tokens >= 1024 ? kMaxNV : tokens >= 64 ? 2 : 1;  // small batches: enough tiles to share out
   return most < kMaxNV ? most : kMaxNV;
 }
 
@@ -229,6 +229,7 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
   GatherPlan p;
   const int64_t most = kBlockTokens / c.cut.piece;
   p.blocks = (c.cut.pieces + most - 1) / most;
+  if (h.slices % 2 == 1) p.blocks = round_up(p.blocks, 2);  // an even number of pieces: two threads get as many each
   p.per_block = (c.cut.pieces + p.blocks - 1) / p.blocks;
   p.count = padded_lookups(h);
   const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);

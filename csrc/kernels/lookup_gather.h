@@ -50,12 +50,15 @@ NOGEMM_INLINE void fetch_ahead(const char* rows, int64_t row_bytes, const int32_
 }
 
 NOGEMM_INLINE void add_row(const float* p, F score, F* acc, int vectors) {
+  NOGEMM_UNROLL
   for (int q = 0; q < vectors; ++q) acc[q] = fma(score, load(p + q * kLanes), acc[q]);
 }
 NOGEMM_INLINE void add_row(const bf16* p, F score, F* acc, int vectors) {
   constexpr int kHalf = 16 / kLanes;  // vectors of words in 32 columns
   const auto* words = reinterpret_cast<const int32_t*>(p);
+  NOGEMM_UNROLL
   for (int q = 0; q < vectors; q += 2 * kHalf)
+    NOGEMM_UNROLL
     for (int w = 0; w < kHalf; ++w) {
       const I pair = load(words + (q / 2 + w) * kLanes);
       acc[q + w] = fma(score, as_float(shift_left16(pair)), acc[q + w]);
