@@ -84,7 +84,7 @@ FULL_DISK = """
 import resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_checkpoint import example
+from test_run_checkpoint import example
 from nogemm.train import checkpoint as ckpt
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -107,7 +107,7 @@ WRITER = """
 import sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from test_checkpoint import example
+from test_run_checkpoint import example
 from nogemm.train import checkpoint as ckpt
 for step in range(1, 100000):
     ckpt.write_checkpoint(Path(sys.argv[2]), step, example(step))
