@@ -28,8 +28,3 @@ def _same_state_for_every_test() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-
-
-def with_threads(count: int) -> None:
-    """Use `count` threads until the end of the test."""
-    torch.set_num_threads(count)
