@@ -33,6 +33,7 @@ from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
 from nogemm.hardware.cpu import usable_cores
+from nogemm.train.memory import keep_freed_memory
 
 OURS = "nogemm"
 DENSE = ("dense-fused", "dense-foreach")
@@ -134,6 +135,8 @@ class StepContender:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.memory = keep_freed_memory()  # as `distil` trains, for the dense layer too, as long as the process lives
+        self.memory.__enter__()
         self.layer = self._layer().requires_grad_(True)
         fused = settings["update"] == "fused"
         parameters = self.layer.parameters()

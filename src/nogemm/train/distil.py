@@ -23,6 +23,7 @@ from nogemm.train.data import Batch, Batches, tokenise
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
 from nogemm.train.losses import Spread, hidden_states, pooled
+from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.progress import Progress, logger
@@ -77,7 +78,7 @@ def distil(
     directory = Path(output_dir) if output_dir is not None else scratch
     assert directory is not None
     try:
-        with ckpt.Lock(directory), evaluation_mode(model, teacher):
+        with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
             job = Run(model, teacher, options, directory, start, keep=scratch is None)
             job.load_data(data, validation, tokenizer)
             if resume and scratch is None:
