@@ -33,12 +33,11 @@ class OpenVinoRunner(Runner):
 
 
 class OpenVinoEngine(Engine):
-    """Convert from torch, fix the example's shape (OpenVINO's fastest way), compile for latency."""
+    """Convert from torch and compile for latency; `static` fixes the example's shape, OpenVINO's fastest way."""
 
-    static = True
-
-    def __init__(self, precision: str) -> None:
+    def __init__(self, precision: str, static: bool = True) -> None:
         self.precision = "fp32" if precision == "f32" else precision
+        self.static = static
 
     def compile(self, module: nn.Module, example: Inputs, calibration: Sequence[Inputs]) -> Runner:
         import openvino
@@ -47,7 +46,8 @@ class OpenVinoEngine(Engine):
             model = openvino.convert_model(module, example_input=example)
         if self.precision == "int8":
             model = _quantise(model, calibration)
-        model.reshape({item: list(x.shape) for item, x in zip(model.inputs, example, strict=True)})
+        if self.static:
+            model.reshape({item: list(x.shape) for item, x in zip(model.inputs, example, strict=True)})
         config = {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "NUM_STREAMS": 1,
