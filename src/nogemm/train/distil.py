@@ -15,23 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.data import Batch, Batches, tokenise
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
-from nogemm.train.losses import Spread, hidden_states, pooled
+from nogemm.train.losses import Spread
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.progress import Progress, logger
 from nogemm.train.sources import describe, texts
-from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable, run
-
-VALIDATION_TOKENS = 20_000
-"""At most this many validation tokens are measured at a time."""
+from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable
+from nogemm.train.validation import VALIDATION_TOKENS, Validation, reason_to_stop
 
 
 def distil(
@@ -109,8 +107,7 @@ class Run:
         self.tokens = 0
         self.stopped = ""
         self.history: list[dict[str, float]] = []
-        self.validation: list[Batch] = []
-        self.targets: list[Tensor] = []
+        self.validation: Validation | None = None
         self.resumed: ckpt.Checkpoint | None = None
         self.plan = self._plan()
         self.reports = [StageReport(stage) for stage, _, _ in self.plan]
@@ -154,9 +151,7 @@ class Run:
                 max_tokens=VALIDATION_TOKENS,
                 **common,
             )
-            source = Batches(held_out, batch_tokens=2 * options.batch_tokens, seed=0, pad_id=pad)
-            while source.position.epoch == 0:
-                self.validation.append(next(source))
+            self.validation = Validation(self.teacher, held_out, 2 * options.batch_tokens, pad)
 
     # -- time and budget
 
@@ -243,30 +238,13 @@ class Run:
         """Measure agreement every `validate_tokens` tokens; stop at the target, or when it no longer rises."""
         options = self.options
         measured = int(self.history[-1]["tokens"]) if self.history else 0
-        if not (options.validate_tokens and self.validation and self.tokens >= measured + options.validate_tokens):
+        due = options.validate_tokens and self.tokens >= measured + options.validate_tokens
+        if self.validation is None or not due:
             return
-        value = self.agreement()
+        value = self.validation.agreement(self.model)
         self.history.append({"tokens": self.tokens, "seconds": self.seconds(), "agreement": value})
         logger.info("agreement on the validation texts after %s tokens: %.4f", f"{self.tokens:,}", value)
-        values = [entry["agreement"] for entry in self.history]
-        since_best = len(values) - 1 - values.index(max(values))
-        if options.target is not None and value >= options.target:
-            self.stopped = "target"
-        elif options.patience and since_best >= options.patience:
-            self.stopped = "patience"
-
-    def agreement(self) -> float:
-        """Return the mean cosine of the validation texts' pooled embeddings with the teacher's."""
-        with torch.no_grad():
-            if not self.targets:
-                self.targets = [self._embed(self.teacher, batch) for batch in self.validation]
-            pairs = zip(self.validation, self.targets, strict=True)
-            cosines = [(self._embed(self.model, batch) * target).sum(-1) for batch, target in pairs]
-        return torch.cat(cosines).mean().item()
-
-    @staticmethod
-    def _embed(model: nn.Module, batch: Batch) -> Tensor:
-        return pooled(hidden_states(run(model, batch, hidden=True))[-1], batch.mask)
+        self.stopped = reason_to_stop([entry["agreement"] for entry in self.history], options)
 
     # -- saving
 
@@ -325,7 +303,7 @@ class Run:
             tokens=self.tokens,
             seconds=self.seconds(),
             stopped=self.stopped or "budget",
-            agreement=self.agreement() if self.validation else None,
+            agreement=self.validation.agreement(self.model) if self.validation is not None else None,
             history=self.history,
             options=self.options.to_dict(),
             data=data,

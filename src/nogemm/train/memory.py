@@ -45,7 +45,7 @@ def keep_freed_memory() -> Iterator[bool]:
 def _glibc() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version, library.mallopt, library.malloc_trim  # noqa: B018 - looking them up is the test
-    except (OSError, AttributeError):
+    except OSError:
         return None
-    return library
+    known = all(hasattr(library, name) for name in ("gnu_get_libc_version", "mallopt", "malloc_trim"))
+    return library if known else None
