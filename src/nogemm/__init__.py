@@ -27,10 +27,19 @@ from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
 from nogemm.hardware.environment import env
 from nogemm.layers import DenseConfig, LookupConfig, NoConfig
-from nogemm.projections import BHConfig, DenseProjectionConfig
+from nogemm.projections import (
+    AcdcConfig,
+    BHConfig,
+    DenseProjectionConfig,
+    HadamardChainConfig,
+    LowRankConfig,
+    RandomHadamardConfig,
+    ShuffleProjectionConfig,
+)
 from nogemm.train import DistilOptions, DistilReport, distil
 
 __all__ = [
+    "AcdcConfig",
     "BHConfig",
     "CheckpointError",
     "ConfigError",
@@ -40,12 +49,16 @@ __all__ = [
     "DistilOptions",
     "DistilReport",
     "DtypeError",
+    "HadamardChainConfig",
     "LookupConfig",
+    "LowRankConfig",
     "NativeError",
     "NoConfig",
     "NogemmError",
     "PackedError",
+    "RandomHadamardConfig",
     "ShapeError",
+    "ShuffleProjectionConfig",
     "compress",
     "convert",
     "converted",

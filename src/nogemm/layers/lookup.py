@@ -145,7 +145,8 @@ class LookupFFN(FFN):
         return y_ND if self.bias is None else y_ND + self.bias
 
     def compute_dtype(self) -> torch.dtype:
-        return self.projection.weight.dtype
+        # Compressed tables and fixed signs are buffers, which keep their own dtype when a model is cast.
+        return next((p.dtype for p in self.parameters()), self.projection.weight.dtype)
 
     def cost(self, n_tokens: int = 1) -> Cost:
         config = self.config
@@ -177,7 +178,7 @@ class LookupFFN(FFN):
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the projection's weights, an optimiser group of their own."""
-        return [self.projection.weight]
+        return self.projection.weights()
 
     def other_parameters(self) -> list[nn.Parameter]:
         """Return norms and biases."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nogemm.layers._base import PackedFFN
 from nogemm.ops import gather_accumulate, hash_codes, native_available
 from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup
-from nogemm.projections import BHProjection, DenseProjection
+from nogemm.projections import BHProjection, DenseProjection, DiagonalChain
 
 if TYPE_CHECKING:
     from nogemm.layers.lookup import LookupFFN
@@ -27,13 +27,13 @@ class PackedLookup(PackedFFN):
 
     With the native extension the weights live in one buffer laid out for the instruction set in force; it is neither a
     parameter nor saved. Without it, or for a projection or a number of neighbours that the kernel does not know, the
-    rounded weights run through the ops' references.
+    rounded weights run op by op: projection, codes, gather.
     """
 
     def __init__(self, layer: LookupFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
-        known = isinstance(layer.projection, (BHProjection, DenseProjection))
-        self.native = native_available() and known and has_packed_kernel(layer.config.neighbours)
+        known = _kernel_weight(layer) is not None and has_packed_kernel(layer.config.neighbours)
+        self.native = native_available() and known
         if self.native:
             self.register_buffer("packed", pack_lookup(_weights(layer), dtype), persistent=False)
         else:
@@ -45,16 +45,27 @@ class PackedLookup(PackedFFN):
         return self.portable(x_ND)
 
 
+def _kernel_weight(layer: LookupFFN) -> Tensor | None:
+    """Return the projection as the kernel takes it, dense [M, D] or BH blocks [r, m, n, B, B]; None if it cannot."""
+    projection = layer.projection
+    if isinstance(projection, DiagonalChain) and projection.transform == "hadamard":
+        # A diagonal is a block-diagonal matrix of blocks of one number.
+        return projection.weight.view(projection.repeats, projection.diagonals, projection.width, 1, 1)
+    return projection.weight if isinstance(projection, (BHProjection, DenseProjection)) else None
+
+
 def _weights(layer: LookupFFN) -> LookupWeights:
     """Collect what the kernel packs; compressed rows go in as they are stored."""
     projection, norm = layer.projection, layer.norm
+    weight = _kernel_weight(layer)
+    assert weight is not None
     residual = projection.residual if isinstance(projection, BHProjection) else None
     return LookupWeights(
         d=layer.d_model,
         bits=layer.config.bits,
         neighbours=layer.config.neighbours,
         gelu=layer.config.score == "gelu",
-        weight=projection.weight,
+        weight=weight,
         mix=1.0 if residual is None else residual,
         projection_bias=projection.bias,
         gamma=None if norm is None else norm.weight,
@@ -67,7 +78,7 @@ def _weights(layer: LookupFFN) -> LookupWeights:
 
 
 class _PortableLookup(nn.Module):
-    """The packed arithmetic in plain PyTorch: rounded weights, float32 accumulation, any device."""
+    """The packed arithmetic op by op: rounded weights, float32 accumulation."""
 
     row_scale: Tensor | None
     bias: Tensor | None
@@ -84,14 +95,16 @@ class _PortableLookup(nn.Module):
         rows, scale = (layer.tables.detach(), layer.row_scale)
         if layer.config.storage == "fp32" and wanted != "fp32":
             rows, scale = quantise_rows(rows, wanted)
-        self.register_buffer("tables", rows.float() if rows.dtype != torch.int8 else rows, persistent=False)
+        # The native gather widens rows as it reads them; the reference would do so with all of them in every call.
+        keep = rows.dtype == torch.int8 or native_available()
+        self.register_buffer("tables", rows if keep else rows.float(), persistent=False)
         self.register_buffer("row_scale", None if scale is None else scale.float(), persistent=False)
         bias = None if layer.bias is None else layer.bias.detach().float().clone()
         self.register_buffer("bias", bias, persistent=False)
         with torch.no_grad():
             projection.load_state_dict(layer.projection.state_dict())
-            if dtype != "fp32":
-                projection.weight.copy_(projection.weight.bfloat16())
+            for parameter in projection.weights() if dtype != "fp32" else ():
+                parameter.copy_(parameter.bfloat16())
             if self.norm is not None and layer.norm is not None:
                 self.norm.load_state_dict(layer.norm.state_dict())
         self.eval().requires_grad_(False)

@@ -12,10 +12,14 @@ from nogemm.cost import Cost
 
 
 class Projection(nn.Module, ABC):
-    """A trainable linear map from width `d_in` to width `d_out`, used to hash or to route."""
+    """A trainable linear map from width `d_in` to width `d_out`, used to hash or to route.
+
+    Attributes:
+        weight: the map's numbers, or the first part of them; a buffer where nothing is trained.
+    """
 
     config: ProjectionConfig
-    weight: nn.Parameter
+    weight: Tensor
     bias: nn.Parameter | None
 
     def __init__(self, config: ProjectionConfig, d_in: int, d_out: int) -> None:
@@ -35,6 +39,10 @@ class Projection(nn.Module, ABC):
     @abstractmethod
     def reset_parameters(self, init: str) -> None:
         """Draw the weights: "scaled" gives unit-variance outputs for unit-variance inputs, "reference" as published."""
+
+    def weights(self) -> list[nn.Parameter]:
+        """Return the trainable parameters except the bias."""
+        return [parameter for name, parameter in self.named_parameters() if name != "bias"]
 
     def dense_matrix(self) -> Tensor:
         """Return the [d_out, d_in] matrix that this projection multiplies by (for tests and studies)."""

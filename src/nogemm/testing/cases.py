@@ -9,7 +9,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nogemm.layers import LookupConfig
-from nogemm.projections import BHConfig, DenseProjectionConfig
+from nogemm.projections import (
+    AcdcConfig,
+    BHConfig,
+    DenseProjectionConfig,
+    HadamardChainConfig,
+    LowRankConfig,
+    RandomHadamardConfig,
+    ShuffleProjectionConfig,
+)
 
 BATCHES = (0, 1, 2, 7, 33, 129)
 THREADS = (1, 2)
@@ -48,5 +56,10 @@ LOOKUP_CASES = (
         17,
     ),
     LookupCase("three neighbours", LookupConfig(tables=6, bits=5, neighbours=3, projection=BHConfig(block=16)), 32, 17),
+    LookupCase("acdc", LookupConfig(tables=9, bits=6, projection=AcdcConfig(depth=2)), 40, 21),
+    LookupCase("hadamard chain", LookupConfig(tables=12, bits=5, projection=HadamardChainConfig(depth=2)), 37, 30),
+    LookupCase("random hadamard", LookupConfig(tables=9, bits=8, projection=RandomHadamardConfig()), 48, 24),
+    LookupCase("shuffle", LookupConfig(tables=11, bits=6, projection=ShuffleProjectionConfig(block=12)), 40, 33),
+    LookupCase("low rank", LookupConfig(tables=10, bits=5, projection=LowRankConfig(rank=16)), 29, 18),
     LookupCase("minilm", LookupConfig(tables=64, bits=8), 384, 384),
 )
