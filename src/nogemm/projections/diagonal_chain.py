@@ -84,7 +84,7 @@ class DiagonalChain(PaddedProjection):
     matrices and leave vectors alone, and a product of many decayed diagonals dies out.
 
     "scaled" initialisation: random signs, so that every repeat is another random rotation; the last diagonal makes up
-    for the zero padding (also where it is not trained). "reference": N(1, 0.01^2) (random signs for D1 H D2 H D3 H, as published).
+    for the zero padding (also where it is not trained). "reference": N(1, 0.01^2), or plain signs for D1 H D2 H D3 H.
 
     Source: ACDC (Moczulski et al., 2016) and its Hadamard variant as in LookupFFN (Zeng et al., 2023), equation 10;
     D1 H D2 H D3 H (Andoni et al., 2015), equation 9. No permutations between layers.
