@@ -24,6 +24,7 @@ FLAGS = {
     "--seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --threads --rounds --seconds "
     "--seed --json",
+    "bench projections": "--d --matrices --evaluations --restarts --seed --json",
     "report": "--output -o --title --json",
 }
 

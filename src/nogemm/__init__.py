@@ -26,7 +26,7 @@ from nogemm.convert import (
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
 from nogemm.hardware.environment import env
-from nogemm.layers import DenseConfig, LookupConfig, NoConfig
+from nogemm.layers import DenseConfig, LookupConfig, NoConfig, YosoConfig
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -59,6 +59,7 @@ __all__ = [
     "RandomHadamardConfig",
     "ShapeError",
     "ShuffleProjectionConfig",
+    "YosoConfig",
     "compress",
     "convert",
     "converted",

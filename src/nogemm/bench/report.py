@@ -15,6 +15,7 @@ from typing import TypeVar
 from nogemm.bench.report_data import METRICS, QualityRow, Results, SpeedRow, read_results
 from nogemm.bench.report_page import PAGE
 from nogemm.bench.report_svg import COLOURS, Bar, Point, bars, legend, lines, number, scatter
+from nogemm.bench.tables import TextTable
 from nogemm.files import write_atomically
 
 MIB = 1024 * 1024
@@ -45,12 +46,19 @@ def render(results: Results, *, title: str | None = None) -> str:
         _bars_section("Training step", results.training, "Forward, backward and update of one layer."),
         _memory_section(results.quality),
         _sites_section(results),
+        *(_table_section(table) for table in results.tables),
     ]
     machine = "".join(f"<p class='machine'>{escape(line)}</p>" for line in results.machines)
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in results.notes)
     return Template(PAGE).substitute(
         title=escape(heading), machine=machine, body="".join(s for s in sections if s) + notes
     )
+
+
+def _table_section(table: TextTable) -> str:
+    body = [([escape(cell) for cell in row], False) for row in table.rows]
+    hint = f"<p class='hint'>{escape(table.hint)}</p>"
+    return f"<section><h2>{escape(table.title)}</h2>{_table(table.head, body)}{hint}</section>"
 
 
 def _tiles(results: Results) -> str:

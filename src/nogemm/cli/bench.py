@@ -1,4 +1,4 @@
-"""Commands that time: `bench layer` and `bench model`. Dense peers stand beside ours in every run."""
+"""Commands that measure: `bench layer` and `bench model` beside dense peers, and `bench projections`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,27 @@ def model(
     clear_progress()
     _print_rows(result, ("batch", "length"), "ms", 1000.0)
     finish({"kind": "model", **result}, json)
+
+
+@app.command("projections")
+def projections(
+    d: Annotated[int, typer.Option("--d", help="Width, a power of two.")] = 512,
+    matrices: Annotated[int, typer.Option(help="Gaussian matrices that exact fits are averaged over.")] = 5,
+    evaluations: Annotated[int, typer.Option(help="Of the loss in each descent.")] = 150,
+    restarts: Annotated[int, typer.Option(help="Descents per point.")] = 2,
+    seed: Annotated[int, typer.Option(help="Of matrices and starts.")] = 0,
+    json: Json = None,
+) -> None:
+    """Approximate Gaussian matrices by every projection: error against FLOP and parameters."""
+    from nogemm.bench.projections import ProjectionBenchArgs, run_projection_bench
+    from nogemm.bench.tables import projections_table
+
+    args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
+    result = run_projection_bench(args, note=progress)
+    clear_progress()
+    table = projections_table(result)
+    print_table(table.head, table.rows)
+    finish({"kind": "projections", **result}, json)
 
 
 def words(text: str) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
+from nogemm.layers.yoso import YosoConfig, YosoFFN
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,4 +16,6 @@ __all__ = [
     "NoConfig",
     "NoFFN",
     "PackedFFN",
+    "YosoConfig",
+    "YosoFFN",
 ]

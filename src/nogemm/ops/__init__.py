@@ -2,6 +2,7 @@
 
 from nogemm.ops._library import isa, native_available, set_isa, supported_isas
 from nogemm.ops.block_product import block_product, block_product_reference
+from nogemm.ops.bucket_sum import bucket_sum, bucket_sum_reference
 from nogemm.ops.dct import dct, dct_reference
 from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
 from nogemm.ops.hadamard import hadamard, hadamard_reference
@@ -10,6 +11,8 @@ from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
 __all__ = [
     "block_product",
     "block_product_reference",
+    "bucket_sum",
+    "bucket_sum_reference",
     "dct",
     "dct_reference",
     "gather_accumulate",

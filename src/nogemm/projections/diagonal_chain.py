@@ -127,7 +127,11 @@ class DiagonalChain(PaddedProjection):
                 self.bias.zero_()
 
     def repeated(self, v_ND: Tensor) -> Tensor:
-        weight_rkD = self.weight.to(v_ND.dtype).view(self.repeats, self.diagonals, self.width)
+        return self.chain(v_ND, self.weight)
+
+    def chain(self, v_ND: Tensor, weight: Tensor) -> Tensor:
+        """Map [N, D] to [N, r D] with other diagonals than the stored ones."""
+        weight_rkD = weight.to(v_ND.dtype).view(self.repeats, self.diagonals, self.width)
         v_NrD = v_ND.unsqueeze(1)
         for i in range(self.diagonals):
             v_NrD = v_NrD * weight_rkD[:, i]
