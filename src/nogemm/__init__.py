@@ -26,7 +26,7 @@ from nogemm.convert import (
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
 from nogemm.hardware.environment import env
-from nogemm.layers import DenseConfig, LookupConfig, NoConfig, YosoConfig
+from nogemm.layers import DenseConfig, LookupConfig, NoConfig, ShuffleConfig, SwitchConfig, YosoConfig
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -58,7 +58,9 @@ __all__ = [
     "PackedError",
     "RandomHadamardConfig",
     "ShapeError",
+    "ShuffleConfig",
     "ShuffleProjectionConfig",
+    "SwitchConfig",
     "YosoConfig",
     "compress",
     "convert",

@@ -3,6 +3,8 @@
 from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
+from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
+from nogemm.layers.switch import SwitchConfig, SwitchFFN
 from nogemm.layers.yoso import YosoConfig, YosoFFN
 
 __all__ = [
@@ -16,6 +18,10 @@ __all__ = [
     "NoConfig",
     "NoFFN",
     "PackedFFN",
+    "ShuffleConfig",
+    "ShuffleFFN",
+    "SwitchConfig",
+    "SwitchFFN",
     "YosoConfig",
     "YosoFFN",
 ]

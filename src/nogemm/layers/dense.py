@@ -229,6 +229,7 @@ class PackedDense(PackedFFN):
             hidden=layer.hidden,
             activation=layer.activation,
             gated=layer.gate is not None,
+            bias=layer.up.bias is not None,
         )
         copy.load_state_dict(layer.state_dict())
         copy.eval().requires_grad_(False)

@@ -1,0 +1,266 @@
+"""Switch: a linear router sends each token to one of a few dense experts.
+
+Legend: N tokens, D width, E experts, F hidden width of an expert.
+Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; the fit from dense weights is in `switch_fit.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.cost import Cost, distinct_rows
+from nogemm.errors import ConfigError
+from nogemm.layers._auxiliary import attach_loss
+from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, PackedDense
+
+# Of the published router: inputs are multiplied by a uniform number from 1 - JITTER to 1 + JITTER.
+JITTER = 0.01
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SwitchConfig(LayerConfig):
+    """Describes a Switch layer.
+
+    Attributes:
+        experts: E.
+        hidden: F, width of each expert (None: as wide as the layer that is replaced).
+        activation: of the experts (None: that of the layer that is replaced).
+        capacity: in training, an expert takes at most ceil(capacity N / E) tokens of a call, the first ones; the others
+            get 0 and pass through the residual. 1.25 is customary; None: no limit.
+        evaluation_capacity: the same in evaluation, where a limit makes a token's answer depend on its neighbours.
+        norm: RMSNorm inside the layer, before router and experts.
+        balance_weight, z_weight: of the load-balancing loss and of the router's z-loss in every gradient.
+        faithful: as in the published baseline: RMSNorm, ReLU experts and router without biases, inputs jittered in
+            evaluation too, no auxiliary loss, no limit, and the input added to the output although the model adds it,
+            too.
+    """
+
+    kind: ClassVar[str] = "switch"
+    experts: int = 8
+    hidden: int | None = None
+    activation: str | None = None
+    capacity: float | None = None
+    evaluation_capacity: float | None = None
+    norm: bool = False
+    balance_weight: float = 0.01
+    z_weight: float = 0.001
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("SwitchConfig", "experts", self.experts, 1)
+        if self.hidden is not None:
+            check_int("SwitchConfig", "hidden", self.hidden, 1)
+        if self.activation is not None:
+            check_choice("SwitchConfig", "activation", self.activation, tuple(ACTIVATIONS))
+        for name in ("capacity", "evaluation_capacity"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, (int, float)) and value > 0):
+                raise ConfigError(f"SwitchConfig: {name} must be above 0 or None, got {name}={value!r}")
+            if value is not None and self.faithful:
+                raise ConfigError(f"SwitchConfig: {name}={value!r} with faithful=True: the published limit never binds")
+        for name in ("balance_weight", "z_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise ConfigError(f"SwitchConfig: {name} must be at least 0, got {name}={value!r}")
+
+    def build(
+        self,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> SwitchFFN:
+        width = self.hidden or hidden or 4 * d_model
+        return SwitchFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Where tokens go.
+
+    Attributes:
+        expert_N: chosen expert.
+        gate_N: its probability.
+        kept_N: False for tokens beyond their expert's capacity.
+        balance_loss: E sum_e (share of tokens sent to e) (mean probability of e); 1 if even.
+        z_loss: mean squared log-sum-exp of the logits.
+    """
+
+    expert_N: Tensor
+    gate_N: Tensor
+    kept_N: Tensor
+    balance_loss: Tensor
+    z_loss: Tensor
+
+
+class SwitchFFN(FFN):
+    """Answer each token by the one expert that the router prefers, weighted by its probability.
+
+        p = softmax(W_r v + b_r),   v = norm(x);   e = argmax p (ties: the lowest)
+        y = p_e expert_e(v)
+
+    While a gradient is computed, balance_weight * balance loss + z_weight * z-loss is added to whatever is minimised,
+    so no trainer has to know of them; `route` returns both for those who set the weights to 0 and add them by hand.
+
+    | parameter | shape |
+    |---|---|
+    | router.weight, router.bias | [E, D], [E] |
+    | experts.e.up, .down (.gate) | as in `DenseFFN` |
+    | norm.weight | [D], if `norm` |
+
+    Wins where many parameters at the arithmetic of few are wanted and batches are small; loses where memory is short,
+    and where tokens crowd into a few experts.
+
+    Source: Switch Transformer (Fedus et al., 2022), as the baseline of LookupFFN (Zeng et al., 2023). Differs, unless
+    `faithful`, in biases, and in the auxiliary losses that the baseline lacked.
+    """
+
+    def __init__(
+        self,
+        config: SwitchConfig,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> None:
+        super().__init__(config, d_model, d_out)
+        self.config: SwitchConfig = config
+        if config.faithful and self.d_out != d_model:
+            raise ConfigError(
+                f"SwitchConfig: faithful=True adds the input to the output, so d_out must be d_model={d_model}, "
+                f"got d_out={self.d_out}"
+            )
+        if config.faithful:
+            activation, gated = "relu", False
+        self.hidden = hidden
+        self.norm = nn.RMSNorm(d_model, eps=1e-6) if config.norm or config.faithful else None
+        self.router = nn.Linear(d_model, config.experts, bias=not config.faithful)
+        dense = DenseConfig(hidden=hidden, activation=activation)
+        self.experts = nn.ModuleList(
+            DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated, bias=not config.faithful)
+            for _ in range(config.experts)
+        )
+        if config.faithful:
+            for parameter in (*self.router.parameters(), *self.experts.parameters()):
+                nn.init.normal_(parameter, std=0.02)
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        v_ND = x_ND if self.norm is None else self.norm(x_ND)
+        if self.config.faithful:
+            v_ND = v_ND * torch.empty_like(v_ND).uniform_(1.0 - JITTER, 1.0 + JITTER)
+        routing = self.route(v_ND)
+        y_ND = dispatch(list(self.experts), routing, v_ND, self.d_out)
+        if self.config.faithful:
+            return x_ND + y_ND
+        loss = self.config.balance_weight * routing.balance_loss + self.config.z_weight * routing.z_loss
+        return attach_loss(y_ND, loss) if torch.is_grad_enabled() and loss.requires_grad else y_ND
+
+    def route(self, v_ND: Tensor) -> Routing:
+        """Choose experts for (normed) tokens; both losses are differentiable."""
+        capacity = self.config.capacity if self.training else self.config.evaluation_capacity
+        return choose_experts(self.router(v_ND), capacity)
+
+    def cost(self, n_tokens: int = 1) -> Cost:
+        first = self.experts[0]
+        assert isinstance(first, DenseFFN)
+        one = first.cost(1)
+        others = sum(p.numel() for p in self.parameters()) - self.config.experts * one.parameters
+        itemsize = self.router.weight.element_size()
+        touched = distinct_rows(n_tokens, self.config.experts)
+        return Cost(
+            n_tokens * (one.flops + 2.0 * self.d_model * self.config.experts),
+            touched * one.bytes_read + (others * itemsize if n_tokens else 0.0),
+            self.config.experts * one.parameters + others,
+        )
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Return the router's weights, an optimiser group of their own."""
+        return [self.router.get_parameter("weight")]
+
+    def fit_dense(self, dense: DenseFFN) -> str:
+        """Start every expert as a copy of the dense layer, if the widths are equal (see `switch_fit`)."""
+        from nogemm.layers.switch_fit import upcycle
+
+        if not self.config.faithful and upcycle(self, dense):
+            self.fitted = "closed-form"
+        return self.fitted
+
+    def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
+        """Cluster the tokens and give each cluster the neurons that matter to it (see `switch_fit`)."""
+        from nogemm.layers.switch_fit import carve
+
+        if not self.config.faithful and carve(self, dense, x_ND):
+            self.fitted = "closed-form"
+        return self.fitted
+
+    def _pack(self, dtype: str) -> PackedFFN:
+        return PackedSwitch(self, dtype)
+
+
+def choose_experts(logits_NE: Tensor, capacity: float | None) -> Routing:
+    """Route by logits: the largest wins, ties go to the lowest expert, NaN anywhere in a token gives it gate NaN."""
+    tokens, experts = logits_NE.shape
+    wide = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
+    p_NE = wide.softmax(-1)
+    expert_N = logits_NE.argmax(-1)
+    kept_N = torch.ones_like(expert_N, dtype=torch.bool)
+    chosen_NE = nn.functional.one_hot(expert_N, experts)
+    if capacity is not None:
+        place_N = chosen_NE.cumsum(0).gather(1, expert_N.unsqueeze(1)).squeeze(1)
+        kept_N = place_N <= math.ceil(capacity * tokens / experts)
+    count = max(tokens, 1)  # an empty call has losses of 0, not NaN
+    share_E, mean_E = chosen_NE.to(p_NE.dtype).sum(0) / count, p_NE.sum(0) / count
+    return Routing(
+        expert_N=expert_N,
+        gate_N=p_NE.gather(1, expert_N.unsqueeze(1)).squeeze(1).to(logits_NE.dtype),
+        kept_N=kept_N,
+        balance_loss=experts * (share_E * mean_E).sum(),
+        z_loss=wide.logsumexp(-1).square().sum() / count,
+    )
+
+
+def dispatch(experts: list[nn.Module], routing: Routing, v_ND: Tensor, d_out: int) -> Tensor:
+    """Run each expert on its tokens and weigh the answers; overflowing tokens get 0."""
+    y_ND = v_ND.new_zeros(v_ND.shape[0], d_out)
+    for index, expert in enumerate(experts):
+        mine = torch.nonzero((routing.expert_N == index) & routing.kept_N).squeeze(1)
+        if mine.numel():
+            y_ND = y_ND.index_copy(0, mine, expert(v_ND[mine]))
+    return y_ND * routing.gate_N.unsqueeze(1)
+
+
+class PackedSwitch(PackedFFN):
+    """Router in float32 and packed experts; a `faithful` layer's jitter is left out."""
+
+    def __init__(self, layer: SwitchFFN, dtype: str) -> None:
+        super().__init__(layer, dtype)
+        self.capacity = layer.config.evaluation_capacity
+        self.faithful = layer.config.faithful
+        self.norm = None
+        if layer.norm is not None:
+            self.norm = nn.RMSNorm(layer.d_model, eps=1e-6)
+            self.norm.load_state_dict(layer.norm.state_dict())
+        self.router = nn.Linear(layer.d_model, layer.config.experts, bias=layer.router.bias is not None)
+        self.router.load_state_dict(layer.router.state_dict())
+        experts = [expert for expert in layer.experts if isinstance(expert, DenseFFN)]
+        self.experts = nn.ModuleList(PackedDense(expert, dtype) for expert in experts)
+        self.requires_grad_(False)
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        x = x_ND.float()
+        v_ND = x if self.norm is None else self.norm(x)
+        routing = choose_experts(self.router(v_ND), self.capacity)
+        y_ND = dispatch(list(self.experts), routing, v_ND, self.d_out)
+        return (x + y_ND if self.faithful else y_ND).to(x_ND.dtype)
