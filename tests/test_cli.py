@@ -24,6 +24,8 @@ FLAGS = {
     "--seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --threads --rounds --seconds "
     "--seed --json",
+    "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "
+    "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
     "report": "--output -o --title --json",
 }

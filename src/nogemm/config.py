@@ -98,6 +98,11 @@ def layer_class(kind: str) -> type[LayerConfig]:
     return typing.cast("type[LayerConfig]", _lookup_kind("layer", kind))
 
 
+def layer_kinds() -> tuple[str, ...]:
+    """List the kinds of all registered layers, by name."""
+    return tuple(sorted(_REGISTRY["layer"]))
+
+
 def parse_set(cls: type[LayerConfig], assignments: Sequence[str]) -> LayerConfig:
     """Make a config from command-line words such as `tables=64` or `projection.block=32`.
 

@@ -53,3 +53,10 @@ def test_checked_rows_include_first_and_last() -> None:
     assert some_rows(3).tolist() == [0, 1, 2]
     rows = some_rows(32768)
     assert (len(rows), int(rows[0]), int(rows[-1])) == (256, 0, 32767)
+
+
+def test_a_reference_of_zeros_is_compared_absolutely_and_nan_is_never_verified() -> None:
+    zeros = torch.zeros(4, 3)
+    assert compare(zeros, zeros, Bound(rms=1e-4, token=1e-3))["verified"]
+    assert not compare(zeros + 1e-2, zeros, Bound(rms=1e-4, token=1e-3))["verified"]
+    assert not compare(zeros, zeros + float("nan"), Bound(rms=1e-4, token=1e-3))["verified"]

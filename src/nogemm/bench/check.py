@@ -45,9 +45,10 @@ DENSE_BOUNDS = {
 
 
 def token_errors(y_ND: Tensor, reference_ND: Tensor) -> Tensor:
-    """Return |y_n - r_n| / rms_n |r_n| for each token, float64 [N]."""
+    """Return |y_n - r_n| / rms_n |r_n| for each token, float64 [N]; |y_n| where the reference is all zeros."""
     wide = reference_ND.double()
     scale = wide.square().sum(-1).mean().sqrt()
+    scale = torch.where(scale > 0, scale, 1.0)
     return (y_ND.double() - wide).norm(dim=-1) / scale
 
 
@@ -62,6 +63,8 @@ def compare(y_ND: Tensor, reference_ND: Tensor, bound: Bound) -> dict[str, Any]:
     if not torch.isfinite(y_ND).all():
         return _refuse("output is not finite")
     errors = token_errors(y_ND, reference_ND)
+    if not torch.isfinite(errors).all():
+        return _refuse("the reference is not finite")
     facts = {"verified": True, "max_error": float(errors.max()), "rms_error": float(errors.square().mean().sqrt())}
     beyond = errors > bound.token
     allowed = max(1.0, bound.share * len(errors)) if bound.share > 0 else 0.0

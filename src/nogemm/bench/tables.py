@@ -17,6 +17,36 @@ class TextTable:
     hint: str
 
 
+def methods_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench methods` measured: a line per layer, then the dense engines."""
+    batches = result["settings"]["batch"]
+    facts = {entry["contender"]: entry for entry in result["methods"]}
+    timed: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        timed.setdefault(row["contender"], {})[row["batch"]] = row
+    rows = []
+    for name, cases in timed.items():
+        entry = facts.get(name)
+        cells = ["", "", ""]
+        if entry is not None:
+            read = entry["bytes_read"][str(min(batches))]
+            cells = [f"{entry['flops'] / 1e6:.3f}", f"{read / 1024:,.0f}", f"{entry['parameters'] / 1e6:.2f}"]
+        for batch in batches:
+            row = cases[batch]
+            if row["us_median"] is None:
+                cells += [row.get("missing") or row.get("error") or "not run", ""]
+            else:
+                ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+                cells += [f"{row['us_median']:.4g}", ratio]
+        errors = [row["max_error"] for row in cases.values() if row.get("max_error") is not None]
+        rows.append([name, *cells, f"{max(errors):.1e}" if errors else ""])
+    times = [word for batch in batches for word in (f"us at {batch:,}", "ratio")]
+    head = ["layer", "MFLOP", f"KiB at {min(batches)}", "M parameters", *times, "max error"]
+    shape = f"d {result['settings']['d']}, hidden {result['settings']['hidden']}, ours {result['settings']['dtype']}"
+    hint = f"{shape}. Microseconds per call on fresh tokens; ratio: torch fp32's time divided by the layer's."
+    return TextTable(title="Methods", head=head, rows=rows, hint=hint)
+
+
 def projections_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench projections` measured."""
     rows = []

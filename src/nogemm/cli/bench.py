@@ -1,4 +1,4 @@
-"""Commands that measure: `bench layer` and `bench model` beside dense peers, and `bench projections`."""
+"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, and `bench projections`."""
 
 from __future__ import annotations
 
@@ -105,6 +105,46 @@ def model(
     clear_progress()
     _print_rows(result, ("batch", "length"), "ms", 1000.0)
     finish({"kind": "model", **result}, json)
+
+
+@app.command("methods")
+def methods(
+    d: Annotated[int, typer.Option("--d", help="Width of the model.")] = 512,
+    hidden: Annotated[int, typer.Option(help="Hidden width of the dense layer.")] = 2048,
+    activation: Annotated[str, typer.Option(help="Of the dense layer.")] = "gelu",
+    method: Annotated[str | None, typer.Option(help="Kinds of layers, with commas [all].")] = None,
+    dtype: Annotated[str, typer.Option(help="What ours are packed in: fp32, bf16 or int8.")] = "fp32",
+    batch: Annotated[str, typer.Option(help="Tokens per call, with commas.")] = "1,64,4096",
+    against: Annotated[str, typer.Option(help="Dense contenders, with commas.")] = "torch-fp32,torch-int8",
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Seconds = 0.1,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Compare one layer of every method: FLOP, bytes, parameters, time."""
+    from nogemm.bench.methods import MethodsBenchArgs, run_methods_bench
+    from nogemm.bench.tables import methods_table
+
+    args = MethodsBenchArgs(
+        d=d,
+        hidden=hidden,
+        activation=activation,
+        methods=words(method or ""),
+        dtype=dtype,
+        batch=integers("--batch", batch),
+        against=words(against),
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+        seed=seed,
+    )
+    result = run_methods_bench(args, note=progress)
+    clear_progress()
+    print(result["machine_line"])
+    table = methods_table(result)
+    print_table(table.head, table.rows)
+    finish({"kind": "methods", **result}, json)
 
 
 @app.command("projections")

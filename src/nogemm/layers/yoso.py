@@ -25,6 +25,8 @@ from nogemm.projections._padded import random_signs
 
 # Numbers in the tables that exist at a time while an unpacked layer runs: 64 MB in float32.
 TABLE_NUMBERS = 1 << 24
+# Tokens hashed at a time: their transforms stay in a core's cache.
+HASH_CHUNK = 128
 # arccos has an infinite slope at 1; the reference caps 1 / sqrt(1 - c^2) at 10.
 LARGEST_COSINE = math.sqrt(1.0 - 0.01)
 
@@ -244,6 +246,9 @@ def hash_vectors(
     hashing: DiagonalChain, v_ND: Tensor, signs: Tensor, groups: int, hashes: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Return codes int32 [N, T] of vectors, and which vectors are finite [N, 1]."""
+    if v_ND.shape[0] > HASH_CHUNK:
+        parts = [hash_vectors(hashing, part, signs, groups, hashes, bits) for part in v_ND.split(HASH_CHUNK)]
+        return torch.cat([codes for codes, _ in parts]), torch.cat([finite for _, finite in parts])
     z = hashing.chain(F.pad(v_ND, (0, hashing.width - hashing.d_in)), signs)
     z_NPD = z.view(v_ND.shape[0], hashing.repeats, hashing.width)[:, :, : groups * bits]
     codes_NTF, scores_NTF = hash_codes(z_NPD.flatten(1)[:, : hashes * bits].contiguous(), bits, 1, False)

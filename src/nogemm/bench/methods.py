@@ -1,0 +1,153 @@
+"""`nogemm bench methods`: every registered layer beside dense engines in one run, with its FLOP, bytes and parameters.
+
+Reading order: `MethodsBenchArgs`, `run_methods_bench`, `presets`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nogemm.bench import peers
+from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
+from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
+from nogemm.bench.result import DTYPES, origin
+from nogemm.config import layer_class, layer_kinds, parse_set
+from nogemm.errors import ConfigError
+from nogemm.hardware.cpu import usable_cores
+
+REFERENCE = "torch-fp32"
+_TIMES = ("us_median", "us_p10", "us_p90", "max_error", "rms_error", "calls")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodsBenchArgs:
+    """Say which layers are compared, on what.
+
+    Attributes:
+        d, hidden, activation: of the dense layer that is replaced.
+        methods: kinds of layers; none given: every registered one.
+        dtype: ours are packed in.
+        batch: tokens per call, one case each.
+        against: dense engines; torch-fp32 is always among them, because ratios are to it.
+        threads: of every contender; 0 means every usable core.
+        rounds, seconds: turns per contender and case, and the time aimed at per turn.
+        seed: of weights and tokens.
+        pool_cap_bytes: upper bound for the pool of fresh tokens.
+    """
+
+    d: int = 512
+    hidden: int = 2048
+    activation: str = "gelu"
+    methods: tuple[str, ...] = ()
+    dtype: str = "fp32"
+    batch: tuple[int, ...] = (1, 64, 4096)
+    against: tuple[str, ...] = (REFERENCE, "torch-int8")
+    threads: int = 0
+    rounds: int = MIN_ROUNDS
+    seconds: float = 0.1
+    seed: int = 0
+    pool_cap_bytes: int = CAP_BYTES
+
+
+def run_methods_bench(
+    args: MethodsBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+) -> dict[str, Any]:
+    """Verify and time one layer of every method, packed, on fresh tokens and random weights.
+
+    Up to 8 tokens go through 12 copies of the layer in turn, as in a model; dense engines too.
+
+    Returns:
+        `nogemm.bench.result.origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
+        "flops" (of one token), "bytes_read" (distinct weight bytes of a call, by batch, expected, as the unpacked layer
+        stores them) and "parameters". A row has "contender", "batch", "cache", "verified", the times, the errors, and
+        "ratio", the median of torch-fp32 divided by its own; or "error", or "missing".
+    Raises:
+        ConfigError, ValueError: an unknown method, engine or dtype, or a shape that a chosen method cannot take.
+    """
+    args = _checked(args)
+    chosen = presets(args)
+    methods = [_describe(name, kind, words, args) for name, kind, words in chosen]
+    head = origin(asdict(args))
+    size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
+    with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
+        pool = Path(folder) / "tokens"
+        write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=None)
+        cases = [{"batch": batch, "cache": "fresh"} for batch in args.batch]
+        plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
+        rows = measure(_specs(args, chosen, pool), cases, plan, note=note, _min_rounds=_min_rounds)
+    for row in rows:
+        row |= {name: row.get(name) for name in _TIMES}
+        row["ratio"] = _ratio(row, rows)
+    return head | {"pool": size.to_dict(), "methods": methods, "rows": rows}
+
+
+def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Return (contender, kind, fields) of what is timed: the papers' shapes scaled to d, or a layer's defaults.
+
+    Lookup 128 x 8 with BH4; YOSO with 256 hashes, of 8 bits because the tables of the inferred 10 would fill 6 GiB in
+    12 copies; Switch with 8 experts of half the width; a shuffle of two groups.
+    """
+    block = min(64, 1 << max(args.d - 1, 0).bit_length())
+    known: dict[str, tuple[str, ...]] = {
+        "lookup": ("tables=128", "bits=8", f"projection.block={block}"),
+        "yoso": ("hashes=256", f"bits={min(8, block)}"),
+        "switch": ("experts=8", f"hidden={max(args.hidden // 2, 1)}"),
+        "shuffle": (f"block={max(args.d // 2, 1)}",),
+    }
+    return [(f"nogemm-{kind}", kind, known.get(kind, ())) for kind in args.methods]
+
+
+def _checked(args: MethodsBenchArgs) -> MethodsBenchArgs:
+    if args.dtype not in DTYPES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
+    if not args.batch or min(args.batch) < 1:
+        raise ConfigError(f"--batch needs numbers of at least one token, got {args.batch}")
+    if args.d < 1 or args.hidden < 1:
+        raise ConfigError(f"--d and --hidden must be positive, got d={args.d}, hidden={args.hidden}")
+    for kind in args.methods:
+        layer_class(kind)
+    for name in args.against:
+        peers.missing(name)
+    against = tuple(dict.fromkeys((REFERENCE, *args.against)))
+    return replace(args, methods=args.methods or layer_kinds(), against=against, threads=args.threads or usable_cores())
+
+
+def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
+    config = parse_set(layer_class(kind), words)
+    with torch.device("meta"):  # shapes are enough
+        layer = config.build(args.d, hidden=args.hidden, activation=args.activation)
+    one = layer.cost(1)
+    return {
+        "contender": name,
+        "method": kind,
+        "config": config.to_dict(),
+        "flops": one.flops,
+        "bytes_read": {str(batch): layer.cost(batch).bytes_read for batch in args.batch},
+        "parameters": one.parameters,
+    }
+
+
+def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, ...]]], pool: Path) -> list[Spec]:
+    shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "pool": str(pool)}
+    specs = []
+    for name, kind, words in chosen:
+        settings = shape | {"method": kind, "set": list(words), "dtype": args.dtype}
+        specs.append(Spec(name=name, factory="nogemm.bench.layer_job:OurContender", settings=settings))
+    for name in args.against:
+        settings = shape | {"engine": name}
+        factory = "nogemm.bench.layer_job:DenseContender"
+        specs.append(Spec(name=name, factory=factory, settings=settings, missing=peers.missing(name)))
+    return specs
+
+
+def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
+    same = (r for r in rows if r["contender"] == REFERENCE and r["batch"] == row["batch"])
+    reference = next(same, {}).get("us_median")
+    own = row["us_median"]
+    return reference / own if reference is not None and own is not None else None

@@ -1,0 +1,86 @@
+"""`bench methods` end to end on a tiny shape: every registered layer, verified, with ratios to torch fp32."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+import nogemm
+from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
+from nogemm.bench.report import write_report
+from nogemm.bench.tables import methods_table
+from nogemm.config import layer_class, layer_kinds, parse_set
+from nogemm.errors import ConfigError
+
+TINY: dict[str, Any] = {
+    "d": 32,
+    "hidden": 64,
+    "batch": (1, 16),
+    "against": ("torch-int8",),
+    "threads": 1,
+    "rounds": 1,
+    "seconds": 0.005,
+    "pool_cap_bytes": 1 << 20,
+}
+OURS = ("lookup", "no", "shuffle", "switch", "yoso")
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS), _min_rounds=1)
+
+
+def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
+    names = {f"nogemm-{kind}" for kind in OURS} | {"torch-fp32", "torch-int8"}
+    assert {row["contender"] for row in result["rows"]} == names
+    assert len(result["rows"]) == 2 * len(names)
+    for row in result["rows"]:
+        assert row["verified"], row
+        assert row["us_median"] > 0
+        reference = next(r for r in result["rows"] if r["contender"] == "torch-fp32" and r["batch"] == row["batch"])
+        assert row["ratio"] == pytest.approx(reference["us_median"] / row["us_median"])
+    json.dumps(result, allow_nan=False)
+
+
+def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
+    entry = next(e for e in result["methods"] if e["method"] == "switch")
+    layer = nogemm.layer_config(entry["config"]).build(32, hidden=64)
+    assert entry["flops"] == layer.cost(1).flops
+    assert entry["bytes_read"] == {"1": layer.cost(1).bytes_read, "16": layer.cost(16).bytes_read}
+    assert entry["parameters"] == layer.cost(1).parameters
+
+
+def test_the_table_and_the_report_show_every_layer(result: dict[str, Any], tmp_path: Any) -> None:
+    table = methods_table(result)
+    assert len(table.rows) == len(OURS) + 2
+    assert all(len(row) == len(table.head) for row in table.rows)
+    broken = json.loads(json.dumps(result))
+    broken["rows"][0] |= {"us_median": None, "ratio": None, "error": "does not match"}
+    assert "does not match" in [cell for row in methods_table(broken).rows for cell in row]
+    (tmp_path / "methods.json").write_text(json.dumps({"kind": "methods", **result}))
+    page = write_report([tmp_path / "methods.json"], tmp_path / "page.html").read_text()
+    assert "nogemm-switch" in page
+
+
+def test_every_registered_layer_has_a_preset_that_builds() -> None:
+    args = MethodsBenchArgs(d=48, hidden=96, methods=layer_kinds())
+    names = [name for name, _, _ in presets(args)]
+    assert names == [f"nogemm-{kind}" for kind in layer_kinds()]
+    for _, kind, words in presets(args):
+        assert parse_set(layer_class(kind), words).build(48, hidden=96).cost(1).parameters > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ("magic",)}, "unknown layer kind 'magic'"),
+        ({"dtype": "fp8"}, "--dtype must be one of"),
+        ({"batch": ()}, "--batch"),
+        ({"d": 0}, "d=0"),
+    ],
+)
+def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run_methods_bench(MethodsBenchArgs(**{**TINY, **change}))
