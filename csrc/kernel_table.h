@@ -13,11 +13,13 @@
 
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
+#include "kernels/neuron_shape.h"
 #include "lookup_pack.h"
 
 namespace nogemm {
 
 struct LookupHeader;  // kernels/lookup_format.h
+struct TreeHeader;    // kernels/tree_format.h
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kDtypes = 4 };
 
@@ -83,6 +85,29 @@ struct GatherKernels {
                               int64_t begin, int64_t end);
 };
 
+// Rows that each token names; see kernels/neuron_rows.h. Tokens [begin, end); x, weight, rows and results have one dtype.
+struct NeuronKernels {
+  void (*dot[kDtypes])(const NeuronShape& shape, const void* x, const int32_t* index, const void* rows, void* out,
+                       int64_t begin, int64_t end);
+  void (*sum[kDtypes])(const NeuronShape& shape, const void* weight, const int32_t* index, const void* rows, void* y,
+                       int64_t begin, int64_t end);
+  int64_t (*sort[kDtypes])(const NeuronShape& shape, const int32_t* index, const void* weight, int32_t* starts,
+                           NeuronEntry* order);
+  void (*outer[kDtypes])(const NeuronShape& shape, const int32_t* starts, const NeuronEntry* order, const float* sliced,
+                         int64_t slice, const int32_t* visited, int64_t results, void* out, int64_t columns);
+  void (*adam)(const RowAdam& rows, int64_t begin, int64_t end);
+};
+
+struct TreeKernels {
+  // z and nodes [N, K, L] of tokens [begin, end); bias and threshold [K, M] or null.
+  void (*descend[kDtypes])(const TreeShape& shape, const void* x, const void* rows, const void* bias,
+                           const void* threshold, void* z, int32_t* nodes, int64_t begin, int64_t end);
+  // The packed TreeFFN (tree_pack.h).
+  int64_t (*workspace)(const TreeHeader* header, int64_t tokens, int64_t threads);
+  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                  void* workspace, const NogemmHost* host);
+};
+
 // Measures the machine; see kernels/roofline.h. Each returns the operations done or bytes read.
 struct RooflineKernels {
   double (*fma_f32)(int64_t loops);
@@ -107,6 +132,8 @@ struct KernelTable {
   GatherKernels gather;
   RooflineKernels roofline;
   LookupKernels lookup;
+  NeuronKernels neuron;
+  TreeKernels tree;
 };
 
 namespace scalar {

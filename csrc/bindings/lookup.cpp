@@ -1,63 +1,17 @@
 // nogemm::packed_lookup(Tensor x, Tensor packed, int d_out) -> Tensor
-#include "bindings/tensor.h"
-#include "lookup_pack.h"
+#include "bindings/packed.h"
 
 namespace nogemm {
 namespace {
 
 constexpr const char* kOp = "packed_lookup";
 
-// Working memory that outlives the call: a large batch would otherwise fault its pages in again every time. One buffer per
-// calling thread, given back when the thread ends; what is larger than kKept is given back at once.
-constexpr int64_t kKept = int64_t{64} << 20;
-
-class Workspace {
- public:
-  char* at_least(int64_t bytes) {
-    if (bytes > bytes_) {
-      memory_.reset();
-      bytes_ = 0;
-      memory_ = std::make_unique<Scratch<char>>(bytes);
-      bytes_ = bytes;
-    }
-    return memory_->get();
-  }
-  void trim() {
-    if (bytes_ <= kKept) return;
-    memory_.reset();
-    bytes_ = 0;
-  }
-
- private:
-  std::unique_ptr<Scratch<char>> memory_;
-  int64_t bytes_ = 0;
-};
-
-int64_t x_dtype_of(const Tensor& x) {
-  if (x.dtype() == aoti_torch_dtype_float32()) return NOGEMM_X_FP32;
-  if (x.dtype() == aoti_torch_dtype_bfloat16()) return NOGEMM_X_BF16;
-  if (x.dtype() == aoti_torch_dtype_float16()) return NOGEMM_X_FP16;
-  fail(kOp, "x must be float32, bfloat16 or float16");
-}
-
-struct Workers {
-  void (*body)(int64_t worker, void* arg);
-  void* arg;
-};
-
-void run_on_torch(void*, int64_t workers, void (*body)(int64_t worker, void* arg), void* arg) {
-  const Workers job{body, arg};
-  parallel_for(workers, 1, [&job](int64_t begin, int64_t end) noexcept {
-    for (int64_t w = begin; w < end; ++w) job.body(w, job.arg);
-  });
-}
-
 void packed_lookup(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take_tensor(stack[0]).contiguous();
   const Tensor packed = take_tensor(stack[1]);
   const int64_t d_out = take_int(stack[2]);
 
-  const int64_t x_dtype = x_dtype_of(x);
+  const int64_t x_dtype = packed_x_dtype(x, kOp);
   check(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.is_contiguous(), kOp,
         "packed must be a contiguous one-dimensional uint8 tensor");
   int64_t layer_d = 0, layer_d_out = 0;

@@ -2,73 +2,18 @@
 //
 // Tokens are fresh on every call (a pool larger than the caches); small batches also go round `--copies` layers, as in a model.
 // Prints microseconds per call and per token: median and 10 % / 90 % quantiles over rounds.
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdio>
-#include <mutex>
 #include <ctime>
 #include <string>
-#include <thread>
 
+#include "dev/pool.h"
 #include "dispatch.h"
 #include "tests/lookup_reference.h"
 
 using namespace lookup_reference;
 
 namespace {
-
-// A helper thread per worker beyond the first; spins for a while before it sleeps, as OpenMP's do.
-class Pool {
- public:
-  explicit Pool(int64_t threads) {
-    for (int64_t w = 1; w < threads; ++w) helpers_.emplace_back([this, w] { help(w); });
-  }
-  ~Pool() {
-    job_.store(-1);
-    wake();
-    for (std::thread& t : helpers_) t.join();
-  }
-  static void run(void* self, int64_t workers, void (*body)(int64_t, void*), void* arg) {
-    static_cast<Pool*>(self)->start(workers, body, arg);
-  }
-
- private:
-  void start(int64_t workers, void (*body)(int64_t, void*), void* arg) {
-    workers_ = workers;
-    body_ = body;
-    arg_ = arg;
-    left_.store(static_cast<int64_t>(helpers_.size()));
-    job_.fetch_add(1);
-    wake();
-    body(0, arg);
-    while (left_.load(std::memory_order_acquire) > 0) __builtin_ia32_pause();
-  }
-  void wake() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    sleepers_.notify_all();
-  }
-  void help(int64_t worker) {
-    for (int64_t seen = 0;;) {
-      for (int spin = 0; spin < 20000 && job_.load() == seen; ++spin) __builtin_ia32_pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      sleepers_.wait(lock, [&] { return job_.load() != seen; });
-      lock.unlock();
-      seen = job_.load();
-      if (seen < 0) return;
-      if (worker < workers_) body_(worker, arg_);
-      left_.fetch_sub(1, std::memory_order_release);
-    }
-  }
-
-  std::vector<std::thread> helpers_;
-  std::mutex mutex_;
-  std::condition_variable sleepers_;
-  std::atomic<int64_t> job_{0}, left_{0};
-  int64_t workers_ = 0;
-  void (*body_)(int64_t, void*) = nullptr;
-  void* arg_ = nullptr;
-};
 
 struct Options {
   int64_t threads = 2, copies = 12, only_batch = 0, only_mode = -1, rounds = 9;
@@ -87,8 +32,8 @@ double now_us() {
 }
 
 void time_one(const Options& o, const std::vector<Buffer>& layers, const Shape& s, int64_t mode, int64_t batch) {
-  Pool pool(o.threads);
-  const NogemmHost host{o.threads, Pool::run, &pool};
+  dev::Pool pool(o.threads);
+  const NogemmHost host{o.threads, dev::Pool::run, &pool};
   const int64_t used = batch <= 4 ? static_cast<int64_t>(layers.size()) : 1;
   const Buffer workspace(nogemm_lookup_workspace(layers[0].as<void>(), batch, o.threads));
   const int64_t tokens = std::max<int64_t>(batch, 65536);

@@ -11,7 +11,9 @@
 #include "kernels/hadamard.h"
 #include "kernels/hash_codes.h"
 #include "kernels/lookup_forward.h"
+#include "kernels/neuron_rows.h"
 #include "kernels/roofline.h"
+#include "kernels/tree_forward.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -25,6 +27,8 @@ static constexpr KernelTable make_table(const char* name) {
   t.gather = gather_kernels();
   t.roofline = roofline_kernels();
   t.lookup = lookup_kernels();
+  t.neuron = neuron_kernels();
+  t.tree = tree_kernels();
   return t;
 }
 

@@ -5,6 +5,7 @@ void hadamard_tests();
 void block_product_tests();
 void hash_codes_tests();
 void gather_tests();
+void tree_tests();
 void conversion_tests();
 void dispatch_tests();
 int lookup_tests();  // walks the instruction sets itself
@@ -18,6 +19,7 @@ int main() {
     block_product_tests();
     hash_codes_tests();
     gather_tests();
+    tree_tests();
     std::printf("training kernels [%s]: %d failures so far\n", nogemm_isa(), check::failures);
   }
   nogemm_set_isa(nullptr);

@@ -7,6 +7,8 @@ from nogemm.ops.dct import dct, dct_reference
 from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
 from nogemm.ops.hadamard import hadamard, hadamard_reference
 from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
+from nogemm.ops.neuron_rows import neuron_dot, neuron_dot_reference, neuron_sum, neuron_sum_reference
+from nogemm.ops.tree_descend import tree_descend, tree_descend_reference
 
 __all__ = [
     "block_product",
@@ -23,6 +25,12 @@ __all__ = [
     "hash_codes_reference",
     "isa",
     "native_available",
+    "neuron_dot",
+    "neuron_dot_reference",
+    "neuron_sum",
+    "neuron_sum_reference",
     "set_isa",
     "supported_isas",
+    "tree_descend",
+    "tree_descend_reference",
 ]

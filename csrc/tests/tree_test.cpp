@@ -1,0 +1,106 @@
+// The packed TreeFFN, the training descent and the row kernels against loops in double precision.
+#include <algorithm>
+
+#include "check.h"
+#include "tree_reference.h"
+
+using namespace tree_reference;
+
+namespace {
+
+const Shape kShapes[] = {
+    {1, 1, 1, 1, 0, NOGEMM_TREE_GELU, false, false},  {64, 64, 1, 7, 0, NOGEMM_TREE_GELU, true, false},
+    {37, 19, 3, 4, 2, NOGEMM_TREE_SILU, true, true},  {130, 33, 2, 3, 5, NOGEMM_TREE_RELU, false, true},
+    {16, 200, 9, 2, 1, NOGEMM_TREE_GELU, true, true}, {768, 768, 40, 4, 0, NOGEMM_TREE_GELU, true, false}};
+
+std::string name_of(const Shape& s, int64_t mode) {
+  return check::text("tree d ", s.d, " ", s.d_out, " K ", s.trees, " L ", s.levels, " core ", s.core,
+                     " mode ", mode);
+}
+
+void packed(const Shape& s, int64_t mode) {
+  const Model model = make_model(s, 5);
+  const char* error = nullptr;
+  const Buffer buffer = pack(model.spec(mode), &error);
+  check::expect(error == nullptr, name_of(s, mode) + ": refused");
+  if (error != nullptr) return;
+  for (const int64_t tokens : {0, 1, 2, 9, 40}) {
+    const std::vector<float> x = normal(7, static_cast<size_t>(tokens * s.d), 1.0f);
+    const std::vector<float> y = run(buffer, x, tokens, s.d_out, 1);
+    check::expect(compare(model, mode, x, y, tokens) == 0, name_of(s, mode) + check::text(": N ", tokens));
+    check::expect(run(buffer, x, tokens, s.d_out, 3) == y, name_of(s, mode) + ": threads change bits");
+    if (tokens == 0) continue;
+    std::vector<float> wrong = y;
+    wrong[0] += 0.01f * (1.0f + std::fabs(wrong[0]));
+    std::vector<float> broken = y;
+    broken.back() = NAN;
+    const std::vector<float> clear(x.begin(), x.begin() + s.d);
+    if (!answer(model, mode, clear.data()).close_call)
+      check::expect(compare(model, mode, x, wrong, tokens) == 1,
+                    name_of(s, mode) + ": control: a wrong output passed");
+    const std::vector<float> last(x.end() - s.d, x.end());
+    if (!answer(model, mode, last.data()).close_call)
+      check::expect(compare(model, mode, x, broken, tokens) == 1,
+                    name_of(s, mode) + ": control: a NaN passed");
+  }
+}
+
+void refusals() {
+  const Model model = make_model(kShapes[2], 5);
+  const char* error = nullptr;
+  const Buffer buffer = pack(model.spec(0), &error);
+  int64_t d = 0, d_out = 0;
+  check::expect(
+      nogemm_tree_check(buffer.as<void>(), buffer.bytes(), &d, &d_out) == nullptr && d == 37 && d_out == 19,
+      "a packed tree is known again");
+  check::expect(nogemm_tree_check(buffer.as<void>(), buffer.bytes() - 1, &d, &d_out) != nullptr,
+                "a short buffer is refused");
+  *buffer.as<char>() ^= 1;
+  check::expect(nogemm_tree_check(buffer.as<void>(), buffer.bytes(), &d, &d_out) != nullptr,
+                "a spoilt buffer is refused");
+  NogemmTreeSpec bad = model.spec(0);
+  bad.levels = 22;
+  check::expect(nogemm_tree_pack_size(&bad) == -1, "22 levels are refused");
+  bad = model.spec(3);
+  check::expect(nogemm_tree_pack_size(&bad) == -1, "an unknown mode is refused");
+}
+
+void outer_of_all_rows() {
+  const nogemm::NeuronShape s{3, 2, 4, 5};
+  const int32_t index[] = {1, 3, 3, 3, 1, 0};
+  const float weight[] = {1, 2, 3, 4, 5, 6};
+  std::vector<float> x(15), sliced(static_cast<size_t>(3 * nogemm::kernels().gather.slice), 0.0f),
+      grad(20, NAN);
+  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
+  const int64_t slice = nogemm::kernels().gather.slice;
+  for (size_t n = 0; n < 3; ++n)
+    for (size_t c = 0; c < 5; ++c) sliced[n * static_cast<size_t>(slice) + c] = x[n * 5 + c];
+  std::vector<int32_t> starts(5);
+  std::vector<nogemm::NeuronEntry> order(6);
+  const auto& kernel = nogemm::kernels().neuron;
+  check::expect(kernel.sort[nogemm::kF32](s, index, weight, starts.data(), order.data()) == -1,
+                "good rows were refused");
+  kernel.outer[nogemm::kF32](s, starts.data(), order.data(), sliced.data(), slice, nullptr, 4, grad.data(),
+                             5);
+  bool ok = true;
+  for (size_t r = 0; r < 4; ++r)
+    for (size_t c = 0; c < 5; ++c) {
+      float want = 0;
+      for (size_t i = 0; i < 6; ++i)
+        want += index[i] == static_cast<int32_t>(r) ? weight[i] * x[i / 2 * 5 + c] : 0;
+      ok = ok && grad[r * 5 + c] == want;
+    }
+  check::expect(ok, "outer: whole numbers are exact");
+  const int32_t bad[] = {1, 3, 3, 4, 1, 0};
+  check::expect(kernel.sort[nogemm::kF32](s, bad, weight, starts.data(), order.data()) == 3,
+                "sort names the bad row");
+}
+
+}  // namespace
+
+void tree_tests() {
+  refusals();
+  outer_of_all_rows();
+  for (const Shape& s : kShapes)
+    for (const int64_t mode : {NOGEMM_TREE_FP32, NOGEMM_TREE_BF16, NOGEMM_TREE_INT8}) packed(s, mode);
+}

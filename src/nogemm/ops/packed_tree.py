@@ -1,0 +1,134 @@
+"""A whole TreeFFN in one native call: pack its weights once, then run.
+
+The op has no backward and no reference of its own: its twin is the composition of the single ops, which tests compare
+it with. It exists only where the extension is loaded.
+
+Legend: D width, K trees, L levels, M = 2^L - 1 nodes per tree, W core neurons.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nogemm.errors import ConfigError
+from nogemm.ops._library import LIBRARY, native
+from nogemm.ops.tree_descend import levels_of
+
+_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
+_ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2}
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeWeights:
+    """Everything that the packed form of one TreeFFN is made of, any floating dtype.
+
+    Attributes:
+        activation: "gelu", "relu" or "silu".
+        in_rows, out_rows: [K, M, D] and [K, M, d_out].
+        bias, threshold: [K, M].
+        core_in, core_out: [W, D] and [W, d_out]; core_bias [W].
+        out_bias: [d_out].
+    """
+
+    activation: str
+    in_rows: Tensor
+    out_rows: Tensor
+    bias: Tensor | None
+    threshold: Tensor | None
+    core_in: Tensor | None
+    core_bias: Tensor | None
+    core_out: Tensor | None
+    out_bias: Tensor | None
+
+
+class _Spec(ctypes.Structure):
+    """Mirrors NogemmTreeSpec in csrc/tree_pack.h; every field is 8 bytes."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("mode", "activation", "d", "d_out", "trees", "levels", "core")),
+        *((name, ctypes.c_void_p) for name in ("in_rows", "bias", "threshold", "out_rows")),
+        *((name, ctypes.c_void_p) for name in ("core_in", "core_bias", "core_out", "out_bias")),
+    )
+
+
+def pack_tree(weights: TreeWeights, dtype: str) -> Tensor:
+    """Lay one layer's weights out for `packed_tree`: a record per node, its in-row and out-row side by side.
+
+    Args:
+        dtype: "fp32", "bf16" (both rows) or "int8" (out-rows with a scale each; in-rows, which decide paths, bf16).
+    Returns:
+        one uint8 buffer with a header; not a file format.
+    Raises:
+        NativeError: no extension.
+        ConfigError: the kernel refuses the combination; the message says why.
+    """
+    library = native()
+    library.nogemm_tree_pack_size.restype = ctypes.c_int64
+    library.nogemm_tree_pack.restype = ctypes.c_char_p
+    library.nogemm_tree_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
+    kept_alive: list[Tensor] = []
+
+    def address(tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        kept_alive.append(tensor.detach().to("cpu", torch.float32).contiguous())
+        return kept_alive[-1].data_ptr()
+
+    trees, nodes, width = weights.in_rows.shape
+    spec = _Spec(
+        mode=_MODES[dtype],
+        activation=_ACTIVATIONS[weights.activation],
+        d=width,
+        d_out=weights.out_rows.shape[2],
+        trees=trees,
+        levels=levels_of(nodes),
+        core=0 if weights.core_in is None else weights.core_in.shape[0],
+        in_rows=address(weights.in_rows),
+        bias=address(weights.bias),
+        threshold=address(weights.threshold),
+        out_rows=address(weights.out_rows),
+        core_in=address(weights.core_in),
+        core_bias=address(weights.core_bias),
+        core_out=address(weights.core_out),
+        out_bias=address(weights.out_bias),
+    )
+    size = max(int(library.nogemm_tree_pack_size(ctypes.byref(spec))), 0)
+    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
+    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % _ALIGNMENT
+    buffer = memory[offset : offset + size]
+    error = library.nogemm_tree_pack(ctypes.byref(spec), buffer.data_ptr(), size)
+    if error:
+        raise ConfigError(f"pack: {error.decode()}")
+    return buffer
+
+
+def packed_tree(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    """Run a packed TreeFFN.
+
+        y = out_bias + sum over visited nodes of act(<in_row, x> + bias) * out_row
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+        packed: from `pack_tree`, in the same process.
+        d_out: width of y; must be the packed layer's.
+    Returns:
+        y [..., d_out] in x's dtype, accumulated in float32.
+    Raises:
+        ValueError: a buffer that `pack_tree` did not make, or a width that is not the layer's.
+    Cost: 2 (K L + W) (D + d_out) FLOP per token; see `TreeFFN.cost`.
+    """
+    return torch.ops.nogemm.packed_tree(x, packed, d_out)
+
+
+def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
+
+
+LIBRARY.define("packed_tree(Tensor x, Tensor packed, int d_out) -> Tensor")
+torch.library.register_fake("nogemm::packed_tree", _fake, lib=LIBRARY)
