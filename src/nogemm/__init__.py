@@ -26,7 +26,7 @@ from nogemm.convert import (
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
 from nogemm.hardware.environment import env
-from nogemm.layers import DenseConfig, LookupConfig, NoConfig, ShuffleConfig, SwitchConfig, YosoConfig
+from nogemm.layers import DenseConfig, LookupConfig, NoConfig, ShuffleConfig, SwitchConfig, TreeConfig, YosoConfig
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -61,6 +61,7 @@ __all__ = [
     "ShuffleConfig",
     "ShuffleProjectionConfig",
     "SwitchConfig",
+    "TreeConfig",
     "YosoConfig",
     "compress",
     "convert",

@@ -83,8 +83,13 @@ def test_modes_and_gradient_flags_come_back(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [nogemm.DenseConfig(hidden=8, activation="gelu"), nogemm.NoConfig(), {"*.0": LOOKUP, "*.1": nogemm.NoConfig()}],
-    ids=["dense", "no", "mixed"],
+    [
+        nogemm.DenseConfig(hidden=8, activation="gelu"),
+        nogemm.NoConfig(),
+        {"*.0": LOOKUP, "*.1": nogemm.NoConfig()},
+        nogemm.TreeConfig(trees=4, depth=3, core=4, branch="bias", routing="straight_through", balance="loss"),
+    ],
+    ids=["dense", "no", "mixed", "tree"],
 )
 def test_every_kind_of_layer_trains(config: Any) -> None:
     pair = make_pair(config)

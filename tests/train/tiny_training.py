@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import nogemm
+from nogemm.config import LayerConfig
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -54,7 +55,7 @@ def tiny_bert(seed: int = 0, layers: int = 2) -> nn.Module:
     return BertModel(config, add_pooling_layer=False)
 
 
-def make_pair(config: nogemm.LookupConfig | nogemm.DenseConfig | nogemm.NoConfig | None = None) -> Pair:
+def make_pair(config: LayerConfig | None = None) -> Pair:
     """Convert a copy of the tiny teacher."""
     teacher = tiny_bert()
     model = copy.deepcopy(teacher)

@@ -5,6 +5,7 @@ from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, No
 from nogemm.layers.lookup import LookupConfig, LookupFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN
+from nogemm.layers.tree import TreeConfig, TreeFFN
 from nogemm.layers.yoso import YosoConfig, YosoFFN
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "ShuffleFFN",
     "SwitchConfig",
     "SwitchFFN",
+    "TreeConfig",
+    "TreeFFN",
     "YosoConfig",
     "YosoFFN",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nogemm.layers import LookupConfig
+from nogemm.layers import LookupConfig, TreeConfig
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -62,4 +62,24 @@ LOOKUP_CASES = (
     LookupCase("shuffle", LookupConfig(tables=11, bits=6, projection=ShuffleProjectionConfig(block=12)), 40, 33),
     LookupCase("low rank", LookupConfig(tables=10, bits=5, projection=LowRankConfig(rank=16)), 29, 18),
     LookupCase("minilm", LookupConfig(tables=64, bits=8), 384, 384),
+)
+
+
+@dataclass(frozen=True)
+class TreeCase:
+    """One TreeFFN: a name for test output, and what to build."""
+
+    name: str
+    config: TreeConfig
+    d_model: int
+    d_out: int
+
+
+TREE_CASES: tuple[TreeCase, ...] = (
+    TreeCase("one tree", TreeConfig(depth=6), 64, 64),
+    TreeCase("root only", TreeConfig(depth=0, bias=False), 1, 1),
+    TreeCase("odd widths", TreeConfig(trees=3, depth=3, activation="silu"), 37, 19),
+    TreeCase("threshold", TreeConfig(trees=2, depth=4, branch="bias", routing="straight_through"), 30, 130),
+    TreeCase("relu with a core", TreeConfig(depth=3, core=5, activation="relu", bias=False, out_bias=False), 50, 33),
+    TreeCase("annealed", TreeConfig(trees=5, depth=2, core=1, routing="anneal", init="reference"), 16, 48),
 )
