@@ -3,6 +3,7 @@
 from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.distil import distil
 from nogemm.train.errors import DataError, TrainingError, TrainingInterrupted
+from nogemm.train.lazy_adam import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.sources import SearchPairs, load_split, texts
@@ -13,6 +14,7 @@ __all__ = [
     "DataError",
     "DistilOptions",
     "DistilReport",
+    "LazyAdam",
     "SearchPairs",
     "StageReport",
     "TokenFile",
