@@ -130,7 +130,7 @@ def test_convert_only_some_layers_and_store_int8(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--method", "tree"], "'tree'"),
+        (["--method", "bush"], "'bush'"),
         (["--set", "tables"], "NAME=VALUE"),
         (["--set", "tabels=4"], "tabels"),
         (["--set", "bits=17"], "bits=17"),

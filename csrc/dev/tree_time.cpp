@@ -22,7 +22,7 @@ using namespace tree_reference;
 namespace {
 
 struct Options {
-  int64_t threads = 2, copies = 12, only_batch = 0, only_mode = -1, rounds = 15;
+  int64_t threads = 2, copies = 12, only_batch = 0, only_mode = -1, rounds = 15, pool = 340000;
   bool repeat = false;
   const char* json = nullptr;
   Shape shape{768, 768, 1, 12, 0, NOGEMM_TREE_GELU, true, false};
@@ -45,7 +45,7 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, int64_t mode,
   const NogemmHost host{o.threads, dev::Pool::run, &pool};
   const int64_t used = batch <= 8 ? static_cast<int64_t>(layers.size()) : 1;
   const Buffer workspace(nogemm_tree_workspace(layers[0].as<void>(), batch, o.threads));
-  const int64_t tokens = std::max<int64_t>(2 * batch, o.repeat ? 1 : 340000);
+  const int64_t tokens = std::max<int64_t>(2 * batch, o.repeat ? 1 : o.pool);
   static std::vector<float> x;
   if (static_cast<int64_t>(x.size()) < tokens * s.d) x = normal(3, static_cast<size_t>(tokens * s.d), 1.0f);
   std::vector<float> y(static_cast<size_t>(batch * s.d_out));
@@ -91,6 +91,7 @@ int main(int argc, char** argv) {
     if (a == "--threads") o.threads = std::stol(next());
     if (a == "--copies") o.copies = std::stol(next());
     if (a == "--batch") o.only_batch = std::stol(next());
+    if (a == "--pool") o.pool = std::stol(next());
     if (a == "--rounds") o.rounds = std::stol(next());
     if (a == "--trees") o.shape.trees = std::stol(next());
     if (a == "--depth") o.shape.levels = std::stol(next()) + 1;

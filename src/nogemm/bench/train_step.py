@@ -1,10 +1,12 @@
 """Time one training step of a layer on the CPU: forward, backward and the optimiser's update, beside the dense FFN's.
 
-    python -m nogemm.bench.train_step --json FILE
+    python -m nogemm.bench.train_step --json FILE [--method tree]
 
-Both get tokens that need a gradient themselves, as inside a model, and a given gradient of their output. Codes are
-"uniform" (random weights and tokens), "skewed" (tokens around a few centres of unequal weight: many tokens read the
-same row, as trained layers do) or "trained" (a layer of a distilled checkpoint, on activations it really sees).
+A TreeFFN stands beside the dense-masked form of the same layer, and takes its step twice: with dense gradients and
+AdamW, and by rows with LazyAdam. All get tokens that need a gradient themselves, as inside a model, and a given
+gradient of their output. Codes are "uniform" (random weights and tokens), "skewed" (tokens around a few centres of
+unequal weight: many tokens read the same row, as trained layers do) or "trained" (a layer of a distilled checkpoint, on
+activations it really sees).
 
 Legend: N tokens, D width.
 Reading order: `TrainStepArgs`, `run_train_step`, the contenders.
@@ -27,18 +29,22 @@ from torch import Tensor, nn
 
 from nogemm.bench.check import Bound, compare
 from nogemm.bench.layer_job import DenseStack, our_layer
+from nogemm.bench.masked_tree import MaskedTree
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.pool import TokenPool, write_pool
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
 from nogemm.hardware.cpu import usable_cores
+from nogemm.layers import TreeFFN
+from nogemm.train import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 
 OURS = "nogemm"
 DENSE = ("dense-fused", "dense-foreach")
 _CODES = ("uniform", "skewed")
 _CENTRES = 64
+_DEFAULTS = {"lookup": ("tables=170", "bits=9", "projection.block=64"), "tree": ("trees=1", "depth=11")}
 _CHECKED = 64
 # Gradients sum over tokens in float32; a token whose bit is nearly zero may read another row than in float64.
 _GRADIENTS = Bound(rms=2e-2, token=5e-2, share=2e-2, outlier=2.0)
@@ -49,18 +55,20 @@ class TrainStepArgs:
     """Say which layer takes the step.
 
     Attributes:
+        method: "lookup" or "tree".
         d, hidden, activation: of the dense layer.
-        set: fields of our LookupFFN.
+        set: fields of our layer.
         tokens: per step.
         codes: "uniform" and "skewed"; with `checkpoint` "trained" instead, and d and hidden are that model's.
         checkpoint, site: a distilled model's directory and one of its layers.
         threads, rounds, seed: as in `nogemm bench layer`.
     """
 
+    method: str = "lookup"
     d: int = 768
     hidden: int = 3072
     activation: str = "gelu"
-    set: tuple[str, ...] = ("tables=170", "bits=9", "projection.block=64")
+    set: tuple[str, ...] | None = None
     tokens: int = 4096
     codes: tuple[str, ...] = _CODES
     checkpoint: str | None = None
@@ -86,7 +94,10 @@ def run_train_step(
     """
     if args.checkpoint is None and (not args.codes or not set(args.codes) <= set(_CODES)):
         raise ConfigError(f"--codes must be uniform, skewed or both, got {', '.join(args.codes) or 'nothing'}")
-    args = replace(args, threads=args.threads or usable_cores())
+    if args.method not in _DEFAULTS:
+        raise ConfigError(f"--method must be one of {', '.join(_DEFAULTS)}, got {args.method}")
+    chosen = _DEFAULTS[args.method] if args.set is None else args.set
+    args = replace(args, threads=args.threads or usable_cores(), set=chosen)
     args = args if args.checkpoint is None else replace(args, codes=("trained",))
     head = origin(asdict(args))
     with tempfile.TemporaryDirectory(prefix="nogemm-train-step-") as folder:
@@ -103,9 +114,14 @@ def run_train_step(
 
 def _specs(args: TrainStepArgs, folder: str) -> list[Spec]:
     shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "folder": folder}
-    ours = {"method": "lookup", "set": list(args.set), "checkpoint": args.checkpoint, "site": args.site}
+    ours = {"method": args.method, "set": list(args.set or ()), "checkpoint": args.checkpoint, "site": args.site}
     factory = "nogemm.bench.train_step:StepContender"
     specs = [Spec(name=OURS, factory=factory, settings=shape | ours | {"kind": "ours", "update": "fused"})]
+    if args.method == "tree":
+        for name, kind in (("nogemm-rows", "rows"), ("masked-fused", "masked"), ("masked-foreach", "masked")):
+            settings = shape | ours | {"kind": kind, "update": name.partition("-")[2]}
+            specs.append(Spec(name=name, factory=factory, settings=settings))
+        return specs
     for name in DENSE:
         settings = shape | {"kind": "dense", "update": name.partition("-")[2]}
         specs.append(Spec(name=name, factory=factory, settings=settings))
@@ -138,15 +154,24 @@ class StepContender:
         self.memory = keep_freed_memory()  # as `distil` trains, for the dense layer too, as long as the process lives
         self.memory.__enter__()
         self.layer = self._layer().requires_grad_(True)
-        fused = settings["update"] == "fused"
-        parameters = self.layer.parameters()
-        self.optimiser = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=fused, foreach=not fused)
+        self.optimiser = self._optimiser()
         self.tokens = 0
+
+    def _optimiser(self) -> torch.optim.Optimizer:
+        parameters = self.layer.parameters()
+        if self.settings["kind"] == "rows":
+            return LazyAdam(parameters, lr=1e-4)
+        fused = self.settings["update"] == "fused"
+        return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0, fused=fused, foreach=not fused)
 
     def _layer(self) -> nn.Module:
         s = self.settings
-        if s["kind"] == "ours":
-            return our_layer(s)
+        if s["kind"] != "dense":
+            layer = our_layer(s).train()
+            if isinstance(layer, TreeFFN):
+                layer.row_sparse = s["kind"] == "rows"
+                return MaskedTree(layer) if s["kind"] == "masked" else layer
+            return layer
         stack = DenseStack(s["d"], s["hidden"], s["activation"], 1, s["seed"])
         return nn.Sequential(stack.up[0], {"gelu": nn.GELU(), "relu": nn.ReLU()}[s["activation"]], stack.down[0])
 
@@ -203,15 +228,18 @@ def gradients(layer: nn.Module, x_ND: Tensor, gradient_ND: Tensor) -> dict[str, 
     y_ND = layer(x_ND)
     y_ND.backward(gradient_ND)
     found = {"output": y_ND.detach(), "input": x_ND.grad}
-    found |= {name: p.grad for name, p in layer.named_parameters()}
+    for name, parameter in layer.named_parameters():
+        gradient = parameter.grad
+        found[name] = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
     layer.zero_grad(set_to_none=True)
     return {name: value for name, value in found.items() if value is not None}
 
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run from the command line and write the result."""
-    parser = argparse.ArgumentParser(description="Time a training step of LookupFFN beside the dense FFN's.")
+    parser = argparse.ArgumentParser(description="Time a layer's training step beside the dense one.")
     parser.add_argument("--json", type=Path, required=True, help="result file")
+    parser.add_argument("--method", choices=tuple(_DEFAULTS), default=TrainStepArgs.method)
     parser.add_argument("--d", type=int, default=TrainStepArgs.d)
     parser.add_argument("--hidden", type=int, default=TrainStepArgs.hidden)
     parser.add_argument("--set", action="append", help="one field of our layer, NAME=VALUE")
@@ -221,7 +249,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0)
     given = parser.parse_args(words)
     values: dict[str, Any] = {name: value for name, value in vars(given).items() if name != "json"}
-    values["set"] = tuple(given.set or TrainStepArgs.set)
+    values["set"] = None if given.set is None else tuple(given.set)
     args = TrainStepArgs(**values)
     result = run_train_step(args, note=lambda line: print(line, file=sys.stderr))
     write_json(given.json, {"kind": "train-step", **result})

@@ -1,6 +1,6 @@
 """Turn layers of published reference code into ours, with equal outputs.
 
-Legend: D padded width, B block, n blocks, r repeats, T tables, K bits.
+Legend: D padded width, B block, n blocks, r repeats, T tables, K bits; of trees: K trees, M nodes each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
-from nogemm.layers import LookupConfig, LookupFFN
+from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
 from nogemm.projections import BHConfig, DenseProjectionConfig
 
 ROUNDS = 4  # the reference knows BH4 only
@@ -88,17 +88,61 @@ def lookupffn(state_dict: Mapping[str, Tensor], *, eps: float = 1e-5, mix: float
     return layer
 
 
-def _check_keys(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    missing = [key for key in _KEYS if key not in state_dict]
-    extra = [key for key in state_dict if key not in _KEYS]
+_TREE_KEYS = ("linear_in.weight", "linear_in.bias", "linear_out.weight")
+
+
+def ultrafastbert(state_dict: Mapping[str, Tensor], *, trees: int, activation: str = "gelu") -> TreeFFN:
+    """Import one FFF layer of UltraFastBERT: what it computes by masking all neurons, at the cost of those on the way.
+
+    | key | shape |
+    |---|---|
+    | linear_in.weight, linear_in.bias | [K M, d], [K M], tree after tree, heap order inside, M = 2^(D+1) - 1 |
+    | linear_out.weight | [d_out, K M] |
+
+    Args:
+        state_dict: the layer's tensors, prefix stripped (`encoder.layers.{i}.ffn.` in a whole model).
+        trees: K; the depth follows from the shape.
+        activation: "gelu", "relu" or "silu".
+    Raises:
+        CheckpointError: a key is missing, unknown or of the wrong shape; the message names it.
+    """
+    state = _check_keys(state_dict, "ultrafastbert", _TREE_KEYS)
+    neurons, d = _shape(state, "linear_in.weight", (None, None), "ultrafastbert")
+    _shape(state, "linear_in.bias", (neurons,), "ultrafastbert")
+    d_out, _ = _shape(state, "linear_out.weight", (None, neurons), "ultrafastbert")
+    nodes = neurons // trees if trees > 0 and neurons % trees == 0 else 0
+    depth = (nodes + 1).bit_length() - 2
+    if nodes < 1 or nodes + 1 != 2 ** (depth + 1):
+        raise CheckpointError(
+            f"ultrafastbert: linear_in.weight has {neurons} neurons, which are not trees={trees} trees of "
+            "2^(depth + 1) - 1 (1, 3, 7, ...) each"
+        )
+    config = TreeConfig(trees=trees, depth=depth, activation=activation, out_bias=False)
+    layer = config.build(d, d_out).to(state["linear_in.weight"].dtype)
+    assert layer.bias_in is not None
+    with torch.no_grad():
+        layer.weight_in.copy_(state["linear_in.weight"].view(trees, nodes, d))
+        layer.bias_in.copy_(state["linear_in.bias"].view(trees, nodes))
+        layer.weight_out.copy_(state["linear_out.weight"].T.reshape(trees, nodes, d_out))
+    layer.fitted = "exact"
+    return layer
+
+
+def _check_keys(
+    state_dict: Mapping[str, Tensor], owner: str = "lookupffn", keys: tuple[str, ...] = _KEYS
+) -> dict[str, Tensor]:
+    missing = [key for key in keys if key not in state_dict]
+    extra = [key for key in state_dict if key not in keys]
     if missing or extra:
         parts = [f"missing: {', '.join(missing)}"] if missing else []
         parts += [f"unknown: {', '.join(extra)}"] if extra else []
-        raise CheckpointError(f"lookupffn: {'; '.join(parts)}. Expected one layer with the keys {', '.join(_KEYS)}")
+        raise CheckpointError(f"{owner}: {'; '.join(parts)}. Expected one layer with the keys {', '.join(keys)}")
     return {key: value.detach() for key, value in state_dict.items()}
 
 
-def _shape(state: Mapping[str, Tensor], key: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+def _shape(
+    state: Mapping[str, Tensor], key: str, expected: tuple[int | None, ...], owner: str = "lookupffn"
+) -> tuple[int, ...]:
     """Return the shape of a tensor, or say which key does not have the expected one (None: any positive size)."""
     shape = tuple(state[key].shape)
     fits = len(shape) == len(expected) and all(
@@ -106,5 +150,5 @@ def _shape(state: Mapping[str, Tensor], key: str, expected: tuple[int | None, ..
     )
     if not fits:
         wanted = ", ".join("*" if want is None else str(want) for want in expected)
-        raise CheckpointError(f"lookupffn: {key} has shape {list(shape)}, expected [{wanted}]")
+        raise CheckpointError(f"{owner}: {key} has shape {list(shape)}, expected [{wanted}]")
     return shape
