@@ -23,6 +23,7 @@ CONFIGS: list[LayerConfig] = [
     nogemm.YosoConfig(hashes=16, bits=3, unit=True, gain=True),
     nogemm.SwitchConfig(experts=3, hidden=12),
     nogemm.ShuffleConfig(block=8),
+    nogemm.TreeConfig(trees=3, depth=3, core=2, branch="bias", routing="straight_through", balance="loss"),
 ]
 methods = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
 families = pytest.mark.parametrize("family", [FAMILIES["bert"], FAMILIES["llama"]], ids=["bert", "llama"])
@@ -72,6 +73,7 @@ def test_lower_precision_models_convert(config: LayerConfig) -> None:
         (nogemm.YosoConfig(hashes=128, bits=4), 0.6),
         (nogemm.SwitchConfig(experts=4, hidden=768), 0.8),
         (nogemm.ShuffleConfig(block=96), 0.6),
+        (nogemm.TreeConfig(trees=16, depth=4, core=32), 0.6),
     ],
     ids=lambda c: getattr(c, "kind", ""),
 )
