@@ -26,7 +26,16 @@ from nogemm.convert import (
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
 from nogemm.hardware.environment import env
-from nogemm.layers import DenseConfig, LookupConfig, NoConfig, ShuffleConfig, SwitchConfig, TreeConfig, YosoConfig
+from nogemm.layers import (
+    DenseConfig,
+    LeafTreeConfig,
+    LookupConfig,
+    NoConfig,
+    ShuffleConfig,
+    SwitchConfig,
+    TreeConfig,
+    YosoConfig,
+)
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -50,6 +59,7 @@ __all__ = [
     "DistilReport",
     "DtypeError",
     "HadamardChainConfig",
+    "LeafTreeConfig",
     "LookupConfig",
     "LowRankConfig",
     "NativeError",

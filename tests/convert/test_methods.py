@@ -24,6 +24,7 @@ CONFIGS: list[LayerConfig] = [
     nogemm.SwitchConfig(experts=3, hidden=12),
     nogemm.ShuffleConfig(block=8),
     nogemm.TreeConfig(trees=3, depth=3, core=2, branch="bias", routing="straight_through", balance="loss"),
+    nogemm.LeafTreeConfig(depth=2, leaf_width=3, master=2, routing="straight_through", balance=0.1),
 ]
 methods = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
 families = pytest.mark.parametrize("family", [FAMILIES["bert"], FAMILIES["llama"]], ids=["bert", "llama"])
@@ -74,6 +75,7 @@ def test_lower_precision_models_convert(config: LayerConfig) -> None:
         (nogemm.SwitchConfig(experts=4, hidden=768), 0.8),
         (nogemm.ShuffleConfig(block=96), 0.6),
         (nogemm.TreeConfig(trees=16, depth=4, core=32), 0.6),
+        (nogemm.LeafTreeConfig(depth=2, leaf_width=64), 0.6),
     ],
     ids=lambda c: getattr(c, "kind", ""),
 )

@@ -88,8 +88,9 @@ def test_modes_and_gradient_flags_come_back(pair: Pair) -> None:
         nogemm.NoConfig(),
         {"*.0": LOOKUP, "*.1": nogemm.NoConfig()},
         nogemm.TreeConfig(trees=4, depth=3, core=4, branch="bias", routing="straight_through", balance="loss"),
+        nogemm.LeafTreeConfig(depth=2, leaf_width=8, master=2),
     ],
-    ids=["dense", "no", "mixed", "tree"],
+    ids=["dense", "no", "mixed", "tree", "leaf-tree"],
 )
 def test_every_kind_of_layer_trains(config: Any) -> None:
     pair = make_pair(config)

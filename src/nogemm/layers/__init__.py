@@ -2,6 +2,7 @@
 
 from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
+from nogemm.layers.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN
@@ -14,6 +15,8 @@ __all__ = [
     "PACK_DTYPES",
     "DenseConfig",
     "DenseFFN",
+    "LeafTreeConfig",
+    "LeafTreeFFN",
     "LookupConfig",
     "LookupFFN",
     "NoConfig",

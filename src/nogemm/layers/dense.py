@@ -169,7 +169,7 @@ class DenseFFN(FFN):
             mean_F, mean_D = hidden_NF.mean(0), target_ND.mean(0)
             centred = hidden_NF - mean_F
             gram_FF = centred.T @ centred
-            ridge = 1e-6 * gram_FF.diagonal().mean()
+            ridge = (1e-6 * gram_FF.diagonal().mean()).clamp_min(1e-12)  # above 0 even if no activation varies
             gram_FF += ridge * torch.eye(dense.hidden, dtype=gram_FF.dtype)
             cross_FD = centred.T @ (target_ND - mean_D)
             chosen = forward_selection(gram_FF, cross_FD, self.hidden)

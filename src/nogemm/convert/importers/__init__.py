@@ -1,0 +1,7 @@
+"""Turn layers of published reference code into ours, with equal outputs."""
+
+from nogemm.convert.importers.fastfeedforward import fastfeedforward
+from nogemm.convert.importers.lookupffn import lookupffn
+from nogemm.convert.importers.ultrafastbert import ultrafastbert
+
+__all__ = ["fastfeedforward", "lookupffn", "ultrafastbert"]
