@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
 import pytest
+import torch
 
 import nogemm
+from nogemm.bench.check import compare, token_errors
+from nogemm.bench.layer_job import DYNAMIC_INT8, our_bound, our_layer, rounded
 from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
 from nogemm.bench.report import write_report
 from nogemm.bench.tables import methods_table
@@ -84,3 +88,20 @@ def test_every_registered_layer_has_a_preset_that_builds() -> None:
 def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         run_methods_bench(MethodsBenchArgs(**{**TINY, **change}))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("kind", ["dense", *OURS])
+def test_every_layer_passes_its_check_in_low_precision(kind: str, dtype: str) -> None:
+    """The check that comes before timing, without the timing; and it notices another token's answer."""
+    args = MethodsBenchArgs(d=64, hidden=128, methods=(kind,))
+    ((_, _, words),) = presets(args)
+    settings = {"method": kind, "set": words, "d": 64, "hidden": 128, "activation": "gelu", "seed": 0}
+    layer, x = our_layer(settings), torch.randn(200, 64)
+    exact = copy.deepcopy(layer).double()(x.double())
+    errors = token_errors(rounded(layer, dtype)(x), exact)
+    bound = our_bound(dtype, errors, isinstance(layer, DYNAMIC_INT8))
+    y = layer.pack(dtype)(x)
+    assert compare(y, exact, bound)["verified"]
+    if kind != "no":
+        assert not compare(y.roll(1, 0), exact, bound)["verified"]
