@@ -14,6 +14,8 @@
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
 #include "kernels/neuron_shape.h"
+#include "kernels/hire_format.h"
+#include "kernels/neuron_lists_shape.h"
 #include "lookup_pack.h"
 
 namespace nogemm {
@@ -123,6 +125,45 @@ struct LookupKernels {
                   int64_t tokens, void* workspace, const NogemmHost* host);
 };
 
+// Sketch, select, and rows named by lists: the packed HireFFN (hire_run.h) and the ops of its training form.
+struct HireKernels {
+  // codes (int8, zeros behind width) and scale of a token; sum of the codes. A token that is not finite gives zeros.
+  float (*token)(const float* x, int64_t width, int64_t padded, int8_t* codes, int32_t* sum);
+  // Scores of the rows of sketch groups [begin, end).
+  void (*scores)(const SketchRows& rows, int64_t begin, int64_t end, const SketchToken* tokens, int64_t count);
+  // In place: scores to what is ranked (HireKey).
+  void (*keys)(int64_t key, float* scores, int64_t count);
+  // The `count` largest keys as increasing indices; ties to the lowest, NaN above all. Destroys keys.
+  int64_t (*select)(float* keys, int64_t n, int64_t count, int32_t* chosen);
+  // The rest is indexed by HireMode, the dtype of the rows. out[j] = <row index[j], x> + bias, j in [begin, end).
+  void (*dots[2])(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const float* x, float* out);
+  // The same for int8 rows, on a token in fixed point that `split` has made; planes hold 2 * padded bytes.
+  void (*split)(const float* x, int64_t width, int64_t padded, int8_t* planes, FixedToken* out);
+  void (*fixed_dots)(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const FixedToken& x, float* out);
+  // weights[j] = act(gate[j]) up[j] scale[index[j]]; up and scale may be null.
+  void (*weights)(int64_t act, bool up_relu, const float* gate, const float* up, const float* scale,
+                  const int32_t* index, int64_t count, float* weights);
+  // y[begin, end) = bias + sum_j weights[j] row index[j]; begin a multiple of `columns`.
+  void (*sum[3])(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count, int64_t begin,
+                 int64_t end, float* y);
+  int64_t columns;
+  void (*read[kDtypes])(const void* x, float* out, int64_t count);
+  void (*write[kDtypes])(const float* in, void* y, int64_t count);
+};
+
+// Rows named by a list per token: one slice of columns at a time; see kernels/neuron_lists.h.
+struct ListKernels {
+  int64_t slice;
+  // sliced[row][slice] (float32) = columns of a matrix; shape.tokens rows of shape.width.
+  void (*copy[kDtypes])(const GatherShape& shape, const void* matrix, int64_t column, float* sliced, int64_t begin,
+                        int64_t end);
+  // Neurons [begin, end): dots += (= for the first slice); grad_rows = weighted tokens.
+  void (*dots[kDtypes])(const ListPass& pass, int64_t begin, int64_t end);
+  void (*scatter[kDtypes])(const ListPass& pass, int64_t begin, int64_t end);
+  // Tokens [begin, end): y = weighted rows.
+  void (*sums[kDtypes])(const ListSums& sums, int64_t begin, int64_t end);
+};
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -134,6 +175,8 @@ struct KernelTable {
   LookupKernels lookup;
   NeuronKernels neuron;
   TreeKernels tree;
+  HireKernels hire;
+  ListKernels lists;
 };
 
 namespace scalar {

@@ -10,8 +10,10 @@
 #include "kernels/gather_backward.h"
 #include "kernels/hadamard.h"
 #include "kernels/hash_codes.h"
+#include "kernels/hire.h"
 #include "kernels/lookup_forward.h"
 #include "kernels/neuron_rows.h"
+#include "kernels/neuron_lists.h"
 #include "kernels/roofline.h"
 #include "kernels/tree_forward.h"
 
@@ -29,6 +31,8 @@ static constexpr KernelTable make_table(const char* name) {
   t.lookup = lookup_kernels();
   t.neuron = neuron_kernels();
   t.tree = tree_kernels();
+  t.hire = hire_kernels();
+  t.lists = list_kernels();
   return t;
 }
 

@@ -28,6 +28,7 @@ from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError,
 from nogemm.hardware.environment import env
 from nogemm.layers import (
     DenseConfig,
+    HireConfig,
     LeafTreeConfig,
     LookupConfig,
     NoConfig,
@@ -59,6 +60,7 @@ __all__ = [
     "DistilReport",
     "DtypeError",
     "HadamardChainConfig",
+    "HireConfig",
     "LeafTreeConfig",
     "LookupConfig",
     "LowRankConfig",

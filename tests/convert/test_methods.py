@@ -21,6 +21,8 @@ CONFIGS: list[LayerConfig] = [
     nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.RandomHadamardConfig()),
     nogemm.YosoConfig(hashes=16, bits=3),
     nogemm.YosoConfig(hashes=16, bits=3, unit=True, gain=True),
+    nogemm.HireConfig(keep=0.5, sketch="int4", static=2),
+    nogemm.HireConfig(keep=0.5, sketch="low_rank", group=4),
     nogemm.SwitchConfig(experts=3, hidden=12),
     nogemm.ShuffleConfig(block=8),
     nogemm.TreeConfig(trees=3, depth=3, core=2, branch="bias", routing="straight_through", balance="loss"),
@@ -72,6 +74,7 @@ def test_lower_precision_models_convert(config: LayerConfig) -> None:
     ("config", "least"),
     [
         (nogemm.YosoConfig(hashes=128, bits=4), 0.6),
+        (nogemm.HireConfig(keep=0.25), 0.6),
         (nogemm.SwitchConfig(experts=4, hidden=768), 0.8),
         (nogemm.ShuffleConfig(block=96), 0.6),
         (nogemm.TreeConfig(trees=16, depth=4, core=32), 0.6),

@@ -12,6 +12,7 @@ import nogemm
 CONFIGS: list[Any] = [
     nogemm.LookupConfig(tables=8, bits=4, projection=nogemm.HadamardChainConfig(depth=2)),
     nogemm.YosoConfig(hashes=64, bits=3),
+    nogemm.HireConfig(keep=0.3),
     nogemm.SwitchConfig(experts=4, hidden=32),
     nogemm.ShuffleConfig(block=16),
 ]

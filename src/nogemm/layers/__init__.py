@@ -2,6 +2,8 @@
 
 from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
+from nogemm.layers.hire import HireConfig, HireFFN
+from nogemm.layers.hire_report import HireReport
 from nogemm.layers.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
@@ -15,6 +17,9 @@ __all__ = [
     "PACK_DTYPES",
     "DenseConfig",
     "DenseFFN",
+    "HireConfig",
+    "HireFFN",
+    "HireReport",
     "LeafTreeConfig",
     "LeafTreeFFN",
     "LookupConfig",

@@ -1,0 +1,166 @@
+// Integer scores of all neurons: a sketch of their weights (hire_format.h) times tokens rounded to int8.
+//
+//     s[n, f] = float(sum_c q[n, c] code[f, c]) * (scale_x[n] * scale[f]) + bias[f]
+//
+// The integer sums are exact, so scores are the same on every instruction set, for any batch and any cut.
+// Codes are stored unsigned (plus 128, or plus 8), as the dot product instruction wants them; sum q times
+// that is taken off again.
+#pragma once
+#include "activation.h"
+#include "hire_format.h"
+#include "lookup_vec.h"
+
+namespace nogemm::NOGEMM_NS {
+
+inline constexpr int kSketchTokens = 4;  // tokens per pass over a group of rows
+
+// codes[0..width) = x rounded to int8, zero behind; returns the scale. sum: of the codes. A token that is not
+// finite gives zeros.
+static float sketch_token(const float* x, int64_t width, int64_t padded, int8_t* codes, int32_t* sum) {
+  F largest = zero(), poison = zero();
+  int64_t i = 0;
+  for (; i + kLanes <= width; i += kLanes) {
+    const F v = load(x + i);
+    largest = max(abs(v), largest);
+    poison = fma(v, zero(), poison);
+  }
+  float top[kLanes], bad = hsum(poison), most = 0;
+  store(top, largest);
+  for (int l = 0; l < kLanes; ++l) most = top[l] > most ? top[l] : most;
+  for (; i < width; ++i) {
+    most = std::fabs(x[i]) > most ? std::fabs(x[i]) : most;
+    bad += x[i] * 0.0f;
+  }
+  if (!(bad == 0.0f)) {
+    std::memset(codes, 0, static_cast<size_t>(padded));
+    *sum = 0;
+    return 0.0f;
+  }
+  most = most > 0x1p-126f ? most : 0x1p-126f;
+  const float inverse = 127.0f / most;
+  int32_t total = 0;
+  for (i = 0; i < width; ++i) {
+    const float rounded = std::nearbyint(x[i] * inverse);  // within +-127, or one rounding beyond
+    const int32_t code = rounded > 127.0f ? 127 : rounded < -127.0f ? -127 : static_cast<int32_t>(rounded);
+    codes[i] = static_cast<int8_t>(code);
+    total += code;
+  }
+  std::memset(codes + width, 0, static_cast<size_t>(padded - width));
+  *sum = total;
+  return most / 127.0f;
+}
+
+#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
+
+NOGEMM_INLINE __m512i dot_codes(__m512i acc, __m512i codes, __m512i q) {
+  // By hand: gcc 12 copies the accumulator around the intrinsic.
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(codes), "v"(q));
+  return acc;
+}
+
+// Four bytes, repeated.
+NOGEMM_INLINE __m512i load_word4(const int8_t* p) {
+  int32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return _mm512_set1_epi32(word);
+}
+
+template <int TOKENS, bool NIBBLES>
+NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
+  __m512i acc[TOKENS][4];
+  for (int t = 0; t < TOKENS; ++t)
+    for (int b = 0; b < 4; ++b) acc[t][b] = _mm512_setzero_si512();
+  const __m512i low = _mm512_set1_epi8(15);
+  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint8_t* p = group + s * 256;
+    __m512i first[TOKENS], second[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) {
+      first[t] = load_word4(q[t] + s * (NIBBLES ? 8 : 4));
+      if constexpr (NIBBLES) second[t] = load_word4(q[t] + s * 8 + 4);
+    }
+    NOGEMM_UNROLL
+    for (int b = 0; b < 4; ++b) {
+      const __m512i raw = _mm512_load_si512(p + 64 * b);
+      prefetch(p + kAhead + 64 * b);
+      const __m512i front = NIBBLES ? _mm512_and_si512(raw, low) : raw;
+      const __m512i back = NIBBLES ? _mm512_and_si512(_mm512_srli_epi16(raw, 4), low) : raw;
+      NOGEMM_UNROLL
+      for (int t = 0; t < TOKENS; ++t) {
+        acc[t][b] = dot_codes(acc[t][b], front, first[t]);
+        if constexpr (NIBBLES) acc[t][b] = dot_codes(acc[t][b], back, second[t]);
+      }
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t)
+    for (int b = 0; b < 4; ++b) _mm512_storeu_si512(sums + t * kSketchRows + 16 * b, acc[t][b]);
+}
+
+#else
+
+template <int TOKENS, bool NIBBLES>
+NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
+  constexpr int kStep = NIBBLES ? 8 : 4;
+  for (int i = 0; i < TOKENS * kSketchRows; ++i) sums[i] = 0;
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint8_t* p = group + s * 4 * kSketchRows;
+    for (int t = 0; t < TOKENS; ++t) {
+      int32_t* out = sums + t * kSketchRows;
+      const int8_t* qs = q[t] + s * kStep;
+      for (int r = 0; r < kSketchRows; ++r) {
+        int32_t sum = 0;
+        for (int j = 0; j < 4; ++j) {
+          const int32_t byte = p[4 * r + j];
+          sum += NIBBLES ? (byte & 15) * qs[j] + (byte >> 4) * qs[4 + j] : byte * qs[j];
+        }
+        out[r] += sum;
+      }
+    }
+  }
+}
+
+#endif
+
+template <int TOKENS>
+static void sketch_group(const SketchRows& w, int64_t group, const SketchToken* tokens) {
+  alignas(64) int32_t sums[TOKENS * kSketchRows];
+  const int8_t* q[TOKENS];
+  for (int t = 0; t < TOKENS; ++t) q[t] = tokens[t].codes;
+  const uint8_t* codes = w.codes + group * w.steps * 4 * kSketchRows;
+  if (w.nibbles) {
+    sketch_sums<TOKENS, true>(codes, w.steps, q, sums);
+  } else {
+    sketch_sums<TOKENS, false>(codes, w.steps, q, sums);
+  }
+  const int64_t first = group * kSketchRows;
+  for (int t = 0; t < TOKENS; ++t) {
+    const I offset = set1((w.nibbles ? -8 : -128) * tokens[t].sum);
+    const F scale = set1(tokens[t].scale);
+    for (int64_t r = 0; r < kSketchRows; r += kLanes) {
+      const F sum = to_float(load(sums + t * kSketchRows + r) + offset);
+      store(tokens[t].scores + first + r,
+            sum * (scale * load(w.scale + first + r)) + load(w.bias + first + r));
+    }
+  }
+}
+
+// Scores of the rows of groups [begin, end) for all tokens.
+static void sketch_rows(const SketchRows& w, int64_t begin, int64_t end, const SketchToken* tokens,
+                        int64_t count) {
+  for (int64_t g = begin; g < end; ++g) {
+    int64_t t = 0;
+    for (; t + kSketchTokens <= count; t += kSketchTokens) sketch_group<kSketchTokens>(w, g, tokens + t);
+    for (; t < count; ++t) sketch_group<1>(w, g, tokens + t);
+  }
+}
+
+// In place: scores to what is ranked.
+static void sketch_keys(int64_t key, float* scores, int64_t count) {
+  if (key == kKeySigned) return;
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int n = static_cast<int>(count - i < kLanes ? count - i : kLanes);
+    store_part(scores + i, selection_key(key, load_part(scores + i, n)), n);
+  }
+}
+
+}  // namespace nogemm::NOGEMM_NS

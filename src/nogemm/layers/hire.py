@@ -1,0 +1,329 @@
+"""HireFFN: a cheap sketch names candidate neurons, only those are computed, and the strongest few answer.
+
+Legend: N tokens, D width, F neurons, E output width, K neurons per token, G groups of g, R width of the sketch.
+Reading order: `HireConfig`, `HireFFN.tokens`, `choose`, `cost`; the sketch is in `hire_sketch.py`, packing in
+`hire_packed.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.cost import Cost, distinct_rows
+from nogemm.errors import ConfigError
+from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseFFN
+from nogemm.layers.hire_select import Choice, choose
+from nogemm.layers.hire_sketch import Sketch, low_rank_basis, make_sketch, quantise_neurons
+from nogemm.ops.lists import neurons_at_indices
+from nogemm.ops.sketch_and_select import selection_keys, top_indices
+
+if TYPE_CHECKING:
+    from nogemm.layers.hire_report import HireReport
+
+RELU_TYPES = ("relu", "relu2", "drelu")
+_KEYS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
+_FIT_TOKENS = 4096
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class HireConfig(LayerConfig):
+    """Describes a HireFFN layer.
+
+    Attributes:
+        keep: share of the neurons that answer, in (0, 1].
+        sketch: "int8" or "int4" (of the weights themselves), or "low_rank".
+        rank: of the low-rank sketch; None for a quarter of d_model.
+        oversample: candidates computed exactly, as a multiple of what is kept, at least 1.
+        group: neurons chosen together; a group is ranked by the sum of its members' |activation|.
+        static: neurons that are always computed (rounded up to whole groups); they are part of what is kept.
+        select: "topk": the keep F largest |activation| of each token. "statistical": all above mean + z std of the
+            token's pre-activations, with z such that a normal distribution keeps `keep`. "active": all that are
+            not zero, ReLU types only; `keep` is then the share that is expected.
+        activation: replaces the dense layer's; "drelu" is ReLU on both branches of a gated layer.
+    """
+
+    kind: ClassVar[str] = "hire"
+    keep: float = 0.05
+    sketch: str = "int8"
+    rank: int | None = None
+    oversample: float = 1.5
+    group: int = 1
+    static: int = 0
+    select: str = "topk"
+    activation: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, value, low in (("keep", self.keep, 0.0), ("oversample", self.oversample, 1.0)):
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise ConfigError(f"HireConfig: {name} must be a number, got {name}={value!r}")
+            if value < low:
+                raise ConfigError(f"HireConfig: {name} must be at least {low:g}, got {name}={value!r}")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"HireConfig: keep must be above 0 and at most 1, got keep={self.keep!r}")
+        check_choice("HireConfig", "sketch", self.sketch, ("int8", "int4", "low_rank"))
+        check_choice("HireConfig", "select", self.select, ("topk", "statistical", "active"))
+        if self.rank is not None:
+            check_int("HireConfig", "rank", self.rank, 1)
+        check_int("HireConfig", "group", self.group, 1)
+        check_int("HireConfig", "static", self.static, 0)
+        if self.activation is not None:
+            check_choice("HireConfig", "activation", self.activation, (*ACTIVATIONS, "drelu"))
+        if self.select != "topk" and (self.group > 1 or self.static > 0):
+            raise ConfigError(f'HireConfig: group and static need select="topk", got select={self.select!r}')
+
+    def build(
+        self,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> HireFFN:
+        name = self.activation or activation
+        return HireFFN(self, d_model, d_out, hidden=hidden or 4 * d_model, activation=name, gated=gated)
+
+
+class HireFFN(FFN):
+    """Compute only the neurons that matter to a token.
+
+        C = the oversample * keep F neurons with the largest sketched key        S = the keep F largest of C, exactly
+        plain   y = bias + sum over S of act(<x, up_i> + up_bias_i) down_i
+        gated   y = bias + sum over S of act(<x, gate_i> + gate_bias_i) (<x, up_i> + up_bias_i) down_i
+
+    The key is |activation| of the neuron (of its gate), for ReLU types the pre-activation, which ranks alike. Training
+    takes the same steps; gradients reach the neurons of S alone, and cost what they cost. While training, the int4
+    sketch is replaced by the int8 one, which is quicker to make from weights that change.
+
+    | parameter | shape |
+    |---|---|
+    | up, gate (if gated) | [F, D] |
+    | up_bias, gate_bias | [F] |
+    | down | [F, E], one row per neuron |
+    | bias | [E] |
+
+    With a low-rank sketch, buffers `sketch_reduce` [R, D] and `sketch_lift` [D, R]; static units, `always` (groups).
+
+    Wins where a token uses few neurons: ReLU-type models, and models trained with top-k. Loses on plain SwiGLU or GELU
+    weights (the small activations carry weight together) and at batches that share no neurons but need them all.
+
+    Source: HiRE (Yerram et al., 2024) for sketch, groups and static units; statistical top-k from Spark Transformer.
+    """
+
+    always: Tensor
+
+    def __init__(
+        self,
+        config: HireConfig,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> None:
+        super().__init__(config, d_model, d_out)
+        self.config: HireConfig = config
+        check_int("HireFFN", "hidden", hidden, 1)
+        check_choice("HireFFN", "activation", activation, (*ACTIVATIONS, "drelu"))
+        if activation == "drelu" and not gated:
+            raise ConfigError('HireFFN: activation "drelu" needs a gated layer; a plain one has "relu"')
+        if config.select == "active" and activation not in RELU_TYPES:
+            raise ConfigError(f'HireFFN: select="active" needs a ReLU-type activation, got {activation!r}')
+        self.hidden, self.activation, self.gated = hidden, activation, gated
+        self.up = nn.Parameter(torch.empty(hidden, d_model))
+        self.up_bias = nn.Parameter(torch.zeros(hidden))
+        self.gate = nn.Parameter(torch.empty(hidden, d_model)) if gated else None
+        self.gate_bias = nn.Parameter(torch.zeros(hidden)) if gated else None
+        self.down = nn.Parameter(torch.empty(hidden, self.d_out))
+        self.bias = nn.Parameter(torch.zeros(self.d_out))
+        groups = -(-hidden // config.group)
+        self.kept = min(groups, math.ceil(math.ceil(config.keep * hidden - 1e-9) / config.group))
+        self.candidates = min(groups, math.ceil(config.oversample * self.kept - 1e-9))
+        static = -(-config.static // config.group)
+        if static > self.kept:
+            raise ConfigError(f"HireFFN: static={config.static} is more than keep={config.keep} of {hidden} neurons")
+        rank = min(config.rank or max(1, d_model // 4), d_model)
+        self.register_buffer("always", torch.arange(static))
+        low_rank = config.sketch == "low_rank"
+        self.register_buffer("sketch_reduce", torch.zeros(rank, d_model) if low_rank else None)
+        self.register_buffer("sketch_lift", torch.zeros(d_model, rank) if low_rank else None)
+        self._cached: tuple[object, Sketch] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights of nn.Linear's scale; a low-rank sketch starts from a random subspace."""
+        for weight in (self.up, self.gate, self.down):
+            if weight is not None:
+                nn.init.normal_(weight, std=(3 * (self.hidden if weight is self.down else self.d_model)) ** -0.5)
+        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
+        if reduce is not None and lift is not None:
+            nn.init.normal_(reduce, std=self.d_model**-0.5)
+            lift.copy_(reduce.T)
+
+    def get_buffer_or_none(self, name: str) -> Tensor | None:
+        """Return a buffer that only some configs have."""
+        return self._buffers.get(name)
+
+    def compute_dtype(self) -> torch.dtype:
+        return self.up.dtype
+
+    @property
+    def selector(self) -> tuple[Tensor, Tensor]:
+        """Weights and biases that decide: the gate's, or those of a plain layer."""
+        if self.gate is not None and self.gate_bias is not None:
+            return self.gate, self.gate_bias
+        return self.up, self.up_bias
+
+    @property
+    def key(self) -> str:
+        """How pre-activations are ranked, see `nogemm.ops.sketch_and_select.KEYS`."""
+        if self.activation in RELU_TYPES:
+            return "signed" if self.config.group == 1 else "relu"
+        return _KEYS.get(self.activation, "quick_gelu")
+
+    def sketch(self) -> Sketch:
+        """Return the sketch of the weights as they are now; it is made again when they change."""
+        weight, _ = self.selector
+        kind = "int8" if self.training and self.config.sketch == "int4" else self.config.sketch
+        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
+        parts = [t for t in (weight, reduce, lift) if t is not None]
+        if any(t.is_inference() for t in parts):
+            return make_sketch(weight, kind, reduce, lift)
+        state = (kind, *((t.data_ptr(), t._version, t.dtype) for t in parts))
+        if self._cached is None or self._cached[0] != state:
+            self._cached = (state, make_sketch(weight, kind, reduce, lift))
+        return self._cached[1]
+
+    def choose(self, x_ND: Tensor) -> Choice:
+        """Name the neurons that are computed exactly and those that answer, see `hire_select.choose`."""
+        return choose(self, x_ND)
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        chosen = self.choose(x_ND)
+        return self.at(x_ND, chosen.kept_NK, chosen.known_NK)
+
+    def at(self, x_ND: Tensor, index_NK: Tensor, known_NK: Tensor | None = None) -> Tensor:
+        """Answer with the given neurons only; `known` as in `nogemm.ops.neurons_at_indices`."""
+        first, second = activations(self.activation)
+        y_NE = neurons_at_indices(
+            x_ND,
+            index_NK,
+            self.up,
+            self.up_bias,
+            self.down,
+            first,
+            gate_FD=self.gate,
+            gate_bias_F=self.gate_bias,
+            up_activation=second,
+            known_NK=known_NK,
+        )
+        return y_NE + self.bias
+
+    def cost(self, n_tokens: int = 1) -> Cost:
+        config, itemsize = self.config, self.up.element_size()
+        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
+        stored = sum(p.numel() for p in (*self.parameters(), reduce, lift) if p is not None)
+        branches, group = (2 if self.gated else 1), config.group
+        exact, kept = self.candidates * group, self.kept * group
+        if self.candidates * group >= self.hidden:
+            exact = self.hidden
+            flops, sketch_bytes = 0.0, 0.0
+        elif reduce is not None:
+            rank = len(reduce)
+            flops, sketch_bytes = 2.0 * rank * (self.d_model + self.hidden), rank * (4.0 * self.d_model + self.hidden)
+        else:
+            flops = 2.0 * self.d_model * self.hidden
+            sketch_bytes = self.d_model * self.hidden * (0.5 if config.sketch == "int4" else 1.0)
+        kept = min(kept, exact)
+        flops += 2.0 * (exact * self.d_model + kept * ((branches - 1) * self.d_model + self.d_out))
+        touched = self._touched(n_tokens, exact) * self.d_model
+        touched += self._touched(n_tokens, kept) * ((branches - 1) * self.d_model + self.d_out)
+        return Cost(n_tokens * flops, touched * itemsize + (sketch_bytes if n_tokens else 0.0), stored)
+
+    def _touched(self, n_tokens: int, per_token: int) -> float:
+        """Expect the number of distinct neurons, if tokens chose theirs independently and uniformly."""
+        return float(self.hidden) if per_token >= self.hidden else distinct_rows(n_tokens * per_token, self.hidden)
+
+    def fit_dense(self, dense: DenseFFN) -> str:
+        """Copy the dense layer: exact where no neuron that fires is left out, up to what the sketch misses."""
+        if dense.hidden != self.hidden or (dense.gate is not None) != self.gated:
+            return self.fitted
+        with torch.no_grad():
+            self.up.copy_(dense.up.weight)
+            self.up_bias.copy_(dense.up.bias)
+            if self.gate is not None and self.gate_bias is not None and dense.gate is not None:
+                self.gate.copy_(dense.gate.weight)
+                self.gate_bias.copy_(dense.gate.bias)
+            self.down.copy_(dense.down.weight.T)
+            self.bias.copy_(dense.down.bias)
+        self.fit_sketch()
+        whole = self.config.select == "active" or self.config.keep >= 1
+        self.fitted = "exact" if whole and dense.activation == self.activation else "closed-form"
+        return self.fitted
+
+    def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
+        """Copy the dense layer; fit sketch, static units and output bias to activations x.
+
+        A low-rank sketch is whitened by them, the static units are those kept most often, and where neurons are left
+        out, the mean of what they would have said goes into the bias.
+        """
+        if self.fit_dense(dense) == "random":
+            return self.fitted
+        with torch.no_grad():
+            self.fit_sketch(x_ND)
+            if self.always.numel():
+                keys = selection_keys(F.linear(x_ND, *self.selector).float(), self.key, self.config.group)
+                fired_G = torch.bincount(top_indices(keys, self.kept).long().flatten(), minlength=keys.shape[1])
+                self.always.copy_(fired_G.topk(self.always.numel()).indices.sort().values)
+            if self.fitted != "exact":
+                sample = x_ND[:: max(1, len(x_ND) // _FIT_TOKENS)]
+                self.bias += (dense.tokens(sample) - self.tokens(sample)).mean(0)
+        return self.fitted
+
+    def fit_sketch(self, x_ND: Tensor | None = None) -> None:
+        """Fit a low-rank sketch to the weights as they are, whitened by activations x; others need no fit."""
+        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
+        if reduce is None or lift is None:
+            return
+        moment = None if x_ND is None else x_ND.double().T @ x_ND.double() / max(1, len(x_ND))
+        for buffer, value in zip((reduce, lift), low_rank_basis(self.selector[0], len(reduce), moment), strict=True):
+            buffer.copy_(value)
+
+    def measure(self, x: Tensor) -> HireReport:
+        """Compare what the sketch finds with what exact arithmetic would keep, on tokens x [..., D]."""
+        from nogemm.layers.hire_report import measure
+
+        return measure(self, x.reshape(-1, self.d_model).to(self.compute_dtype()))
+
+    def rounded(self, dtype: str) -> HireFFN:
+        """Return a float32 copy whose rows are rounded as `pack(dtype)` rounds them."""
+        twin = copy.deepcopy(self).float().eval().requires_grad_(False)
+        for rows in (twin.up, twin.gate, twin.down):
+            if rows is not None and dtype == "bf16":
+                rows.copy_(rows.bfloat16())
+            elif rows is not None and dtype == "int8":
+                codes, scale = quantise_neurons(rows, 8)
+                rows.copy_(codes * scale.unsqueeze(-1))
+        return twin
+
+    def _pack(self, dtype: str) -> PackedFFN:
+        from nogemm.layers.hire_packed import PackedHire
+
+        return PackedHire(self, dtype)
+
+
+def activations(name: str) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor] | None]:
+    """Return the activation of the gate (or of a plain layer), and that of the gated branch if it has one."""
+    return (F.relu, F.relu) if name == "drelu" else (ACTIVATIONS[name], None)

@@ -1,0 +1,198 @@
+"""A whole HireFFN in one native call: lay its weights out once, then run.
+
+The op has no backward and no reference of its own: its twin is the composition of the single ops, which tests compare
+it with. It exists only where the extension is loaded. The layout is described in csrc/kernels/hire_format.h.
+
+Legend: D width, E output width, F neurons, R width of the sketch.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nogemm.errors import ConfigError
+from nogemm.ops._library import LIBRARY, native
+from nogemm.ops.sketch_and_select import KEYS
+
+_MAGIC, _VERSION = 0x4552494847474E01, 1
+_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
+_SELECT = ("topk", "statistical", "active")
+_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu")
+_ALIGNMENT = 64
+_SKETCH_ROWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class HireWeights:
+    """Everything that the packed form of one HireFFN is made of.
+
+    Attributes:
+        gate: [F, D] of a gated layer, else None. down: [F, E].
+        activation: one of relu, relu2, gelu, gelu_tanh, silu, quick_gelu; up_relu: ReLU on the gated branch, too.
+        codes, scale, reduce: of the sketch; codes None if all neurons are candidates.
+        error, size: for select="active", what |x| and the token's step are multiplied with to give a neuron's margin.
+        nibbles: the codes fit four bits.
+        group, kept, candidates: counted in groups; always: groups, increasing.
+        keep_z, wide_z: cutoffs of select="statistical" in standard deviations above the mean.
+    """
+
+    gate: Tensor | None
+    gate_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    bias: Tensor
+    activation: str
+    up_relu: bool
+    key: str
+    select: str
+    group: int
+    kept: int
+    candidates: int
+    always: Tensor
+    keep_z: float
+    wide_z: float
+    codes: Tensor | None
+    scale: Tensor | None
+    reduce: Tensor | None
+    error: Tensor | None
+    size: Tensor | None
+    nibbles: bool
+
+
+class _Layout:
+    """Places sections one after the other, and writes them once the buffer exists."""
+
+    def __init__(self, start: int) -> None:
+        self.end = start
+        self.sections: list[tuple[int, Tensor]] = []
+
+    def add(self, values: Tensor | None) -> int:
+        """Return the offset of a new section; 0 for none."""
+        if values is None:
+            return 0
+        offset = self.end
+        self.sections.append((offset, values.contiguous().view(torch.uint8).flatten()))
+        self.end = _up(offset + self.sections[-1][1].numel(), _ALIGNMENT)
+        return offset
+
+
+def _up(value: int, to: int) -> int:
+    return -(-value // to) * to
+
+
+def lay_out_sketch(codes_FR: Tensor, nibbles: bool) -> Tensor:
+    """Reorder codes to [row group, step, 64 rows, 4 bytes], unsigned."""
+    hidden, width = codes_FR.shape
+    columns = 8 if nibbles else 4
+    padded = torch.zeros(_up(hidden, _SKETCH_ROWS), _up(width, columns), dtype=torch.int16)
+    padded[:hidden, :width] = codes_FR
+    parts = (padded + (8 if nibbles else 128)).view(-1, _SKETCH_ROWS, padded.shape[1] // columns, columns)
+    parts = parts.permute(0, 2, 1, 3)
+    if nibbles:
+        parts = parts[..., :4] | (parts[..., 4:] << 4)
+    return parts.to(torch.uint8).contiguous()
+
+
+def _rows(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Return rows as bytes [F, padded to 64], and the scale of int8 rows."""
+    scale = None
+    wide = weight.detach().float()
+    if dtype == "int8":
+        scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+        rows = (wide / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    else:
+        rows = wide if dtype == "fp32" else wide.bfloat16()
+    as_bytes = rows.contiguous().view(torch.uint8)
+    return torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % _ALIGNMENT)), scale
+
+
+def _padded(values: Tensor, count: int) -> Tensor:
+    return torch.nn.functional.pad(values.detach().float(), (0, count - values.numel()))
+
+
+def pack_hire(w: HireWeights, dtype: str) -> Tensor:
+    """Lay one layer's weights out for `packed_hire`.
+
+    Args:
+        dtype: of the rows: "fp32", "bf16", or "int8" with a scale per row. The sketch is the layer's.
+    Returns:
+        one uint8 buffer with a header; for this process, not a file format.
+    Raises:
+        NativeError: no extension. ConfigError: an activation that the kernel does not know.
+    """
+    native()
+    if w.activation not in _ACTIVATIONS:
+        raise ConfigError(f"pack: the kernel knows {', '.join(_ACTIVATIONS)}, got activation={w.activation!r}")
+    hidden, width = w.up.shape
+    padded = _up(hidden, _SKETCH_ROWS)
+    kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
+    rows, scales = zip(*(_rows(m, dtype) for m in kinds), strict=True)
+    layout = _Layout(_up(struct.calcsize("<34q2d"), _ALIGNMENT))
+    sketch = layout.add(None if w.codes is None else lay_out_sketch(w.codes, w.nibbles))
+    sketch_scale = layout.add(None if w.scale is None else _padded(w.scale, padded))
+    reduce = layout.add(None if w.reduce is None or w.codes is None else w.reduce.float())
+    always = layout.add(w.always.to(torch.int32) if w.always.numel() else None)
+    error = layout.add(w.error) if w.select == "active" else 0
+    size = layout.add(w.size) if w.select == "active" else 0
+    select_bias = layout.add(_padded(w.up_bias if w.gate_bias is None else w.gate_bias, padded))
+    up_bias = layout.add(w.up_bias.detach().float())
+    out_bias = layout.add(w.bias.detach().float())
+    stacked = [s for s in (scales[0], scales[-2], scales[-1]) if s is not None]
+    scale_at = layout.add(torch.stack(stacked) if stacked else None)
+    widths = [r.shape[1] for r in rows]
+    bundles = layout.end
+    total = bundles + hidden * sum(widths)
+    codes_width = width if w.codes is None else w.codes.shape[1]
+    header = struct.pack(
+        "<31q2d",
+        *(_MAGIC, _VERSION, total, _MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
+        *(_ACTIVATIONS.index(w.activation), int(w.up_relu), KEYS.index(w.key), _SELECT.index(w.select)),
+        *(int(w.nibbles), codes_width, -(-codes_width // (8 if w.nibbles else 4)), w.group, -(-hidden // w.group)),
+        *(w.kept, w.candidates, w.always.numel(), sum(widths), widths[0] if w.gate is not None else 0),
+        *(sum(widths[:-1]), sketch, sketch_scale, reduce, always, error, size, bundles, scale_at),
+        *(w.keep_z, w.wide_z),
+    )
+    return _write(header, (select_bias, up_bias, out_bias), layout, torch.cat(rows, dim=1), bundles, total)
+
+
+def _write(
+    header: bytes, biases: tuple[int, int, int], layout: _Layout, bundle_rows: Tensor, bundles: int, total: int
+) -> Tensor:
+    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
+    memory = torch.zeros(total + _ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % _ALIGNMENT
+    buffer = memory[offset : offset + total]
+    doubles = struct.calcsize("<2d")
+    words = header[:-doubles] + struct.pack("<3q", *biases) + header[-doubles:]
+    buffer[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
+    for start, values in layout.sections:
+        buffer[start : start + values.numel()] = values
+    buffer[bundles : bundles + bundle_rows.numel()] = bundle_rows.flatten()
+    return buffer
+
+
+def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    """Run a packed HireFFN: sketch, select, exact, accumulate.
+
+    Args:
+        x: [..., D], float32, bfloat16 or float16.
+        packed: from `pack_hire`, in the same process.
+        d_out: width of y; must be the packed layer's.
+    Returns:
+        y [..., d_out] in x's dtype, accumulated in float32; the same bits for any number of threads and any batch.
+    Raises:
+        ValueError: a buffer that `pack_hire` did not make, or a width that is not the layer's.
+    Cost: see `HireFFN.cost`.
+    """
+    return torch.ops.nogemm.packed_hire(x, packed, d_out)
+
+
+LIBRARY.define("packed_hire(Tensor x, Tensor packed, int d_out) -> Tensor")
+torch.library.register_fake(
+    "nogemm::packed_hire", lambda x, packed, d_out: x.new_empty((*x.shape[:-1], d_out)), lib=LIBRARY
+)

@@ -1,0 +1,159 @@
+"""Packed HireFFN: equal to the unpacked layer on every instruction set, dtype, batch and number of threads."""
+
+import pytest
+import torch
+from hire_cases import CASES, HireCase, build_case
+
+from nogemm.errors import PackedError
+from nogemm.layers import HireConfig, HireFFN
+from nogemm.layers.hire_packed import PackedHire
+from nogemm.ops.packed_hire import packed_hire
+from nogemm.testing.compare import Mismatch, check_equal
+
+DTYPES = ("fp32", "bf16", "int8")
+BATCHES = (0, 1, 2, 15, 33, 70)
+by_name = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+# Error of a token as a share of its norm: float32 sums; 16-bit fixed-point tokens beside int8 rows.
+CLOSE = {"fp32": 2e-5, "bf16": 2e-5, "int8": 3e-4}
+
+
+def check_packed(layer: HireFFN, y: torch.Tensor, x: torch.Tensor, close: float) -> float:
+    """Hold a packed layer's answers against float64 on its own rounded weights.
+
+    A token that is off must be explained by one neuron whose rank, or whose sketched rank, rounding can change: it may
+    be off by no more than the four largest contributions of a kept neuron.
+
+    Returns:
+        the share of tokens that are off.
+    """
+    exact = layer.double()
+    with torch.no_grad():
+        expected = exact(x.double())
+        kept = exact.choose(x.double()).kept_NK
+        single = [(exact.at(x.double(), kept[:, j : j + 1]) - exact.bias).norm(dim=-1) for j in range(kept.shape[1])]
+    largest = torch.stack(single).amax(0) if single else torch.zeros(len(x))
+    error = (y.double() - expected).norm(dim=-1)
+    off = ~(error <= close * (expected.norm(dim=-1) + 1))
+    if bool((~(error <= 4 * largest + close * (expected.norm(dim=-1) + 1))).any()):
+        raise Mismatch(f"a token is off by {float(error.max()):.3g}")
+    return float(off.double().mean()) if len(x) else 0.0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_name
+def test_matches_float64(isa: str, case: HireCase, dtype: str) -> None:
+    layer = build_case(case)
+    packed = layer.pack(dtype)
+    assert isinstance(packed, PackedHire)
+    assert packed.native
+    for tokens in BATCHES:
+        x = torch.randn(tokens, layer.d_model)
+        # The sketch is made from weights before they are rounded, so reduced rows may rank otherwise.
+        share = check_packed(layer.rounded(dtype), packed(x), x, CLOSE[dtype])
+        if tokens > 30:
+            assert share <= (0.0 if dtype == "fp32" else 0.35), case.name
+
+
+def test_check_would_notice_other_answers() -> None:
+    layer = build_case(CASES[0])
+    x = torch.randn(40, layer.d_model)
+    y = layer.pack("fp32")(x)
+    for wrong in (y.roll(1, 0), torch.zeros_like(y), y.flip(-1), y * 1.001, y - layer.bias * 0.01):
+        try:
+            noticed = check_packed(layer.rounded("fp32"), wrong, x, CLOSE["fp32"]) > 0.9
+        except Mismatch:
+            noticed = True
+        assert noticed
+    with pytest.raises(Mismatch):
+        check_packed(layer.rounded("fp32"), y * 20, x, CLOSE["fp32"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_name
+def test_threads_and_batches_give_equal_bits(isa: str, case: HireCase, dtype: str) -> None:
+    packed = build_case(case).pack(dtype)
+    x = torch.randn(70, packed.d_model)
+    torch.set_num_threads(1)
+    one = packed(x)
+    torch.set_num_threads(2)
+    check_equal("threads", packed(x), one)
+    check_equal("batch", torch.cat([packed(x[:1]), packed(x[1:20]), packed(x[20:])]), one)
+
+
+def test_int8_answers_are_equal_on_every_isa() -> None:
+    from nogemm import ops
+
+    case = CASES[0]
+    packed = build_case(case).pack("int8")
+    x = torch.randn(30, packed.d_model)
+    before, found = ops.isa(), []
+    for name in ops.supported_isas():
+        ops.set_isa(name)
+        found.append(packed(x))
+    ops.set_isa(before)
+    for y in found[1:]:
+        torch.testing.assert_close(y, found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_name
+def test_not_finite_tokens_stay_alone(isa: str, case: HireCase, dtype: str) -> None:
+    packed = build_case(case).pack(dtype)
+    x = torch.randn(20, packed.d_model)
+    clean = packed(x)
+    x[3, 0], x[11, -1], x[19] = float("nan"), float("inf"), -float("inf")
+    got = packed(x)
+    assert got[[3, 11, 19]].isnan().all()
+    keep = [n for n in range(20) if n not in (3, 11, 19)]
+    check_equal("others", got[keep], clean[keep])
+
+
+def test_tokens_in_16_bits_and_strides() -> None:
+    packed = build_case(CASES[0]).pack("bf16")
+    x = torch.randn(9, packed.d_model)
+    for dtype in (torch.bfloat16, torch.float16):
+        y = packed(x.to(dtype))
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.float(), packed(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
+    check_equal("strided", packed(x.T.contiguous().T), packed(x))
+    check_equal("leading dims", packed(x.reshape(3, 3, -1)).reshape(9, -1), packed(x))
+
+
+def test_what_packed_layers_refuse() -> None:
+    layer = build_case(CASES[0])
+    packed = layer.pack("int8")
+    assert isinstance(packed, PackedHire)
+    with pytest.raises(PackedError, match="evaluation only"):
+        packed.train()
+    x = torch.randn(2, layer.d_model, requires_grad=True)
+    with pytest.raises(PackedError, match="no gradient"):
+        packed(x).sum().backward()
+    assert not packed.state_dict()
+    buffer = packed.get_buffer("packed")
+    with pytest.raises(ValueError, match="takes width"):
+        packed_hire(torch.randn(2, 3), buffer, layer.d_out)
+    with pytest.raises(ValueError, match="d_out is 1"):
+        packed_hire(torch.randn(2, layer.d_model), buffer, 1)
+    with pytest.raises(ValueError, match="not a buffer made by pack_hire"):
+        packed_hire(torch.randn(2, layer.d_model), torch.zeros(4096, dtype=torch.uint8), layer.d_out)
+    with pytest.raises(ValueError, match="damaged"):
+        packed_hire(torch.randn(2, layer.d_model), buffer[:-64], layer.d_out)
+
+
+def test_without_the_extension_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nogemm.layers import hire_packed
+
+    monkeypatch.setattr(hire_packed, "native_available", lambda: False)
+    for dtype in DTYPES:
+        layer = build_case(CASES[0])
+        packed = layer.pack(dtype)
+        assert isinstance(packed, PackedHire)
+        assert not packed.native
+        x = torch.randn(5, layer.d_model)
+        check_equal(dtype, packed(x), layer.rounded(dtype)(x))
+
+
+def test_one_large_sketch_beside_the_layer() -> None:
+    layer = HireConfig(keep=0.05, sketch="int4").build(96, hidden=700, activation="relu").eval()
+    x = torch.randn(64, 96)
+    assert check_packed(layer.rounded("fp32"), layer.pack("fp32")(x), x, CLOSE["fp32"]) == 0.0
