@@ -20,8 +20,8 @@ FLAGS = {
     "convert": "--method --set --layers --data --tables --json",
     "distil": "--teacher --data --field --validation --run --resume --tokens --max-seconds --seed --set --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
-    "bench layer": "--method --set --d --hidden --activation --dtype --batch --against --cache --threads --rounds "
-    "--seconds --checkpoint --site --seed --json",
+    "bench layer": "--method --set --d --hidden --activation --gated --dtype --batch --against --cache --threads "
+    "--rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --threads --rounds --seconds "
     "--seed --json",
     "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "

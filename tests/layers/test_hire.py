@@ -194,8 +194,8 @@ def test_training_form_is_the_evaluation_form(config: HireConfig, activation: st
     with torch.no_grad():
         evaluated, trained = layer(x), layer.train()(x)
     far = (evaluated - trained).norm(dim=-1) > 1e-3 * trained.norm(dim=-1)
-    # Only an int4 sketch is another while training; then the tokens differ that miss a neuron.
-    assert float(far.float().mean()) <= (0.35 if config.sketch == "int4" else 0.0)
+    # The sketch of a training layer is int8 with fewer candidates; then the tokens differ that miss a neuron.
+    assert float(far.float().mean()) <= (0.35 if config.sketch == "int4" else 0.02)
 
 
 def test_gradients_match_float64() -> None:

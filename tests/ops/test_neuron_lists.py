@@ -3,15 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from nogemm.ops.lists import (
+
+from nogemm.errors import ShapeError
+from nogemm.ops import list_dots, list_sum, neurons_at_indices
+from nogemm.ops.neuron_lists import (
     list_dots_backward_reference,
     list_dots_reference,
     list_sum_backward_reference,
     list_sum_reference,
 )
-
-from nogemm.errors import ShapeError
-from nogemm.ops import list_dots, list_sum, neurons_at_indices
 from nogemm.testing.compare import Mismatch, check_equal, check_sum
 
 Shape = tuple[int, int, int, int]

@@ -30,6 +30,7 @@ class LayerBenchArgs:
     Attributes:
         method: kind of our layer, such as "lookup"; `set` are its fields as "tables=64" or "projection.block=64".
         d, hidden, activation: shape of the dense layer that is replaced; hidden 0 means 4 d.
+        gated: three matrices instead of two, in ours and in the dense layers.
         dtype: ours is packed in; of several, with commas, the first is the one that ratios are against.
         batch: tokens per call, one case each.
         against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
@@ -47,6 +48,7 @@ class LayerBenchArgs:
     d: int = 384
     hidden: int = 0
     activation: str = "gelu"
+    gated: bool = False
     dtype: str = "fp32"
     batch: tuple[int, ...] = (1, 64, 512, 4096)
     against: tuple[str, ...] = peers.CONTENDERS
@@ -113,6 +115,7 @@ def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
 
 def _specs(args: LayerBenchArgs, pool: Path) -> list[Spec]:
     shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "pool": str(pool)}
+    shape["gated"] = args.gated
     ours = {"method": args.method, "set": list(args.set)}
     trained = {"checkpoint": args.checkpoint, "site": args.site}
     factory = "nogemm.bench.layer_job:OurContender"

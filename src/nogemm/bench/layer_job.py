@@ -16,7 +16,7 @@ from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
 from nogemm.bench.pool import TokenPool
 from nogemm.config import layer_class, parse_set
-from nogemm.layers import FFN, DenseFFN, LookupFFN, ShuffleFFN, SwitchFFN, TreeFFN
+from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, SwitchFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS
 from nogemm.layers.tree_packed import round_tree
 
@@ -25,6 +25,7 @@ COPIES = 12
 COPIED_BATCH = 8
 _CALIBRATION = 16
 DYNAMIC_INT8 = (DenseFFN, ShuffleFFN, SwitchFFN)
+_MEASURED = 256  # tokens whose recall is measured
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
 # A packed tree's rows against float32: in-rows stay in 16 bits when out-rows go to 8.
 TREE_BYTES = {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}
@@ -35,15 +36,19 @@ TREE_BOUND = Bound(rms=0.2, token=1e-3, share=1e-3, outlier=3.0)
 class DenseStack(nn.Module):
     """C dense layers of their own weights; copy c maps input c, so one call passes through all."""
 
-    def __init__(self, width: int, hidden: int, activation: str, copies: int, seed: int) -> None:
+    def __init__(self, width: int, hidden: int, activation: str, copies: int, seed: int, gated: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
+        self.gate = nn.ModuleList(_linear(width, hidden, generator) for _ in range(copies if gated else 0))
         self.up = nn.ModuleList(_linear(width, hidden, generator) for _ in range(copies))
         self.down = nn.ModuleList(_linear(hidden, width, generator) for _ in range(copies))
         self.activation = ACTIVATIONS[activation]
         self.eval().requires_grad_(False)
 
     def forward(self, *x_ND: Tensor) -> tuple[Tensor, ...]:
+        if self.gate:
+            gated = zip(self.gate, self.up, self.down, x_ND, strict=True)
+            return tuple(down(self.activation(gate(x)) * up(x)) for gate, up, down, x in gated)
         layers = zip(self.up, self.down, x_ND, strict=True)
         return tuple(down(self.activation(up(x))) for up, down, x in layers)
 
@@ -90,14 +95,14 @@ class DenseContender(_LayerContender):
         s = self.settings
         precision = self.engine.precision
         self._open(case, torch.bfloat16 if s["engine"] in ("torch-bf16", "inductor-bf16") else torch.float32)
-        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"])
+        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"], s["gated"])
         key = (self.copies, self.batch if self.engine.static else 0)
         if key != self.compiled:
             self.runner = None
             example = tuple(x.float() for x in self._tokens())
             self.runner = self.engine.compile(stack, example, self._samples())
             self.compiled = key
-        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision)
+        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision, s["gated"])
         facts = {
             "layers": self.copies,
             "flops": flops,
@@ -157,7 +162,19 @@ class OurContender(_LayerContender):
             "computes_in": "fp32",
             "token_bytes": 4 * self.settings["d"],
         }
+        if isinstance(self.layer, HireFFN):
+            facts |= self._hire_facts(self.layer)
         return facts | self._verify(twin)
+
+    def _hire_facts(self, layer: HireFFN) -> dict[str, Any]:
+        """Return what the sketch finds, and the traffic: the twin holds rounded rows in float32."""
+        assert self.pool is not None
+        report = layer.measure(self.pool.draw(_MEASURED))
+        itemsize = _ITEMSIZE[self.settings["dtype"]]
+        sketch, rows = layer.traffic(self.batch)
+        stored = sum(p.numel() for p in layer.parameters()) * itemsize + sketch
+        found = {"recall": report.recall, "energy": report.energy, "dense_energy": report.dense_energy}
+        return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored * self.copies}
 
     def _pack(self) -> nn.Module:
         return self.layer.pack(self.settings["dtype"])
@@ -191,7 +208,10 @@ def our_layer(settings: dict[str, Any]) -> FFN:
     if settings.get("checkpoint") is None:
         config = parse_set(layer_class(settings["method"]), settings["set"])
         torch.manual_seed(settings["seed"])
-        layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"])
+        gated = settings.get("gated", False)
+        layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"], gated=gated)
+        if isinstance(layer, HireFFN):
+            layer.fit_sketch()
         return layer.eval().requires_grad_(False)
     from nogemm.bench.models import load_encoder
     from nogemm.convert import converted
@@ -204,6 +224,8 @@ def rounded(layer: FFN, dtype: str) -> FFN:
     """Return the unpacked layer with weights rounded as `pack(dtype)` rounds them; its error is what is allowed."""
     if isinstance(layer, TreeFFN):
         return round_tree(layer, dtype)
+    if isinstance(layer, HireFFN):
+        return layer.rounded(dtype)
     twin = copy.deepcopy(layer)
     if dtype == "fp32":
         return twin
@@ -233,9 +255,9 @@ def our_bound(dtype: str, rounded_errors: Tensor, dynamic_int8: bool = False) ->
     return bound
 
 
-def dense_work(width: int, hidden: int, tokens: int, precision: str) -> tuple[float, float]:
+def dense_work(width: int, hidden: int, tokens: int, precision: str, gated: bool = False) -> tuple[float, float]:
     """Return FLOP and weight bytes of a dense layer with biases, 2 FLOP a multiply-add."""
-    weights = 2 * width * hidden
+    weights = (3 if gated else 2) * width * hidden
     return 2.0 * weights * tokens, float(weights * _ITEMSIZE[precision] + 4 * (width + hidden))
 
 

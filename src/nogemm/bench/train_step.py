@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from nogemm.bench.check import Bound, compare
 from nogemm.bench.layer_job import DenseStack, our_layer
+from nogemm.bench.masked_topk import MaskedTopK
 from nogemm.bench.masked_tree import MaskedTree
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.pool import TokenPool, write_pool
@@ -36,7 +37,7 @@ from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
 from nogemm.hardware.cpu import usable_cores
-from nogemm.layers import TreeFFN
+from nogemm.layers import HireFFN, TreeFFN
 from nogemm.train import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 
@@ -44,7 +45,11 @@ OURS = "nogemm"
 DENSE = ("dense-fused", "dense-foreach")
 _CODES = ("uniform", "skewed")
 _CENTRES = 64
-_DEFAULTS = {"lookup": ("tables=170", "bits=9", "projection.block=64"), "tree": ("trees=1", "depth=11")}
+_DEFAULTS = {
+    "lookup": ("tables=170", "bits=9", "projection.block=64"),
+    "tree": ("trees=1", "depth=11"),
+    "hire": ("keep=0.05",),
+}
 _CHECKED = 64
 # Gradients sum over tokens in float32; a token whose bit is nearly zero may read another row than in float64.
 _GRADIENTS = Bound(rms=2e-2, token=5e-2, share=2e-2, outlier=2.0)
@@ -55,7 +60,7 @@ class TrainStepArgs:
     """Say which layer takes the step.
 
     Attributes:
-        method: "lookup" or "tree".
+        method: "lookup", "tree" or "hire".
         d, hidden, activation: of the dense layer.
         set: fields of our layer.
         tokens: per step.
@@ -122,6 +127,9 @@ def _specs(args: TrainStepArgs, folder: str) -> list[Spec]:
             settings = shape | ours | {"kind": kind, "update": name.partition("-")[2]}
             specs.append(Spec(name=name, factory=factory, settings=settings))
         return specs
+    if args.method == "hire":
+        masked = shape | ours | {"kind": "masked", "update": "fused"}
+        specs.append(Spec(name="masked-fused", factory=factory, settings=masked))
     for name in DENSE:
         settings = shape | {"kind": "dense", "update": name.partition("-")[2]}
         specs.append(Spec(name=name, factory=factory, settings=settings))
@@ -171,7 +179,7 @@ class StepContender:
             if isinstance(layer, TreeFFN):
                 layer.row_sparse = s["kind"] == "rows"
                 return MaskedTree(layer) if s["kind"] == "masked" else layer
-            return layer
+            return MaskedTopK(layer) if isinstance(layer, HireFFN) and s["kind"] == "masked" else layer
         stack = DenseStack(s["d"], s["hidden"], s["activation"], 1, s["seed"])
         return nn.Sequential(stack.up[0], {"gelu": nn.GELU(), "relu": nn.ReLU()}[s["activation"]], stack.down[0])
 
@@ -242,6 +250,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--method", choices=tuple(_DEFAULTS), default=TrainStepArgs.method)
     parser.add_argument("--d", type=int, default=TrainStepArgs.d)
     parser.add_argument("--hidden", type=int, default=TrainStepArgs.hidden)
+    parser.add_argument("--activation", choices=("gelu", "relu"), default=TrainStepArgs.activation)
     parser.add_argument("--set", action="append", help="one field of our layer, NAME=VALUE")
     parser.add_argument("--tokens", type=int, default=TrainStepArgs.tokens)
     parser.add_argument("--checkpoint", help="distilled model to take a trained layer from")

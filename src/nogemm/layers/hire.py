@@ -24,7 +24,7 @@ from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.layers.hire_select import Choice, choose
 from nogemm.layers.hire_sketch import Sketch, low_rank_basis, make_sketch, quantise_neurons
-from nogemm.ops.lists import neurons_at_indices
+from nogemm.ops.neuron_lists import neurons_at_indices
 from nogemm.ops.sketch_and_select import selection_keys, top_indices
 
 if TYPE_CHECKING:
@@ -232,25 +232,36 @@ class HireFFN(FFN):
         return y_NE + self.bias
 
     def cost(self, n_tokens: int = 1) -> Cost:
-        config, itemsize = self.config, self.up.element_size()
         reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
         stored = sum(p.numel() for p in (*self.parameters(), reduce, lift) if p is not None)
-        branches, group = (2 if self.gated else 1), config.group
-        exact, kept = self.candidates * group, self.kept * group
-        if self.candidates * group >= self.hidden:
-            exact = self.hidden
-            flops, sketch_bytes = 0.0, 0.0
+        exact, kept = self._exact_and_kept()
+        if exact == self.hidden:
+            flops = 0.0
         elif reduce is not None:
-            rank = len(reduce)
-            flops, sketch_bytes = 2.0 * rank * (self.d_model + self.hidden), rank * (4.0 * self.d_model + self.hidden)
+            flops = 2.0 * len(reduce) * (self.d_model + self.hidden)
         else:
             flops = 2.0 * self.d_model * self.hidden
-            sketch_bytes = self.d_model * self.hidden * (0.5 if config.sketch == "int4" else 1.0)
-        kept = min(kept, exact)
-        flops += 2.0 * (exact * self.d_model + kept * ((branches - 1) * self.d_model + self.d_out))
-        touched = self._touched(n_tokens, exact) * self.d_model
-        touched += self._touched(n_tokens, kept) * ((branches - 1) * self.d_model + self.d_out)
-        return Cost(n_tokens * flops, touched * itemsize + (sketch_bytes if n_tokens else 0.0), stored)
+        flops += 2.0 * (exact * self.d_model + kept * (self.d_model * self.gated + self.d_out))
+        sketch, rows = self.traffic(n_tokens)
+        return Cost(n_tokens * flops, sketch + rows * self.up.element_size(), stored)
+
+    def traffic(self, n_tokens: int = 1) -> tuple[float, float]:
+        """Return the bytes of the sketch, and how many numbers of rows `n_tokens` tokens touch."""
+        if n_tokens == 0:
+            return 0.0, 0.0
+        exact, kept = self._exact_and_kept()
+        reduce = self.get_buffer_or_none("sketch_reduce")
+        sketch = self.d_model * self.hidden * (0.5 if self.config.sketch == "int4" else 1.0)
+        if reduce is not None:
+            sketch = len(reduce) * (4.0 * self.d_model + self.hidden)
+        rows = self._touched(n_tokens, exact) * self.d_model
+        rows += self._touched(n_tokens, kept) * (self.d_model * self.gated + self.d_out)
+        return (0.0 if exact == self.hidden else sketch), rows
+
+    def _exact_and_kept(self) -> tuple[int, int]:
+        """Count the neurons of a token that are computed exactly, and that are kept."""
+        exact = min(self.hidden, self.candidates * self.config.group)
+        return exact, min(exact, self.kept * self.config.group)
 
     def _touched(self, n_tokens: int, per_token: int) -> float:
         """Expect the number of distinct neurons, if tokens chose theirs independently and uniformly."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.layers.hire_sketch import cutoff, lists_of
-from nogemm.ops.lists import finite_tokens, list_dots
+from nogemm.ops.neuron_lists import finite_tokens, list_dots
 from nogemm.ops.sketch_and_select import selection_keys, sketch_and_select, top_indices
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 # An int8 sketch is so close that little more than what is kept need be looked at: recall above 0.9999.
-_TRAINING_OVERSAMPLE = 1.1
+_TRAINING_OVERSAMPLE = 1.2
 
 
 @dataclass(frozen=True)

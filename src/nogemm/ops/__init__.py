@@ -7,7 +7,7 @@ from nogemm.ops.dct import dct, dct_reference
 from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
 from nogemm.ops.hadamard import hadamard, hadamard_reference
 from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
-from nogemm.ops.lists import list_dots, list_sum, neurons_at_indices
+from nogemm.ops.neuron_lists import list_dots, list_sum, neurons_at_indices
 from nogemm.ops.neuron_rows import neuron_dot, neuron_dot_reference, neuron_sum, neuron_sum_reference
 from nogemm.ops.sketch_and_select import sketch_and_select, top_indices
 from nogemm.ops.tree_descend import tree_descend, tree_descend_reference
