@@ -95,14 +95,14 @@ class DenseContender(_LayerContender):
         s = self.settings
         precision = self.engine.precision
         self._open(case, torch.bfloat16 if s["engine"] in ("torch-bf16", "inductor-bf16") else torch.float32)
-        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"], s["gated"])
+        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"], s.get("gated", False))
         key = (self.copies, self.batch if self.engine.static else 0)
         if key != self.compiled:
             self.runner = None
             example = tuple(x.float() for x in self._tokens())
             self.runner = self.engine.compile(stack, example, self._samples())
             self.compiled = key
-        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision, s["gated"])
+        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision, s.get("gated", False))
         facts = {
             "layers": self.copies,
             "flops": flops,
