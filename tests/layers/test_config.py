@@ -48,7 +48,7 @@ def test_values_out_of_range_are_named(values: dict[str, object], message: str) 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"kind": "loookup"}, "unknown layer kind 'loookup'; known kinds: dense, lookup, no"),
+        ({"kind": "loookup"}, "unknown layer kind 'loookup'; known kinds: dense, "),
         ({"kind": "lookup", "tabels": 3}, "LookupConfig has no field 'tabels'"),
         ({"kind": "lookup", "projection": {"kind": "dct"}}, "unknown projection kind 'dct'"),
         ([1], "expected a layer config"),
