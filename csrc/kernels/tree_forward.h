@@ -11,109 +11,181 @@
 // Few tokens and much work per token (many trees): the lanes are shared among the threads, then the columns
 // of the sums. A token's arithmetic is the same whatever the cut and the group, so its result depends neither
 // on the threads nor on the batch.
-// Lockstep alone cannot help when every token reads rows that no cache near the core holds: with many tokens
-// in one deep tree, the upper levels, whose rows stay in the second-level cache, are walked first; then
-// tokens are sorted by the subtree they reached, so that a subtree's rows are fetched once for all tokens
-// that need them.
 #pragma once
-#include "tree_token.h"
+#include "../tree_pack.h"
+#include "tree_activation.h"
+#include "tree_descend.h"
+#include "tree_format.h"
 
 namespace nogemm::NOGEMM_NS {
 
-inline constexpr int64_t kNearBytes = 1 << 20;  // of the upper levels' records: half a second-level cache
-inline constexpr int64_t kPerSubtree = 8;  // tokens that make fetching a subtree once worth reading x twice
-inline constexpr int64_t kSortedTokens = 16384;  // of a worker at a time
+inline constexpr int64_t kShareWork = 1 << 17;  // multiply-adds of one token worth a second thread
 
-// How many upper levels are walked before the tokens are sorted; 0: not at all.
-NOGEMM_INLINE int64_t near_levels(const TreeHeader& h, int64_t tokens) {
-  int64_t near = 0;
-  while (((int64_t{2} << near) - 1) * h.record <= kNearBytes) ++near;
-  return h.trees == 1 && near > 0 && near < h.levels && tokens >= kPerSubtree << near ? near : 0;
-}
+NOGEMM_INLINE int64_t tree_visits(const TreeHeader& h) { return h.trees * h.levels + h.core; }
+NOGEMM_INLINE int64_t pad_lanes(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// What the first pass leaves of each token, and the order of the second.
-struct Sorted {
-  float* z;          // [tokens][near]
-  int32_t* subtree;  // [tokens]
-  int32_t* order;    // [tokens]
-  int32_t* starts;   // [2^near + 1]
+// What a token leaves behind between descent and sum.
+struct TokenPlan {
+  float* z;             // [visits], padded to whole vectors; becomes the weights
+  const char** record;  // [visits]
 };
 
-NOGEMM_INLINE int64_t sorted_bytes(int64_t near, int64_t tokens) {
-  const int64_t most = tokens < kSortedTokens ? tokens : kSortedTokens;
-  return near == 0 ? 0 : (most * (near + 2) * 4 + ((int64_t{1} << near) + 1) * 4 + 127) / 64 * 64;
+NOGEMM_INLINE int64_t plan_bytes(const TreeHeader& h) {
+  return pad_lanes(tree_visits(h)) * static_cast<int64_t>(sizeof(float) + sizeof(char*)) + 64;
 }
 
-NOGEMM_INLINE Sorted place_sorted(char* at, int64_t near, int64_t tokens) {
-  Sorted s;
-  s.z = reinterpret_cast<float*>(at);
-  s.subtree = reinterpret_cast<int32_t*>(s.z + tokens * near);
-  s.order = s.subtree + tokens;
-  s.starts = s.order + tokens;
-  return s;
+// Scratch of one worker: kTreeGroup tokens in float32 (for other dtypes), and their plans.
+NOGEMM_INLINE int64_t group_bytes(const TreeHeader& h) {
+  return (kTreeGroup * (pad_lanes(h.d) * 4 + plan_bytes(h)) + 127) / 64 * 64;
 }
 
-NOGEMM_INLINE void fetch_token(const TreeCall& c, int64_t n) {
-  const int64_t item = c.x_dtype == NOGEMM_X_FP32 ? 4 : 2;
-  prefetch_row(c.x + n * c.x_stride * item, c.h->d * item);
+NOGEMM_INLINE TokenPlan plan_at(const TreeHeader& h, char* scratch, int64_t g) {
+  char* at = scratch + kTreeGroup * pad_lanes(h.d) * 4 + g * (plan_bytes(h) / 8 * 8);
+  return {reinterpret_cast<float*>(at + pad_lanes(tree_visits(h)) * 8), reinterpret_cast<const char**>(at)};
 }
 
-// First pass over tokens [first, first + count): upper levels, then the order by subtree.
+struct TreeCall {
+  const TreeHeader* h;
+  const char* base;
+  const char* x;
+  int64_t x_dtype, x_stride;
+  char* y;
+  int64_t tokens;
+  char* scratch;
+  int64_t parts;
+};
+
+template <class T>
+NOGEMM_INLINE void widen_row(const char* x, int64_t width, float* out) {
+  const T* from = reinterpret_cast<const T*>(x);
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(out + d, load(from + d));
+  if (d < width)
+    store_part(out + d, load_part(from + d, static_cast<int>(width - d)), static_cast<int>(width - d));
+}
+
+NOGEMM_INLINE const float* token_floats(const TreeCall& c, int64_t n, float* own) {
+  if (c.x_dtype == NOGEMM_X_FP32) return reinterpret_cast<const float*>(c.x) + n * c.x_stride;
+  const char* x = c.x + n * c.x_stride * 2;
+  if (c.x_dtype == NOGEMM_X_BF16) {
+    widen_row<bf16>(x, c.h->d, own);
+  } else {
+    widen_row<fp16>(x, c.h->d, own);
+  }
+  return own;
+}
+
+NOGEMM_INLINE const NodeHead& head_of(const char* record) {
+  return *reinterpret_cast<const NodeHead*>(record);
+}
+
+// Lanes [begin, end) of a list of tokens: lane l is tree l % K of token l / K.
 template <class In>
-static void upper_levels(const TreeCall& c, char* scratch, const Sorted& s, int64_t near, int64_t first,
-                         int64_t count) {
+static void descend_lanes(const TreeCall& c, const float* const* x, char* scratch, int64_t begin,
+                          int64_t end) {
   const TreeHeader& h = *c.h;
-  const int64_t subtrees = int64_t{1} << near;
-  for (int64_t j = 0; j <= subtrees; ++j) s.starts[j] = 0;
-  for (int64_t i = 0; i < count; i += kTreeGroup) {
-    const int64_t group = count - i < kTreeGroup ? count - i : kTreeGroup;
-    Lane lane[kTreeGroup];
-    for (int64_t g = 0; g < group; ++g) {
-      const TokenPlan plan = plan_at(h, scratch, g);
-      const float* x = token_floats(c, first + i + g, reinterpret_cast<float*>(scratch) + g * pad_lanes(h.d));
-      lane[g] = {x, c.base + h.nodes_at, plan.record, plan.z, 0};
-      if (i + g + kTreeGroup < count) fetch_token(c, first + i + g + kTreeGroup);
+  const int64_t per_tree = (int64_t{1} << h.levels) - 1;
+  const int64_t in_bytes = kNodeHeadBytes + h.d * static_cast<int64_t>(sizeof(In)),
+                out_bytes = h.record - h.out_at;
+  for (int64_t first = begin; first < end; first += kTreeGroup) {
+    const int64_t count = end - first < kTreeGroup ? end - first : kTreeGroup;
+    struct {
+      const float* x;
+      const char* root;
+      const char** record;
+      float* z;
+      int64_t node;
+    } lane[kTreeGroup];
+    for (int64_t g = 0; g < count; ++g) {
+      const int64_t token = (first + g) / h.trees, k = (first + g) % h.trees;
+      const TokenPlan plan = plan_at(h, scratch, token);
+      lane[g] = {x[token], c.base + h.nodes_at + k * per_tree * h.record, plan.record + k * h.levels,
+                 plan.z + k * h.levels, 0};
     }
-    walk<In>(h, lane, group, 0, near);
-    for (int64_t g = 0; g < group; ++g) {
-      for (int64_t level = 0; level < near; ++level) s.z[(i + g) * near + level] = lane[g].z[level];
-      s.subtree[i + g] = static_cast<int32_t>(lane[g].node - (subtrees - 1));
-      ++s.starts[s.subtree[i + g] + 1];
+    for (int64_t level = 0; level < h.levels; ++level) {
+      for (int64_t g = 0; g < count; ++g) {
+        const char* record = lane[g].root + lane[g].node * h.record;
+        prefetch_row(record + h.out_at, out_bytes);
+        const NodeHead& head = head_of(record);
+        const float z =
+            row_dot(reinterpret_cast<const In*>(record + kNodeHeadBytes), lane[g].x, h.d) + head.bias;
+        lane[g].record[level] = record;
+        lane[g].z[level] = z;
+        lane[g].node = 2 * lane[g].node + 1 + (z > head.threshold ? 1 : 0);
+        if (level + 1 < h.levels) prefetch_row(lane[g].root + lane[g].node * h.record, in_bytes);
+      }
     }
   }
-  for (int64_t j = 0; j < subtrees; ++j) s.starts[j + 1] += s.starts[j];
-  for (int64_t i = 0; i < count; ++i) s.order[s.starts[s.subtree[i]]++] = static_cast<int32_t>(i);
 }
 
-template <class In, class Out>
-static void sorted_tokens(const TreeCall& c, char* scratch, int64_t near, int64_t first, int64_t count) {
+template <class In>
+static void visit_core(const TreeCall& c, const float* x, const TokenPlan& plan, int64_t begin, int64_t end) {
   const TreeHeader& h = *c.h;
-  const Sorted s = place_sorted(scratch + group_bytes(h), near, count);
-  upper_levels<In>(c, scratch, s, near, first, count);
-  for (int64_t i = 0; i < count; i += kTreeGroup) {
-    const int64_t group = count - i < kTreeGroup ? count - i : kTreeGroup;
-    Lane lane[kTreeGroup];
-    for (int64_t g = 0; g < group; ++g) {
-      const int64_t token = s.order[i + g];
-      const TokenPlan plan = plan_at(h, scratch, g);
-      const float* x = token_floats(c, first + token, reinterpret_cast<float*>(scratch) + g * pad_lanes(h.d));
-      lane[g] = {x, c.base + h.nodes_at, plan.record, plan.z, (int64_t{1} << near) - 1 + s.subtree[token]};
-      int64_t node = lane[g].node;
-      for (int64_t level = near; level-- > 0;) {
-        node = (node - 1) / 2;
-        plan.record[level] = lane[g].root + node * h.record;
-        plan.z[level] = s.z[token * near + level];
-      }
-      if (i + g + kTreeGroup < count) fetch_token(c, first + s.order[i + g + kTreeGroup]);
-    }
-    walk<In>(h, lane, group, near, h.levels);
-    for (int64_t g = 0; g < group; ++g) {
-      const TokenPlan plan = plan_at(h, scratch, g);
-      visit_core<In>(c, lane[g].x, plan, 0, h.core);
-      fire(c, plan);
-      add_token<Out>(c, plan, first + s.order[i + g], 0, h.d_out);
-    }
+  for (int64_t j = begin; j < end; ++j) {
+    const char* record = c.base + h.core_at + j * h.record;
+    plan.record[h.trees * h.levels + j] = record;
+    plan.z[h.trees * h.levels + j] =
+        row_dot(reinterpret_cast<const In*>(record + kNodeHeadBytes), x, h.d) + head_of(record).bias;
   }
+}
+
+// z becomes act(z) scale; NaN everywhere for a token that is not finite, which the first root has seen all
+// of.
+NOGEMM_INLINE void fire(const TreeCall& c, const TokenPlan& plan) {
+  const TreeHeader& h = *c.h;
+  const int64_t visits = tree_visits(h);
+  for (int64_t p = visits; p < pad_lanes(visits); ++p) plan.z[p] = 0.0f;
+  const F poison = set1(plan.z[0] * 0.0f);
+  for (int64_t p = 0; p < visits; p += kLanes)
+    store(plan.z + p, tree_activation(load(plan.z + p), h.activation) + poison);
+  if (h.mode == NOGEMM_TREE_INT8) {
+    for (int64_t p = 0; p < visits; ++p) plan.z[p] *= head_of(plan.record[p]).scale;
+  }
+}
+
+template <int VECTORS, class Out, class Y>
+NOGEMM_INLINE void add_columns(const TreeHeader& h, const TokenPlan& plan, const float* bias, int64_t column,
+                               Y* y) {
+  F sum[VECTORS];
+  for (int v = 0; v < VECTORS; ++v) sum[v] = load(bias + column + v * kLanes);
+  const int64_t visits = tree_visits(h);
+  for (int64_t p = 0; p < visits; ++p) {
+    const Out* row = reinterpret_cast<const Out*>(plan.record[p] + h.out_at) + column;
+    const F w = set1(plan.z[p]);
+    for (int v = 0; v < VECTORS; ++v) sum[v] = fma(load(row + v * kLanes), w, sum[v]);
+  }
+  for (int v = 0; v < VECTORS; ++v) store(y + column + v * kLanes, sum[v]);
+}
+
+// Columns [begin, end) of one token's y.
+template <class Out, class Y>
+static void add_rows(const TreeCall& c, const TokenPlan& plan, Y* y, int64_t begin, int64_t end) {
+  constexpr int kWide = kLanes == 1 ? 4 : 8;
+  const TreeHeader& h = *c.h;
+  const float* bias = reinterpret_cast<const float*>(c.base + h.bias_at);
+  int64_t d = begin;
+  for (; d + kWide * kLanes <= end; d += kWide * kLanes) add_columns<kWide, Out>(h, plan, bias, d, y);
+  for (; d + kLanes <= end; d += kLanes) add_columns<1, Out>(h, plan, bias, d, y);
+  if (d < end) {
+    const int last = static_cast<int>(end - d);
+    F sum = load_part(bias + d, last);
+    for (int64_t p = 0; p < tree_visits(h); ++p) {
+      const Out* row = reinterpret_cast<const Out*>(plan.record[p] + h.out_at) + d;
+      sum = fma(load_part(row, last), set1(plan.z[p]), sum);
+    }
+    store_part(y + d, sum, last);
+  }
+}
+
+template <class Out>
+NOGEMM_INLINE void add_token(const TreeCall& c, const TokenPlan& plan, int64_t n, int64_t begin,
+                             int64_t end) {
+  const int64_t at = n * c.h->d_out;
+  if (c.x_dtype == NOGEMM_X_FP32)
+    return add_rows<Out>(c, plan, reinterpret_cast<float*>(c.y) + at, begin, end);
+  if (c.x_dtype == NOGEMM_X_BF16)
+    return add_rows<Out>(c, plan, reinterpret_cast<bf16*>(c.y) + at, begin, end);
+  return add_rows<Out>(c, plan, reinterpret_cast<fp16*>(c.y) + at, begin, end);
 }
 
 // Many tokens: each worker takes a stretch of them.
@@ -121,20 +193,17 @@ template <class In, class Out>
 static void tree_tokens(int64_t worker, void* arg) {
   const TreeCall& c = *static_cast<const TreeCall*>(arg);
   const TreeHeader& h = *c.h;
-  char* scratch = c.scratch + worker * c.worker_bytes;
-  int64_t begin = c.tokens * worker / c.parts;
-  const int64_t end = c.tokens * (worker + 1) / c.parts;
-  while (c.near > 0 && begin < end) {
-    const int64_t count = end - begin < kSortedTokens ? end - begin : kSortedTokens;
-    sorted_tokens<In, Out>(c, scratch, c.near, begin, count);
-    begin += count;
-  }
+  char* scratch = c.scratch + worker * group_bytes(h);
+  const int64_t begin = c.tokens * worker / c.parts, end = c.tokens * (worker + 1) / c.parts;
   for (int64_t first = begin; first < end; first += kTreeGroup) {
     const int64_t count = end - first < kTreeGroup ? end - first : kTreeGroup;
     const float* x[kTreeGroup];
     for (int64_t g = 0; g < count; ++g) {
       x[g] = token_floats(c, first + g, reinterpret_cast<float*>(scratch) + g * pad_lanes(h.d));
-      if (first + g + kTreeGroup < end) fetch_token(c, first + g + kTreeGroup);
+      if (first + g + kTreeGroup < end) {
+        const int64_t item = c.x_dtype == NOGEMM_X_FP32 ? 4 : 2;
+        prefetch_row(c.x + (first + g + kTreeGroup) * c.x_stride * item, h.d * item);
+      }
     }
     descend_lanes<In>(c, x, scratch, 0, count * h.trees);
     for (int64_t g = 0; g < count; ++g) {
@@ -153,7 +222,7 @@ static void shared_descent(int64_t worker, void* arg) {
   const TreeCall& c = *static_cast<const TreeCall*>(arg);
   const TreeHeader& h = *c.h;
   const float* x =
-      token_floats(c, c.tokens, reinterpret_cast<float*>(c.scratch + (1 + worker) * c.worker_bytes));
+      token_floats(c, c.tokens, reinterpret_cast<float*>(c.scratch + (1 + worker) * group_bytes(h)));
   descend_lanes<In>(c, &x, c.scratch, h.trees * worker / c.parts, h.trees * (worker + 1) / c.parts);
   visit_core<In>(c, x, plan_at(h, c.scratch, 0), h.core * worker / c.parts, h.core * (worker + 1) / c.parts);
 }
@@ -181,7 +250,6 @@ static void tree_run(TreeCall& c, const NogemmHost* host) {
   }
   c.parts = tokens < host->threads ? tokens : host->threads;
   if (c.parts > 1 && tokens * work / c.parts < kShareWork) c.parts = 1;
-  if (c.parts < host->threads) c.near = 0;  // scratch was measured for an equal share of every thread
   if (c.parts <= 1) {
     c.parts = 1;
     return tree_tokens<In, Out>(0, &c);
@@ -189,16 +257,8 @@ static void tree_run(TreeCall& c, const NogemmHost* host) {
   host->run(host->self, c.parts, tree_tokens<In, Out>, &c);
 }
 
-// Upper levels and scratch bytes of a worker, if the tokens are shared equally.
-NOGEMM_INLINE int64_t worker_scratch(const TreeHeader& h, int64_t tokens, int64_t threads, int64_t* near) {
-  const int64_t share = (tokens + threads - 1) / threads;
-  *near = near_levels(h, share);
-  return group_bytes(h) + sorted_bytes(*near, share);
-}
-
-static int64_t tree_workspace(const TreeHeader* h, int64_t tokens, int64_t threads) {
-  int64_t near = 0;
-  return (1 + threads) * worker_scratch(*h, tokens, threads, &near) + 64;
+static int64_t tree_workspace(const TreeHeader* h, int64_t, int64_t threads) {
+  return (1 + threads) * group_bytes(*h) + 64;
 }
 
 static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
@@ -212,10 +272,7 @@ static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int
              static_cast<char*>(y),
              tokens,
              static_cast<char*>(workspace),
-             1,
-             0,
-             0};
-  c.worker_bytes = worker_scratch(*c.h, tokens, host->threads, &c.near);
+             1};
   switch (c.h->mode) {
     case NOGEMM_TREE_FP32:
       return tree_run<float, float>(c, host);

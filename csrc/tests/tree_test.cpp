@@ -45,28 +45,6 @@ void packed(const Shape& s, int64_t mode) {
   }
 }
 
-// Deep enough, and with tokens enough, that tokens are sorted by subtree: the answers must be those of a
-// token alone.
-void sorted(int64_t mode) {
-  const Shape s{96, 64, 1, 14, 1, NOGEMM_TREE_GELU, true, true};
-  const Model model = make_model(s, 9);
-  const char* error = nullptr;
-  const Buffer buffer = pack(model.spec(mode), &error);
-  const int64_t tokens = 20011;
-  const std::vector<float> x = normal(8, static_cast<size_t>(tokens * s.d), 1.0f);
-  const std::vector<float> y = run(buffer, x, tokens, s.d_out, 1);
-  check::expect(run(buffer, x, tokens, s.d_out, 2) == y, name_of(s, mode) + ": sorted, threads change bits");
-  int64_t different = 0;
-  for (int64_t n = 0; n < tokens; n += 97) {
-    const std::vector<float> one(x.begin() + n * s.d, x.begin() + (n + 1) * s.d);
-    const std::vector<float> alone = run(buffer, one, 1, s.d_out, 1);
-    different += !std::equal(alone.begin(), alone.end(), y.begin() + n * s.d_out);
-  }
-  check::expect(different == 0, name_of(s, mode) + ": a token depends on its batch");
-  const std::vector<float> few(x.begin(), x.begin() + 40 * s.d);
-  check::expect(compare(model, mode, few, y, 40) == 0, name_of(s, mode) + ": sorted");
-}
-
 void refusals() {
   const Model model = make_model(kShapes[2], 5);
   const char* error = nullptr;
@@ -125,5 +103,4 @@ void tree_tests() {
   outer_of_all_rows();
   for (const Shape& s : kShapes)
     for (const int64_t mode : {NOGEMM_TREE_FP32, NOGEMM_TREE_BF16, NOGEMM_TREE_INT8}) packed(s, mode);
-  for (const int64_t mode : {NOGEMM_TREE_FP32, NOGEMM_TREE_BF16, NOGEMM_TREE_INT8}) sorted(mode);
 }
