@@ -28,6 +28,8 @@ void packed_tree(StableIValue* stack, uint64_t, uint64_t) {
   sizes[x.dim() - 1] = d_out;
   Tensor y = Tensor::empty(sizes, x.dim(), x.dtype());
   const int64_t tokens = x.numel() / layer_d;
+  prefer_huge_pages(y.mutable_data(),
+                    static_cast<size_t>(tokens * d_out) * (x_dtype == NOGEMM_X_FP32 ? 4 : 2));
 
   uint32_t threads = 1;
   NOGEMM_CALL(torch_get_num_threads(&threads));
