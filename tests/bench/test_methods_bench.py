@@ -28,7 +28,7 @@ TINY: dict[str, Any] = {
     "seconds": 0.005,
     "pool_cap_bytes": 1 << 20,
 }
-OURS = ("lookup", "no", "shuffle", "switch", "yoso")
+OURS = ("leaf_tree", "lookup", "mongoose", "no", "shuffle", "slide", "switch", "tree", "yoso")
 
 
 @pytest.fixture(scope="module")

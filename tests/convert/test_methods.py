@@ -27,6 +27,8 @@ CONFIGS: list[LayerConfig] = [
     nogemm.ShuffleConfig(block=8),
     nogemm.TreeConfig(trees=3, depth=3, core=2, branch="bias", routing="straight_through", balance="loss"),
     nogemm.LeafTreeConfig(depth=2, leaf_width=3, master=2, routing="straight_through", balance=0.1),
+    nogemm.SlideConfig(bits=3, tables=4),
+    nogemm.MongooseConfig(bits=3, tables=4),
 ]
 methods = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
 families = pytest.mark.parametrize("family", [FAMILIES["bert"], FAMILIES["llama"]], ids=["bert", "llama"])
@@ -79,6 +81,8 @@ def test_lower_precision_models_convert(config: LayerConfig) -> None:
         (nogemm.ShuffleConfig(block=96), 0.6),
         (nogemm.TreeConfig(trees=16, depth=4, core=32), 0.6),
         (nogemm.LeafTreeConfig(depth=2, leaf_width=64), 0.6),
+        (nogemm.SlideConfig(bits=5, tables=16), 0.6),
+        (nogemm.MongooseConfig(bits=5, tables=16), 0.6),
     ],
     ids=lambda c: getattr(c, "kind", ""),
 )

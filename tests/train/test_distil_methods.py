@@ -15,6 +15,8 @@ CONFIGS: list[Any] = [
     nogemm.HireConfig(keep=0.3),
     nogemm.SwitchConfig(experts=4, hidden=32),
     nogemm.ShuffleConfig(block=16),
+    nogemm.SlideConfig(bits=3, tables=4),
+    nogemm.MongooseConfig(bits=3, tables=4),
 ]
 
 

@@ -6,7 +6,9 @@ from nogemm.layers.hire import HireConfig, HireFFN
 from nogemm.layers.hire_report import HireReport
 from nogemm.layers.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
+from nogemm.layers.mongoose import MongooseConfig, MongooseFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
+from nogemm.layers.slide import SlideConfig, SlideFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN
 from nogemm.layers.tree import TreeConfig, TreeFFN
 from nogemm.layers.yoso import YosoConfig, YosoFFN
@@ -24,11 +26,15 @@ __all__ = [
     "LeafTreeFFN",
     "LookupConfig",
     "LookupFFN",
+    "MongooseConfig",
+    "MongooseFFN",
     "NoConfig",
     "NoFFN",
     "PackedFFN",
     "ShuffleConfig",
     "ShuffleFFN",
+    "SlideConfig",
+    "SlideFFN",
     "SwitchConfig",
     "SwitchFFN",
     "TreeConfig",

@@ -1,0 +1,234 @@
+"""What SLIDE and MONGOOSE share: neurons in hash tables, of which a token computes those it collides with.
+
+Legend: N tokens, D width, F neurons, T tables, K bits per table, m tokens in a chunk, C chunks, J chosen neurons.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nogemm.config import LayerConfig
+from nogemm.cost import Cost
+from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
+from nogemm.layers.lookup import quantise_rows
+from nogemm.ops import hash_codes
+
+# Above this many chunks a packed layer computes all neurons at once and masks: a product for each chunk costs more.
+CHUNKS = 64
+
+
+class HashedNeurons(FFN):
+    """A dense layer in which each token computes only the neurons that its hashes retrieve; the others count as 0.
+
+        bits of a vector v: signs of [v; 1] P, cut into T codes of K bits; neurons are hashed as [w_i; b_i]
+        S(chunk) = neurons that share a code with a token of the chunk in at least one table
+        y = sum over i in S of act(w_i v + b_i) down_i + bias
+
+    While a gradient is computed, every neuron is computed and masked, so each update moves retrieved neurons only.
+    """
+
+    planes: Tensor
+    falls_back: ClassVar[bool] = False  # whether a chunk without any neuron computes its tokens' best ones
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        d_model: int,
+        d_out: int | None,
+        *,
+        bits: int,
+        tables: int,
+        chunk: int,
+        norm: bool,
+        hidden: int,
+        activation: str,
+        gated: bool,
+    ) -> None:
+        super().__init__(config, d_model, d_out)
+        self.bits, self.tables, self.chunk, self.hidden = bits, tables, chunk, hidden
+        self.norm = nn.LayerNorm(d_model) if norm else None
+        dense = DenseConfig(hidden=hidden, activation=activation)
+        self.neurons = DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
+
+    @abstractmethod
+    def neuron_codes(self) -> Tensor:
+        """Return the bucket of each neuron in each table, int32 [F, T]."""
+
+    def hashed(self, v_ND: Tensor, last_N: Tensor | None = None) -> Tensor:
+        """Return codes int32 [N, T] of vectors extended by one number (1 for tokens)."""
+        with torch.no_grad():
+            return hash_extended(v_ND, last_N, self.planes, self.bits)
+
+    def hash_neurons(self) -> Tensor:
+        """Hash the neurons as they are now, [F, T]."""
+        linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
+        return self.hashed(linear.weight, linear.bias)
+
+    def retrieved(self, v_ND: Tensor) -> Tensor:
+        """Return which neurons each (normed) token's chunk computes, bool [N, F]."""
+        mask_NF = union_of_chunks(collisions(self.hashed(v_ND), self.neuron_codes()), v_ND, self.chunk)
+        first = self.neurons.up if self.neurons.gate is None else self.neurons.gate
+        return with_best(mask_NF, v_ND, self.chunk, first) if self.falls_back else mask_NF
+
+    def masked(self, v_ND: Tensor, mask_NF: Tensor) -> Tensor:
+        """Compute all neurons and use those of the mask; a token that is not finite answers NaN."""
+        hidden_NF = self.neurons.hidden_activations(v_ND)
+        broken_N1 = ~v_ND.isfinite().all(1, keepdim=True)
+        y_ND = self.neurons.down(torch.where(mask_NF, hidden_NF, 0.0))
+        return torch.where(broken_N1, float("nan"), y_ND)
+
+    def active(self, x: Tensor) -> Tensor:
+        """Count the neurons that each token computes: the measured |S|, int64 [N]."""
+        with torch.no_grad():
+            x_ND = x.reshape(-1, self.d_model).to(self.compute_dtype())
+            return self.retrieved(x_ND if self.norm is None else self.norm(x_ND)).sum(1)
+
+    def expected_active(self, n_tokens: int) -> float:
+        """Return E|S| of a chunk of `n_tokens` under independent uniform codes, F (1 - (1 - 2^-K)^(T n))."""
+        return self.hidden * (1.0 - (1.0 - 2.0**-self.bits) ** (self.tables * n_tokens))
+
+    def cost(self, n_tokens: int = 1) -> Cost:
+        """Count hashing and the expected neurons under uniform codes; real codes are skewed, see `active`."""
+        per_neuron = self.neurons.cost(1).flops / self.hidden
+        hashing = 2.0 * (self.d_model + 1) * self.bits * self.tables
+        computed = self.expected_active(min(self.chunk, max(n_tokens, 1)))
+        itemsize = self.neurons.up.weight.element_size()
+        stored = sum(p.numel() for p in self.parameters())
+        rows = sum(p.numel() for p in self.neurons.parameters()) - self.d_out
+        others = stored - rows - (self.planes.numel() if isinstance(self.planes, nn.Parameter) else 0)
+        fixed = (others + self.planes.numel()) * itemsize + 4.0 * self.hidden * self.tables
+        touched = self.expected_active(n_tokens) / self.hidden * rows * itemsize
+        return Cost(n_tokens * (hashing + per_neuron * computed), touched + fixed if n_tokens else 0.0, stored)
+
+    def _pack(self, dtype: str) -> PackedFFN:
+        return PackedHashedNeurons(self, dtype)
+
+
+def hash_extended(v_ND: Tensor, last_N: Tensor | None, planes: Tensor, bits: int) -> Tensor:
+    """Return the codes of [v; last], int32 [N, T]; `last` is 1 where none is given."""
+    last = torch.ones_like(v_ND[:, 0]) if last_N is None else last_N
+    z_NM = v_ND @ planes[:-1].to(v_ND.dtype) + last.unsqueeze(1) * planes[-1].to(v_ND.dtype)
+    return hash_codes(z_NM, bits, 1, False)[0].squeeze(-1)
+
+
+def collisions(codes_NT: Tensor, codes_FT: Tensor) -> Tensor:
+    """Return which vectors share a bucket with which neurons in at least one table, bool [N, F]."""
+    out_NF = torch.zeros(codes_NT.shape[0], codes_FT.shape[0], dtype=torch.bool, device=codes_NT.device)
+    for mine_N, theirs_F in zip(codes_NT.T, codes_FT.T, strict=True):
+        out_NF |= mine_N.unsqueeze(1) == theirs_F
+    return out_NF
+
+
+def union_of_chunks(own_NF: Tensor, v_ND: Tensor, chunk: int) -> Tensor:
+    """Give every token what any finite token of its chunk retrieved; chunks are consecutive tokens."""
+    if chunk == 1:
+        return own_NF
+    own_NF = own_NF & v_ND.isfinite().all(1, keepdim=True)  # a broken token must not change its neighbours
+    parts = [part.any(0, keepdim=True).expand_as(part) for part in own_NF.split(chunk)]
+    return torch.cat(parts) if parts else own_NF
+
+
+def with_best(mask_NF: Tensor, v_ND: Tensor, chunk: int, score: Callable[[Tensor], Tensor]) -> Tensor:
+    """Give chunks that retrieved nothing the best neuron of each of their tokens."""
+    empty_N = ~mask_NF.any(1)
+    if not bool(empty_N.any()):
+        return mask_NF
+    with torch.no_grad():
+        best_N = score(v_ND[empty_N]).argmax(1)
+    mask_NF = mask_NF.clone()
+    mask_NF[empty_N] = F.one_hot(best_N, mask_NF.shape[1]).bool()
+    return union_of_chunks(mask_NF, v_ND, chunk)
+
+
+class PackedHashedNeurons(PackedFFN):
+    """Hash, unite, and compute the retrieved rows only; rows are stored as fp32, bf16, or int8 with a scale per row.
+
+    Neurons keep the buckets that they have when the layer is packed. With more than 64 chunks in a call all neurons are
+    computed at once and masked.
+    """
+
+    def __init__(self, layer: HashedNeurons, dtype: str) -> None:
+        super().__init__(layer, dtype)
+        self.bits, self.chunk, self.activation = layer.bits, layer.chunk, layer.neurons.activation
+        self.fallback = layer.falls_back
+        self.norm = None
+        if layer.norm is not None:
+            self.norm = nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
+            self.norm.load_state_dict(layer.norm.state_dict())
+            self.norm.requires_grad_(False)
+        self.register_buffer("planes", layer.planes.detach().float().clone(), persistent=False)
+        self.register_buffer("codes", layer.neuron_codes().clone(), persistent=False)
+        dense = layer.neurons
+        self.gated = dense.gate is not None
+        first = dense.up if dense.gate is None else dense.gate
+        self.first = _Rows(first.weight, first.bias, dtype)
+        self.second = _Rows(dense.up.weight, dense.up.bias, dtype) if self.gated else None
+        self.down = _Rows(dense.down.weight.T, None, dtype)
+        self.register_buffer("bias", dense.down.bias.detach().float().clone(), persistent=False)
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        x = x_ND.float()
+        v_ND = x if self.norm is None else self.norm(x)
+        codes_NT = hash_extended(v_ND, None, self.get_buffer("planes"), self.bits)
+        mask_NF = union_of_chunks(collisions(codes_NT, self.get_buffer("codes")), v_ND, self.chunk)
+        if self.fallback:
+            mask_NF = with_best(mask_NF, v_ND, self.chunk, self.first)
+        if -(-v_ND.shape[0] // self.chunk) > CHUNKS:
+            hidden_NF = torch.where(mask_NF, self._hidden(v_ND, None), 0.0)
+            y_ND = self.down.combine(hidden_NF, None)
+        else:
+            pairs = zip(v_ND.split(self.chunk), mask_NF.split(self.chunk), strict=True)
+            parts = [self._chunk(part, mask) for part, mask in pairs]
+            y_ND = torch.cat(parts)
+        y_ND = torch.where(v_ND.isfinite().all(1, keepdim=True), y_ND, float("nan"))
+        return (y_ND + self.get_buffer("bias")).to(x_ND.dtype)
+
+    def _chunk(self, v_ND: Tensor, mask_NF: Tensor) -> Tensor:
+        if not v_ND.shape[0]:
+            return v_ND.new_zeros(0, self.d_out)
+        index_J = torch.nonzero(mask_NF[0]).squeeze(1)  # the same for all tokens of the chunk
+        return self.down.combine(self._hidden(v_ND, index_J), index_J)
+
+    def _hidden(self, v_ND: Tensor, index_J: Tensor | None) -> Tensor:
+        h = ACTIVATIONS[self.activation](self.first(v_ND, index_J))
+        return h if self.second is None else h * self.second(v_ND, index_J)
+
+
+class _Rows(nn.Module):
+    """Rows of a matrix in a storage dtype, of which some are used at a time, in float32."""
+
+    row_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, rows_FD: Tensor, bias_F: Tensor | None, dtype: str) -> None:
+        super().__init__()
+        rows, scale = rows_FD.detach().float().contiguous(), None
+        if dtype != "fp32":
+            stored, scale_1F = quantise_rows(rows.unsqueeze(0), dtype)
+            rows, scale = stored[0], None if scale_1F is None else scale_1F[0]
+        self.register_buffer("rows", rows.clone(), persistent=False)
+        self.register_buffer("row_scale", scale, persistent=False)
+        self.register_buffer("bias", None if bias_F is None else bias_F.detach().float().clone(), persistent=False)
+
+    def forward(self, v_ND: Tensor, index_J: Tensor | None = None) -> Tensor:
+        """Multiply tokens by the chosen rows (all, if None) and add their biases, [N, J]."""
+        bias = self.bias if self.bias is None or index_J is None else self.bias[index_J]
+        return F.linear(v_ND, self._chosen(index_J), bias)
+
+    def combine(self, hidden_NJ: Tensor, index_J: Tensor | None) -> Tensor:
+        """Sum the chosen rows with the given weights, [N, D]."""
+        return hidden_NJ @ self._chosen(index_J)
+
+    def _chosen(self, index_J: Tensor | None) -> Tensor:
+        rows = self.get_buffer("rows")
+        rows = (rows if index_J is None else rows[index_J]).float()
+        if self.row_scale is None:
+            return rows
+        return rows * (self.row_scale if index_J is None else self.row_scale[index_J]).unsqueeze(1)

@@ -1,0 +1,194 @@
+"""MONGOOSE: SLIDE with hashes that are learned, and tables that are rebuilt only when the hashes have moved.
+
+Legend: N tokens, D width, F neurons, T tables, K bits per table, M = T K.
+Reading order: `MongooseConfig`, `MongooseFFN.tokens`, `triplet_loss`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.errors import ConfigError
+from nogemm.layers._auxiliary import attach_loss
+from nogemm.layers.dense import ACTIVATIONS, DenseFFN
+from nogemm.layers.hashed_neurons import HashedNeurons, collisions
+from nogemm.layers.slide import draw_planes
+
+TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, those below the second should not
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class MongooseConfig(LayerConfig):
+    """Describes a MONGOOSE layer.
+
+    Attributes:
+        bits, tables, chunk, hidden, activation, norm: as in `SlideConfig`.
+        rebuild: tables are rebuilt in training once this share of the neurons' hash bits has changed; 0: every time.
+        triplet_weight: of the loss that teaches the hashes, in every gradient.
+        faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random.
+    """
+
+    kind: ClassVar[str] = "mongoose"
+    bits: int = 6
+    tables: int = 16
+    chunk: int = 1
+    hidden: int | None = None
+    activation: str | None = None
+    norm: bool = False
+    rebuild: float = 0.01
+    triplet_weight: float = 0.1
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("MongooseConfig", "bits", self.bits, 1, 16)
+        check_int("MongooseConfig", "tables", self.tables, 1)
+        check_int("MongooseConfig", "chunk", self.chunk, 1)
+        if self.hidden is not None:
+            check_int("MongooseConfig", "hidden", self.hidden, 1)
+        if self.activation is not None:
+            check_choice("MongooseConfig", "activation", self.activation, tuple(ACTIVATIONS))
+        for name in ("rebuild", "triplet_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ConfigError(f"MongooseConfig: {name} must be at least 0, got {name}={value!r}")
+
+    def build(
+        self,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> MongooseFFN:
+        width = self.hidden or hidden or 4 * d_model
+        return MongooseFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+
+
+class MongooseFFN(HashedNeurons):
+    """A dense layer of which each token computes the neurons in its buckets of T learned hash tables.
+
+    The planes P are trained by a triplet loss: for each token, neurons with a product above the 0.999 quantile that the
+    tables missed should come closer in the hashed space [v; 1] P, those below the median that were retrieved should
+    move away; margin 1 in cosine. Weights and tokens get no gradient from it. It joins every gradient with
+    `triplet_weight`, so that no trainer has to know of it. A chunk that retrieves nothing computes its tokens' best
+    neurons.
+
+    The tables are part of the state (`codes` [F, T]). While training they are compared with the neurons' present hashes
+    and rebuilt when `rebuild` of the bits differ; `rebuilds` counts. After weights were changed by hand, call
+    `build_tables`.
+
+    Source: MONGOOSE (Chen et al., 2021) as the baseline of LookupFFN (Zeng et al., 2023). Differs, unless `faithful`,
+    in pairs that share their token, where the published code pairs positions of two lists, and in the scheduler, which
+    the published code has and never reaches.
+    """
+
+    falls_back = True
+
+    def __init__(
+        self,
+        config: MongooseConfig,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> None:
+        super().__init__(
+            config,
+            d_model,
+            d_out,
+            bits=config.bits,
+            tables=config.tables,
+            chunk=config.chunk,
+            norm=config.norm,
+            hidden=hidden,
+            activation=activation,
+            gated=gated,
+        )
+        self.config: MongooseConfig = config
+        self.planes = nn.Parameter(draw_planes(d_model, config.bits * config.tables, config.faithful))
+        self.register_buffer("codes", torch.zeros(hidden, config.tables, dtype=torch.int32))
+        self.rebuilds = 0
+        self.build_tables()
+
+    def build_tables(self) -> None:
+        """Put every neuron into the buckets of its present hashes."""
+        self.get_buffer("codes").copy_(self.hash_neurons())
+        self.rebuilds += 1
+
+    def neuron_codes(self) -> Tensor:
+        return self.get_buffer("codes")
+
+    def changed(self) -> float:
+        """Return the share of hash bits in which the neurons differ from the tables."""
+        different_FT = self.hash_neurons() ^ self.neuron_codes()
+        bits = sum(int(((different_FT >> k) & 1).sum()) for k in range(self.bits))
+        return bits / (self.hidden * self.tables * self.bits)
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        v_ND = x_ND if self.norm is None else self.norm(x_ND)
+        learning = torch.is_grad_enabled() and self.planes.requires_grad
+        if learning and (self.config.faithful or self.config.rebuild == 0 or self.changed() > self.config.rebuild):
+            self.build_tables()
+        y_ND = self.masked(v_ND, self.retrieved(v_ND))
+        if learning and self.config.triplet_weight > 0 and v_ND.shape[0]:
+            return attach_loss(y_ND, self.config.triplet_weight * self.triplet_loss(v_ND))
+        return y_ND
+
+    def triplet_loss(self, v_ND: Tensor) -> Tensor:
+        """Return mean max(0, cos(token, negative) - cos(token, positive) + 1) over pairs, 0 without pairs."""
+        linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
+        v_ND, weight_FD, bias_F = v_ND.detach(), linear.weight.detach(), linear.bias.detach()
+        product_NF = v_ND @ weight_FD.T
+        found_NF = collisions(self.hashed(v_ND), self.neuron_codes())  # of each token's own hashes
+        ordered_NF = product_NF.sort(1).values
+        last = self.hidden - 1
+        high = ordered_NF[:, min(int(TOP * self.hidden), last)].mean().clamp_min(0.0)
+        low = ordered_NF[:, min(int(MIDDLE * self.hidden), last)].mean()
+        positive_NF = (product_NF > high) & ~found_NF
+        negative_NF = (product_NF < low) & found_NF
+        tokens_NM = v_ND @ self.planes[:-1] + self.planes[-1]
+        neurons_FM = weight_FD @ self.planes[:-1] + bias_F.unsqueeze(1) * self.planes[-1]
+        cosine_NF = F.normalize(tokens_NM, dim=1) @ F.normalize(neurons_FM, dim=1).T
+        if self.config.faithful:
+            return _paired_at_random(cosine_NF[positive_NF], cosine_NF[negative_NF])
+        wanted_N, unwanted_N = positive_NF.sum(1), negative_NF.sum(1)
+        both_N = (wanted_N > 0) & (unwanted_N > 0)
+        near_N = (cosine_NF * positive_NF).sum(1) / wanted_N.clamp_min(1)
+        far_N = (cosine_NF * negative_NF).sum(1) / unwanted_N.clamp_min(1)
+        loss_N = (far_N - near_N + 1.0).clamp_min(0.0) * both_N
+        return loss_N.sum() / both_N.sum().clamp_min(1)
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Return the planes, an optimiser group of their own."""
+        return [self.get_parameter("planes")]
+
+    def fit_dense(self, dense: DenseFFN) -> str:
+        """Take the dense layer's neurons and rebuild the tables: exact up to those that the hashes miss."""
+        if self.neurons.fit_dense(dense) == "exact" and self.norm is None:
+            self.fitted = "closed-form"
+        self.build_tables()
+        return self.fitted
+
+    def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
+        """Take the dense layer's neurons; the hashes are learned in training."""
+        return self.fit_dense(dense)
+
+
+def _paired_at_random(near: Tensor, far: Tensor) -> Tensor:
+    """Pair two lists by position after dropping the longer one's surplus at random, whatever tokens they belong to."""
+    count = min(len(near), len(far))
+    if count == 0:
+        return near.sum() * 0.0
+    near = near[torch.randperm(len(near))[:count]] if len(near) > count else near
+    far = far[torch.randperm(len(far))[:count]] if len(far) > count else far
+    return (far - near + 1.0).clamp_min(0.0).mean()

@@ -1,0 +1,135 @@
+"""SLIDE: random hash tables over the neurons; a token computes the neurons that it collides with.
+
+Legend: N tokens, D width, F neurons, T tables, K bits per table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.layers.dense import ACTIVATIONS, DenseFFN
+from nogemm.layers.hashed_neurons import HashedNeurons
+
+# Of the published code: every layer draws the same signs from this seed, and drops hidden activations once more than
+# the network around it does.
+PUBLISHED_SEED = 8191
+PUBLISHED_DROPOUT = 0.1
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SlideConfig(LayerConfig):
+    """Describes a SLIDE layer.
+
+    Attributes:
+        bits: K, from 1 to 16; more bits retrieve fewer neurons.
+        tables: T; more tables retrieve more.
+        chunk: consecutive tokens that share their neurons; 1: a token's answer does not depend on its neighbours.
+        hidden: F (None: that of the layer that is replaced).
+        activation: None: that of the layer that is replaced.
+        norm: LayerNorm inside the layer.
+        faithful: as published: the same signs in every layer, and a dropout of its own in training.
+    """
+
+    kind: ClassVar[str] = "slide"
+    bits: int = 6
+    tables: int = 16
+    chunk: int = 1
+    hidden: int | None = None
+    activation: str | None = None
+    norm: bool = False
+    faithful: bool = False
+
+    def __post_init__(self) -> None:
+        check_int("SlideConfig", "bits", self.bits, 1, 16)
+        check_int("SlideConfig", "tables", self.tables, 1)
+        check_int("SlideConfig", "chunk", self.chunk, 1)
+        if self.hidden is not None:
+            check_int("SlideConfig", "hidden", self.hidden, 1)
+        if self.activation is not None:
+            check_choice("SlideConfig", "activation", self.activation, tuple(ACTIVATIONS))
+
+    def build(
+        self,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int | None = None,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> SlideFFN:
+        width = self.hidden or hidden or 4 * d_model
+        return SlideFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+
+
+class SlideFFN(HashedNeurons):
+    """A dense layer of which each token computes the neurons in its buckets of T random hash tables.
+
+    Angular hashing: signs of [v; 1] P with P of random signs, the neurons hashed as [w_i; b_i] (gates, in a gated
+    layer). Neurons are hashed anew in every call, so the tables always fit the weights; P is part of the state. Packed,
+    the tables are fixed and only retrieved rows are read.
+
+    Wins where a few neurons carry the output and hashes find them: rarely. Loses because angular hashing finds large
+    products slowly, buckets are skewed, and a chunk of tokens soon retrieves most neurons: look at `active`.
+
+    Source: SLIDE (Chen et al., 2020) as the baseline of LookupFFN (Zeng et al., 2023). Differs, unless `faithful`, in
+    signs of its own for each layer, and no second dropout. Neither stops at an empty set: its answer is the bias.
+    """
+
+    def __init__(
+        self,
+        config: SlideConfig,
+        d_model: int,
+        d_out: int | None = None,
+        *,
+        hidden: int,
+        activation: str = "gelu",
+        gated: bool = False,
+    ) -> None:
+        super().__init__(
+            config,
+            d_model,
+            d_out,
+            bits=config.bits,
+            tables=config.tables,
+            chunk=config.chunk,
+            norm=config.norm,
+            hidden=hidden,
+            activation=activation,
+            gated=gated,
+        )
+        self.config: SlideConfig = config
+        self.register_buffer("planes", draw_planes(d_model, config.bits * config.tables, config.faithful))
+
+    def neuron_codes(self) -> Tensor:
+        return self.hash_neurons()
+
+    def tokens(self, x_ND: Tensor) -> Tensor:
+        v_ND = x_ND if self.norm is None else self.norm(x_ND)
+        y_ND = self.masked(v_ND, self.retrieved(v_ND))
+        return F.dropout(y_ND, PUBLISHED_DROPOUT, self.training) if self.config.faithful else y_ND
+
+    def fit_dense(self, dense: DenseFFN) -> str:
+        """Take the dense layer's neurons: exact up to those that the hashes miss."""
+        if self.neurons.fit_dense(dense) == "exact" and self.norm is None:
+            self.fitted = "closed-form"
+        return self.fitted
+
+    def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
+        """Take the dense layer's neurons; there is nothing to fit to data."""
+        return self.fit_dense(dense)
+
+
+def draw_planes(d_model: int, count: int, published: bool) -> Tensor:
+    """Draw a [D + 1, count] matrix of random signs."""
+    if published:
+        signs = np.random.RandomState(PUBLISHED_SEED).randint(0, 2, (d_model + 1, count))
+        return torch.from_numpy(signs).float() * 2 - 1
+    return torch.randint(0, 2, (d_model + 1, count)).float() * 2 - 1

@@ -1,0 +1,285 @@
+"""SLIDE and MONGOOSE: retrieval, chunks, empty sets, learned hashes and their schedule, packing, bad input."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import nogemm
+from nogemm.errors import ConfigError
+from nogemm.layers import DenseFFN, MongooseFFN, SlideFFN
+from nogemm.layers.hashed_neurons import CHUNKS
+from nogemm.testing.compare import check_equal
+
+BOTH = [nogemm.SlideConfig, nogemm.MongooseConfig]
+both = pytest.mark.parametrize("make", BOTH, ids=["slide", "mongoose"])
+SETTINGS: list[dict[str, Any]] = [
+    {"bits": 3, "tables": 4},
+    {"bits": 2, "tables": 2, "chunk": 3, "norm": True},
+    {"bits": 9, "tables": 1},  # mostly empty sets
+    {"bits": 1, "tables": 9, "chunk": 50, "activation": "relu"},
+]
+
+
+def build(make: Any, settings: dict[str, Any], gated: bool = False) -> Any:
+    layer = make(**settings).build(12, 20, hidden=37, gated=gated).eval()
+    torch.nn.init.normal_(layer.neurons.up.bias)
+    if isinstance(layer, MongooseFFN):
+        layer.build_tables()
+    return layer
+
+
+def dense(width: int = 16, hidden: int = 64) -> DenseFFN:
+    up, down = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
+    return DenseFFN.from_weights(up, torch.randn(hidden) / 3, down, torch.randn(width) / 3)
+
+
+def written_out(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Retrieve and compute with sets and loops, from the definition."""
+    v = x if layer.norm is None else layer.norm(x)
+    first = layer.neurons.up if layer.neurons.gate is None else layer.neurons.gate
+
+    def buckets(extended: torch.Tensor) -> list[tuple[bool, ...]]:
+        signs = (extended @ layer.planes.to(extended.dtype) > 0).tolist()
+        return [tuple(signs[t * layer.bits : (t + 1) * layer.bits]) for t in range(layer.tables)]
+
+    neurons = [buckets(torch.cat((w, b.reshape(1)))) for w, b in zip(first.weight, first.bias, strict=True)]
+    rows = []
+    for start in range(0, len(v), layer.chunk):
+        part = v[start : start + layer.chunk]
+        chosen: set[int] = set()
+        for token in part:
+            mine = buckets(torch.cat((token, torch.ones(1, dtype=x.dtype))))
+            chosen |= {i for i, theirs in enumerate(neurons) if any(a == b for a, b in zip(mine, theirs, strict=True))}
+        if not chosen and layer.falls_back:
+            chosen = {int(first(token).argmax()) for token in part}
+        for token in part:
+            hidden = layer.neurons.hidden_activations(token)
+            y = layer.neurons.down.bias.clone()
+            for i in chosen:
+                y = y + hidden[i] * layer.neurons.down.weight[:, i]
+            rows.append(y)
+    return torch.stack(rows)
+
+
+@both
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("gated", [False, True])
+def test_written_out(make: Any, settings: dict[str, Any], gated: bool) -> None:
+    layer = build(make, settings, gated).double()
+    x = torch.randn(11, 12, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), written_out(layer, x), rtol=1e-9, atol=1e-9)
+
+
+@both
+def test_alone_or_in_company(make: Any) -> None:
+    x = torch.randn(8, 12)
+    alone, shared = build(make, SETTINGS[0]), build(make, {"bits": 3, "tables": 4, "chunk": 8})
+    with torch.no_grad():
+        torch.testing.assert_close(alone(x), torch.cat([alone(row) for row in x.split(1)]))
+        assert not torch.allclose(shared(x), torch.cat([shared(row) for row in x.split(1)]))
+    assert bool((shared.active(x) == shared.active(x)[0]).all())
+
+
+def test_empty_sets() -> None:
+    x = torch.randn(40, 12)
+    slide = build(nogemm.SlideConfig, SETTINGS[2])
+    empty = slide.active(x) == 0
+    assert bool(empty.any())
+    expected = slide.neurons.down.bias.expand(int(empty.sum()), -1)
+    torch.testing.assert_close(slide(x)[empty], expected)
+    assert int(build(nogemm.MongooseConfig, SETTINGS[2]).active(x).min()) >= 1
+
+
+@both
+def test_everything_retrieved_is_the_dense_layer(make: Any) -> None:
+    source, x = dense(), torch.randn(30, 16)
+    layer = make(bits=1, tables=64).build(16, hidden=64).eval()
+    assert layer.fit_dense(source) == layer.fitted == "closed-form"
+    assert int(layer.active(x).min()) == 64
+    torch.testing.assert_close(layer(x), source(x))
+    assert make(hidden=9).build(16, hidden=64).fit_activations(source, x) == "random"
+
+
+@both
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-5), ("bf16", 0.01), ("int8", 0.02)])
+def test_packed(make: Any, settings: dict[str, Any], dtype: str, tolerance: float) -> None:
+    layer = build(make, settings, gated=settings["bits"] == 3).requires_grad_(False)
+    packed = layer.pack(dtype)
+    for tokens in (0, 1, 7, 3 * CHUNKS + 1):  # the last computes all neurons and masks
+        x = torch.randn(tokens, 12)
+        y, expected = packed(x), layer(x)
+        assert y.shape == expected.shape
+        assert float((y - expected).norm()) <= tolerance * max(float(expected.norm()), 1e-3)
+    if settings["bits"] < 9:
+        assert float((packed(x.roll(1, 0)) - expected).norm()) > 5 * tolerance * float(expected.norm())
+    torch.set_num_threads(1)
+    one = packed(x)
+    torch.set_num_threads(2)
+    check_equal("two threads", packed(x), one)
+
+
+@both
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_not_finite_tokens_stay_alone(make: Any, chunk: int) -> None:
+    layer = build(make, {"bits": 3, "tables": 2, "chunk": chunk})
+    x = torch.randn(5, 12)
+    for module in (layer, layer.pack("fp32")):
+        broken = x.clone()
+        broken[1, 0], broken[3] = float("nan"), float("inf")
+        y = module(broken).detach()
+        assert y[[1, 3]].isnan().all()
+        keep = x[[0, 2, 4]]
+        torch.testing.assert_close(y[[0, 2, 4]], module(keep).detach())
+
+
+@both
+def test_gradients_reach_retrieved_neurons_only(make: Any) -> None:
+    layer = build(make, {"bits": 4, "tables": 1})
+    if isinstance(layer, MongooseFFN):
+        layer.config = nogemm.MongooseConfig(bits=4, tables=1, triplet_weight=0.0)
+    x = torch.randn(3, 12)
+    layer(x).square().sum().backward()
+    touched = layer.retrieved(x).any(0)
+    assert 0 < int(touched.sum()) < 37
+    gradient = layer.neurons.down.weight.grad
+    assert gradient is not None
+    assert torch.equal(gradient.abs().sum(0) > 0, touched)
+
+
+def test_state_holds_signs_and_tables() -> None:
+    for make in BOTH:
+        layer = build(make, SETTINGS[0])
+        other = make(**SETTINGS[0]).build(12, 20, hidden=37).eval()
+        other.load_state_dict(layer.state_dict())
+        x = torch.randn(9, 12)
+        assert torch.equal(layer(x), other(x))
+    assert "codes" in layer.state_dict()
+    faithful = [nogemm.SlideConfig(faithful=True).build(12).planes for _ in range(2)]
+    assert torch.equal(*faithful)
+    assert not torch.equal(build(nogemm.SlideConfig, {}).planes, build(nogemm.SlideConfig, {}).planes)
+
+
+def test_the_schedule_rebuilds_only_after_the_hashes_moved() -> None:
+    layer = nogemm.MongooseConfig(bits=3, tables=4, rebuild=0.2).build(12, hidden=37)
+    x = torch.randn(20, 12)
+    layer(x)
+    assert layer.rebuilds == 1  # the one that made the tables
+    with torch.no_grad():
+        layer.planes[:, :3] *= -1  # all bits of one table of four
+    assert layer.changed() == pytest.approx(0.25)
+    with torch.no_grad():
+        layer(x)
+    assert layer.rebuilds == 1  # nobody is training
+    layer(x)
+    assert layer.rebuilds == 2
+    assert layer.changed() == 0
+    every = nogemm.MongooseConfig(faithful=True).build(12, hidden=37)
+    every(x)
+    every(x)
+    assert every.rebuilds == 3
+
+
+def test_triplet_loss_by_hand() -> None:
+    layer = nogemm.MongooseConfig(bits=1, tables=2).build(2, hidden=4)
+    with torch.no_grad():
+        layer.planes.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
+        layer.neurons.up.weight.copy_(torch.tensor([[3.0, 0.0], [-1.0, 1.0], [-2.0, 1.0], [0.5, -1.0]]))
+        layer.neurons.up.bias.zero_()
+        layer.build_tables()
+        best = layer.hashed(torch.tensor([[1.0, 1.0]]))[0]
+        layer.get_buffer("codes")[0] = 1 - best  # as if the best neuron were missed
+    x = torch.tensor([[1.0, 1.0]])
+    # Products 3, 0, -1, -0.5: sorted -1, -0.5, 0, 3; wanted above 3 (none is): lower the bar by a second token.
+    y = torch.tensor([[1.0, 1.0], [0.1, 0.1]])
+    high, low = (3.0 + 0.3) / 2, (0.0 + 0.0) / 2
+    assert high < 3.0
+    near = 3.0 / (3.0 * 2**0.5)
+    far = [(-1.0) / 5**0.5 / 2**0.5, (-0.5) / 1.25**0.5 / 2**0.5]
+    found = [i for i in (2, 3) if [3.0, 0.0, -1.0, -0.5][i] < low]
+    expected = max(0.0, sum(far[i - 2] for i in found) / len(found) - near + 1.0)
+    assert float(layer.triplet_loss(y).detach()) == pytest.approx(expected, rel=1e-5)
+    assert float(layer.triplet_loss(x).detach()) == 0.0  # no product exceeds the largest
+
+
+def test_learning_finds_more_of_the_large_products() -> None:
+    source = torch.randn(6, 16)  # neurons and tokens lie near six directions
+    layer = nogemm.MongooseConfig(bits=5, tables=2, triplet_weight=1.0).build(16, hidden=120)
+    with torch.no_grad():
+        layer.neurons.up.weight.copy_(source[torch.arange(120) % 6] + 0.7 * torch.randn(120, 16))
+        layer.build_tables()
+
+    def draw() -> torch.Tensor:
+        return source[torch.randint(6, (200,))] + 0.7 * torch.randn(200, 16)
+
+    def selectivity() -> float:
+        x = draw()
+        best = layer.neurons.up(x).topk(6, 1).indices
+        mask = layer.retrieved(x).float()
+        return float(mask.gather(1, best).mean() / mask.mean())
+
+    before = sum(selectivity() for _ in range(5))
+    planes = layer.planes.detach().clone()
+    optimiser = torch.optim.Adam([layer.planes], lr=0.02)
+    for _ in range(100):
+        optimiser.zero_grad()
+        (0.0 * layer(draw()).sum()).backward()
+        optimiser.step()
+    layer.build_tables()
+    assert not torch.equal(layer.planes, planes)
+    assert sum(selectivity() for _ in range(5)) > 1.05 * before
+
+
+def test_faithful_quirks() -> None:
+    x = torch.randn(50, 12)
+    slide = nogemm.SlideConfig(bits=2, tables=4, faithful=True).build(12, hidden=37).train()
+    dropped = float((slide(x) == 0).float().mean())
+    assert dropped == pytest.approx(0.1, abs=0.04)
+    assert torch.equal(slide.eval()(x), slide(x))
+    mongoose = nogemm.MongooseConfig(bits=2, tables=2, faithful=True).build(12, hidden=37)
+    assert float(mongoose.triplet_loss(x).detach()) > 0
+    mongoose(x).sum().backward()
+    assert mongoose.planes.grad is not None
+
+
+@both
+def test_cost_expects_uniform_codes(make: Any) -> None:
+    layer = make(bits=4, tables=3, chunk=8).build(64, hidden=512)
+    assert layer.expected_active(1) == pytest.approx(512 * (1 - (15 / 16) ** 3))
+    one, many = layer.cost(1), layer.cost(16)
+    assert one.flops == pytest.approx(2 * 65 * 12 + 4 * 64 * layer.expected_active(1))
+    assert many.flops == pytest.approx(16 * (2 * 65 * 12 + 4 * 64 * layer.expected_active(8)))
+    assert one.parameters == sum(p.numel() for p in layer.parameters())
+    assert one.bytes_read < many.bytes_read
+    assert layer.cost(0).bytes_read == layer.cost(0).flops == 0
+    measured = float(layer.active(torch.randn(400, 64)).double().mean())
+    assert measured == pytest.approx(layer.expected_active(8), rel=0.3)
+
+
+def test_the_papers_chunk_retrieves_a_third() -> None:
+    layer = nogemm.SlideConfig(bits=10, tables=3, chunk=128).build(512, hidden=2048)
+    assert layer.expected_active(128) / 2048 == pytest.approx(0.315, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "message"),
+    [
+        (nogemm.SlideConfig, {"bits": 17}, "SlideConfig: bits must be an integer from 1 to 16, got bits=17"),
+        (nogemm.SlideConfig, {"tables": 0}, "tables=0"),
+        (nogemm.SlideConfig, {"chunk": 0}, "chunk=0"),
+        (nogemm.SlideConfig, {"activation": "tanh"}, "activation must be one of"),
+        (nogemm.MongooseConfig, {"hidden": 0}, "MongooseConfig: hidden must be an integer at least 1"),
+        (nogemm.MongooseConfig, {"rebuild": -1}, "rebuild must be at least 0, got rebuild=-1"),
+        (nogemm.MongooseConfig, {"triplet_weight": "x"}, "triplet_weight='x'"),
+    ],
+)
+def test_values_out_of_range_are_named(make: Any, values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(**values)
+
+
+def test_types() -> None:
+    assert isinstance(nogemm.SlideConfig().build(8), SlideFFN)
+    assert isinstance(nogemm.MongooseConfig().build(8), MongooseFFN)
