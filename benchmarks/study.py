@@ -189,7 +189,8 @@ def record(row: Row, args: argparse.Namespace) -> None:
     test = scores["test"]
     facts |= {"scores": test["ours"], "kept": test["kept"], "teacher": test["teacher"]}
     facts |= {"other_domain": scores["wordnet"], "recorded": time.strftime("%Y-%m-%d"), "command": COMMAND}
-    write_json(target, facts | cost(model) | {"machine": machine() | {"line": machine_line()}})
+    facts |= cost(model if row.trained else load_encoder(TEACHER))  # an engine's own copy has no parameters to count
+    write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
 
 
 def tuned(row: Row, args: argparse.Namespace) -> tuple[float, list[dict[str, float]]]:
