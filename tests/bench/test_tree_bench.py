@@ -56,5 +56,5 @@ def test_training_steps_of_all_forms_are_verified() -> None:
 
 
 def test_unknown_methods_are_refused() -> None:
-    with pytest.raises(ConfigError, match="--method must be one of lookup, tree"):
-        run_train_step(TrainStepArgs(method="hire"))
+    with pytest.raises(ConfigError, match="--method must be one of lookup, tree, hire"):
+        run_train_step(TrainStepArgs(method="no"))

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from nogemm.config import LayerConfig, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
+from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.layers.tree import OUTPUT_STD, firing_energy
-from nogemm.layers.tree_routing import add_gradient_of
 from nogemm.ops import tree_descend
 
 LEAF_ACTIVATIONS = ("gelu", "relu", "silu")
@@ -167,9 +167,9 @@ class LeafTreeFFN(FFN):
         y_NO = (h_NJW * p_NJ.unsqueeze(-1)).flatten(1) @ self.leaf_out.flatten(0, 1) + p_NJ @ self.leaf_out_bias
         if torch.is_grad_enabled() and len(self.node):
             if config.harden > 0:
-                y_NO = add_gradient_of(config.harden * hardening_loss(c_NM), y_NO)
+                y_NO = attach_loss(y_NO, config.harden * hardening_loss(c_NM))
             if config.balance > 0:
-                y_NO = add_gradient_of(config.balance * leaf_balance_loss(soft_NJ), y_NO)
+                y_NO = attach_loss(y_NO, config.balance * leaf_balance_loss(soft_NJ))
         return y_NO
 
     # -- evaluation

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nogemm.config import LayerConfig, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
+from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
-from nogemm.layers.tree_routing import PathStatistics, add_gradient_of, balance_loss, path_statistics, step_weights
+from nogemm.layers.tree_routing import PathStatistics, balance_loss, path_statistics, step_weights
 from nogemm.ops import neuron_sum, tree_descend
 
 TREE_ACTIVATIONS = ("gelu", "relu", "silu")
@@ -188,7 +189,7 @@ class TreeFFN(FFN):
             fire_NKL = fire_NKL * step_weights(margin_NKL, config.temperature, self._hardness())
         if config.balance == "loss" and torch.is_grad_enabled():
             loss = balance_loss(margin_NKL, index_NKL, self.weight_in.shape[:2].numel(), config.temperature)
-            fire_NKL = add_gradient_of(config.balance_rate * loss, fire_NKL)
+            fire_NKL = attach_loss(fire_NKL, config.balance_rate * loss)
         elif config.balance == "bias" and self.threshold is not None:
             self._move_thresholds(margin_NKL.detach(), index_NKL)
         return fire_NKL

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,24 +50,6 @@ def balance_loss(margin_NKL: Tensor, index_NKL: Tensor, n_nodes: int, temperatur
     share = zeros.index_add(0, index_T, (margin_NKL[..., :-1] > 0).flatten().to(right_T.dtype)) / visits
     f_T = share[index_T]
     return (2.0 * (f_T * right_T + (1.0 - f_T) * (1.0 - right_T))).mean()
-
-
-class _AddGradient(torch.autograd.Function):
-    """Pass a tensor through; in the backward pass, let a scalar loss take part with weight 1."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor, carrier: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
-        return carrier.view_as(carrier)
-
-    @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.ones_like(ctx.saved_tensors[0]), grad[0]
-
-
-def add_gradient_of(loss: Tensor, carrier: Tensor) -> Tensor:
-    """Return `carrier`, and add the gradient of `loss` to whatever is minimised through it; trainers need not know."""
-    return _AddGradient.apply(loss, carrier)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
