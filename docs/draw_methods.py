@@ -32,9 +32,13 @@ METHODS: Sequence[tuple[str, LayerConfig]] = (
         "LookupFFN, 4 neighbours",
         nogemm.LookupConfig(tables=4, bits=4, neighbours=4, projection=HASH, norm=False),
     ),
+    ("HiRE, 4 neurons of 16", nogemm.HireConfig(keep=0.25)),
+    ("SLIDE, 2 tables of 3 bits", nogemm.SlideConfig(tables=2, bits=3)),
+    ("MONGOOSE, 2 tables of 3 bits", nogemm.MongooseConfig(tables=2, bits=3)),
     ("Tree, 2 trees of depth 3", nogemm.TreeConfig(trees=2, depth=3, branch="bias", routing="straight_through")),
     ("LeafTree, 8 leaves of 2", nogemm.LeafTreeConfig(depth=3, leaf_width=2, routing="straight_through")),
     ("Switch, 4 experts of 3", nogemm.SwitchConfig(experts=4, hidden=3)),
+    ("no FFN", nogemm.NoConfig()),
 )
 
 
@@ -52,7 +56,7 @@ def main() -> None:
             error = (layer(test_ND) - truth(test_ND)).square().mean() / truth(test_ND).var()
         panels.append((name, layer, float(error)))
         print(f"{name:32s} {error:.3f}")
-    figure, axes = plt.subplots(2, 4, figsize=(10, 5.4), layout="constrained")
+    figure, axes = plt.subplots(3, 4, figsize=(10, 8.1), layout="constrained")
     with torch.no_grad():
         limit = float(truth(view_GD).abs().max())
         for axis, (name, layer, error) in zip(axes.flat, panels, strict=True):
