@@ -45,9 +45,9 @@ class HireConfig(LayerConfig):
         sketch: "int8" or "int4" (of the weights themselves), or "low_rank".
         rank: of the low-rank sketch; None for a quarter of d_model.
         oversample: candidates computed exactly, as a multiple of what is kept, at least 1.
-        group: neurons chosen together; a group is ranked by the sum of its members' |activation|.
+        group: neurons chosen together; a group is ranked by the sum of its members' absolute activations.
         static: neurons that are always computed (rounded up to whole groups); they are part of what is kept.
-        select: "topk": the keep F largest |activation| of each token. "statistical": all above mean + z std of the
+        select: "topk": the keep F largest absolute activations of a token. "statistical": all above mean + z std of the
             token's pre-activations, with z such that a normal distribution keeps `keep`. "active": all that are
             not zero, ReLU types only; `keep` is then the share that is expected.
         activation: replaces the dense layer's; "drelu" is ReLU on both branches of a gated layer.

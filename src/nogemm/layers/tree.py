@@ -44,7 +44,7 @@ class TreeConfig(LayerConfig):
         routing: how directions learn besides through the firing of their neurons: "hard" (not at all, as published),
             "straight_through" (values as hard, gradients as if each step were weighted by its probability) or "anneal"
             (steps are weighted by their probability at first and by 1 after `anneal_steps` training steps).
-        temperature: of that probability, sigmoid(|z - threshold| / temperature).
+        temperature: of that probability, sigmoid(abs(z - threshold) / temperature).
         balance: "none", "loss" (adds the gradient of a balance loss while training) or "bias" (moves the thresholds
             towards equal halves while training, without a gradient; needs branch="bias").
         balance_rate: weight of that loss, or step of the thresholds.
