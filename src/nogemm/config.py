@@ -12,7 +12,7 @@ import json
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from nogemm.errors import ConfigError
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nogemm.projections._base import Projection
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+LayerT = TypeVar("LayerT", bound="FFN")
 _REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}}
 
 
@@ -41,12 +42,26 @@ class Config(ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerConfig(Config):
-    """Describes one compute-lite FFN; `build` makes the module."""
+class Replaced:
+    """The dense FFN whose place a layer takes: widths of its input and output (None: the same), neurons, activation."""
+
+    d_model: int
+    d_out: int | None
+    hidden: int | None
+    activation: str
+    gated: bool
+
+    def neurons(self, own: int | None = None) -> int:
+        """Return a layer's number of neurons: its own, or the dense FFN's, or the usual four times the width."""
+        return own or self.hidden or 4 * self.d_model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig(Config, Generic[LayerT]):
+    """Describes one compute-lite FFN of class `LayerT`; `build` makes the module."""
 
     family: ClassVar[str] = "layer"
 
-    @abstractmethod
     def build(
         self,
         d_model: int,
@@ -55,11 +70,16 @@ class LayerConfig(Config):
         hidden: int | None = None,
         activation: str = "gelu",
         gated: bool = False,
-    ) -> FFN:
+    ) -> LayerT:
         """Make the layer for inputs of width `d_model` and outputs of width `d_out` (default: the same).
 
         `hidden`, `activation` and `gated` describe the dense FFN that is replaced; layers without neurons ignore them.
         """
+        return self.make(Replaced(d_model=d_model, d_out=d_out, hidden=hidden, activation=activation, gated=gated))
+
+    @abstractmethod
+    def make(self, dense: Replaced) -> LayerT:
+        """Make the layer that takes the place of `dense`; called by `build`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, PackedFFN
 
@@ -45,7 +45,7 @@ _TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class DenseConfig(LayerConfig):
+class DenseConfig(LayerConfig["DenseFFN"]):
     """A dense FFN of width `hidden` (None: the width of the layer that is replaced)."""
 
     kind: ClassVar[str] = "dense"
@@ -58,17 +58,15 @@ class DenseConfig(LayerConfig):
         if self.activation is not None:
             check_choice("DenseConfig", "activation", self.activation, tuple(ACTIVATIONS))
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> DenseFFN:
-        width = self.hidden or hidden or 4 * d_model
-        return DenseFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+    def make(self, dense: Replaced) -> DenseFFN:
+        return DenseFFN(
+            self,
+            dense.d_model,
+            dense.d_out,
+            hidden=dense.neurons(self.hidden),
+            activation=self.activation or dense.activation,
+            gated=dense.gated,
+        )
 
 
 class DenseFFN(FFN):
@@ -244,21 +242,13 @@ class PackedDense(PackedFFN):
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class NoConfig(LayerConfig):
+class NoConfig(LayerConfig["NoFFN"]):
     """No FFN: a constant output, zero until fitted (the floor that every method must clear)."""
 
     kind: ClassVar[str] = "no"
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> NoFFN:
-        return NoFFN(self, d_model, d_out)
+    def make(self, dense: Replaced) -> NoFFN:
+        return NoFFN(self, dense.d_model, dense.d_out)
 
 
 class NoFFN(FFN):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
@@ -37,7 +37,7 @@ _FIT_TOKENS = 4096
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class HireConfig(LayerConfig):
+class HireConfig(LayerConfig["HireFFN"]):
     """Describes a HireFFN layer.
 
     Attributes:
@@ -82,17 +82,15 @@ class HireConfig(LayerConfig):
         if self.select != "topk" and (self.group > 1 or self.static > 0):
             raise ConfigError(f'HireConfig: group and static need select="topk", got select={self.select!r}')
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> HireFFN:
-        name = self.activation or activation
-        return HireFFN(self, d_model, d_out, hidden=hidden or 4 * d_model, activation=name, gated=gated)
+    def make(self, dense: Replaced) -> HireFFN:
+        return HireFFN(
+            self,
+            dense.d_model,
+            dense.d_out,
+            hidden=dense.neurons(),
+            activation=self.activation or dense.activation,
+            gated=dense.gated,
+        )
 
 
 class HireFFN(FFN):

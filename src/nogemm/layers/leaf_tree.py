@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
@@ -29,7 +29,7 @@ _CLAMP = 1e-6
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LeafTreeConfig(LayerConfig):
+class LeafTreeConfig(LayerConfig["LeafTreeFFN"]):
     """Describes a LeafTreeFFN.
 
     Attributes:
@@ -67,16 +67,8 @@ class LeafTreeConfig(LayerConfig):
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:
                 raise ConfigError(f"LeafTreeConfig: {name} must lie between 0 and {most}, got {name}={value!r}")
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> LeafTreeFFN:
-        return LeafTreeFFN(self, d_model, d_out, activation=activation)
+    def make(self, dense: Replaced) -> LeafTreeFFN:
+        return LeafTreeFFN(self, dense.d_model, dense.d_out, activation=dense.activation)
 
 
 class LeafTreeFFN(FFN):

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, ProjectionConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, ProjectionConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
@@ -32,7 +32,7 @@ OUTPUT_STD = 0.14
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class LookupConfig(LayerConfig):
+class LookupConfig(LayerConfig["LookupFFN"]):
     """Describes a LookupFFN layer.
 
     Attributes:
@@ -73,16 +73,8 @@ class LookupConfig(LayerConfig):
         if not isinstance(self.projection, ProjectionConfig):
             raise ConfigError(f"LookupConfig: projection must be a projection config, got {self.projection!r}")
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> LookupFFN:
-        return LookupFFN(self, d_model, d_out)
+    def make(self, dense: Replaced) -> LookupFFN:
+        return LookupFFN(self, dense.d_model, dense.d_out)
 
 
 class LookupFFN(FFN):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
@@ -25,7 +25,7 @@ TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, th
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MongooseConfig(LayerConfig):
+class MongooseConfig(LayerConfig["MongooseFFN"]):
     """Describes a MONGOOSE layer.
 
     Attributes:
@@ -59,17 +59,15 @@ class MongooseConfig(LayerConfig):
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
                 raise ConfigError(f"MongooseConfig: {name} must be at least 0, got {name}={value!r}")
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> MongooseFFN:
-        width = self.hidden or hidden or 4 * d_model
-        return MongooseFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+    def make(self, dense: Replaced) -> MongooseFFN:
+        return MongooseFFN(
+            self,
+            dense.d_model,
+            dense.d_out,
+            hidden=dense.neurons(self.hidden),
+            activation=self.activation or dense.activation,
+            gated=dense.gated,
+        )
 
 
 class MongooseFFN(HashedNeurons):

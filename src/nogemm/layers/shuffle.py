@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
@@ -23,7 +23,7 @@ from nogemm.ops import block_product
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class ShuffleConfig(LayerConfig):
+class ShuffleConfig(LayerConfig["ShuffleFFN"]):
     """Describes a channel-shuffle layer.
 
     Attributes:
@@ -50,17 +50,9 @@ class ShuffleConfig(LayerConfig):
         if self.activation is not None:
             check_choice("ShuffleConfig", "activation", self.activation, tuple(ACTIVATIONS))
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> ShuffleFFN:
-        width = self.hidden or hidden or 4 * d_model
-        return ShuffleFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation)
+    def make(self, dense: Replaced) -> ShuffleFFN:
+        activation = self.activation or dense.activation
+        return ShuffleFFN(self, dense.d_model, dense.d_out, hidden=dense.neurons(self.hidden), activation=activation)
 
 
 class ShuffleFFN(FFN):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.layers.hashed_neurons import HashedNeurons
 
@@ -25,7 +25,7 @@ PUBLISHED_DROPOUT = 0.1
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SlideConfig(LayerConfig):
+class SlideConfig(LayerConfig["SlideFFN"]):
     """Describes a SLIDE layer.
 
     Attributes:
@@ -56,17 +56,15 @@ class SlideConfig(LayerConfig):
         if self.activation is not None:
             check_choice("SlideConfig", "activation", self.activation, tuple(ACTIVATIONS))
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> SlideFFN:
-        width = self.hidden or hidden or 4 * d_model
-        return SlideFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+    def make(self, dense: Replaced) -> SlideFFN:
+        return SlideFFN(
+            self,
+            dense.d_model,
+            dense.d_out,
+            hidden=dense.neurons(self.hidden),
+            activation=self.activation or dense.activation,
+            gated=dense.gated,
+        )
 
 
 class SlideFFN(HashedNeurons):

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
@@ -26,7 +26,7 @@ JITTER = 0.01
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SwitchConfig(LayerConfig):
+class SwitchConfig(LayerConfig["SwitchFFN"]):
     """Describes a Switch layer.
 
     Attributes:
@@ -71,17 +71,15 @@ class SwitchConfig(LayerConfig):
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ConfigError(f"SwitchConfig: {name} must be at least 0, got {name}={value!r}")
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> SwitchFFN:
-        width = self.hidden or hidden or 4 * d_model
-        return SwitchFFN(self, d_model, d_out, hidden=width, activation=self.activation or activation, gated=gated)
+    def make(self, dense: Replaced) -> SwitchFFN:
+        return SwitchFFN(
+            self,
+            dense.d_model,
+            dense.d_out,
+            hidden=dense.neurons(self.hidden),
+            activation=self.activation or dense.activation,
+            gated=dense.gated,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

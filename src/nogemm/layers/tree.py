@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
@@ -30,7 +30,7 @@ OUTPUT_STD = 0.14  # of a freshly built layer for unit-variance inputs; the same
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class TreeConfig(LayerConfig):
+class TreeConfig(LayerConfig["TreeFFN"]):
     """Describes a TreeFFN; the defaults are the 1x11 of UltraFastBERT with an output bias.
 
     Attributes:
@@ -86,16 +86,8 @@ class TreeConfig(LayerConfig):
         if self.balance == "bias" and self.branch != "bias":
             raise ConfigError('TreeConfig: balance="bias" moves thresholds, which needs branch="bias"')
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> TreeFFN:
-        return TreeFFN(self, d_model, d_out, activation=activation)
+    def make(self, dense: Replaced) -> TreeFFN:
+        return TreeFFN(self, dense.d_model, dense.d_out, activation=dense.activation)
 
 
 class TreeFFN(FFN):

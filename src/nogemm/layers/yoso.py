@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, check_int, register
+from nogemm.config import LayerConfig, Replaced, check_int, register
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
@@ -33,7 +33,7 @@ LARGEST_COSINE = math.sqrt(1.0 - 0.01)
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class YosoConfig(LayerConfig):
+class YosoConfig(LayerConfig["YosoFFN"]):
     """Describes a YOSO layer.
 
     Attributes:
@@ -66,16 +66,8 @@ class YosoConfig(LayerConfig):
         if self.faithful and self.gain:
             raise ConfigError("YosoConfig: gain=True with faithful=True: the published layer has no gain")
 
-    def build(
-        self,
-        d_model: int,
-        d_out: int | None = None,
-        *,
-        hidden: int | None = None,
-        activation: str = "gelu",
-        gated: bool = False,
-    ) -> YosoFFN:
-        return YosoFFN(self, d_model, d_out, hidden=self.hidden or hidden or 4 * d_model)
+    def make(self, dense: Replaced) -> YosoFFN:
+        return YosoFFN(self, dense.d_model, dense.d_out, hidden=dense.neurons(self.hidden))
 
 
 class YosoFFN(FFN):
