@@ -21,7 +21,8 @@ def keep_freed_memory() -> Iterator[bool]:
     """Tell glibc to keep what is freed for the next allocation, process-wide, until the block ends.
 
     A training step at the base shape (4,096 tokens) takes two thirds of the time; the process keeps the memory of its
-    largest step, which it gives back at the end. Where the C library is not glibc nothing changes.
+    largest step, which it gives back at the end. The first few steps still fault, until small blocks have settled
+    between the large ones. Where the C library is not glibc nothing changes.
 
     Yields:
         bool: whether the C library took the settings.
