@@ -4,7 +4,7 @@
 // group, int count) -> Tensor
 #include <limits>
 
-#include "bindings/tensor.h"
+#include "bindings/packed.h"
 #include "hire_run.h"
 
 namespace nogemm {
@@ -15,51 +15,26 @@ constexpr const char* kTop = "top_indices";
 constexpr const char* kSketch = "sketch_and_select";
 constexpr int64_t kTokens = 16;  // tokens that share a pass over the codes
 
-Dtype x_dtype_of(const Tensor& x) {
-  for (const Dtype dtype : {kF32, kBF16, kF16})
-    if (x.dtype() == torch_dtype(dtype)) return dtype;
-  fail(kPacked, "x must be float32, bfloat16 or float16");
-}
-
-void run_on_torch(void*, int64_t workers, void (*body)(int64_t worker, void* arg), void* arg) {
-  parallel_for(workers, 1, [&](int64_t begin, int64_t end) noexcept {
-    for (int64_t w = begin; w < end; ++w) body(w, arg);
-  });
+const char* check_buffer(const void* packed, int64_t bytes, int64_t* d, int64_t* d_out) {
+  if (const char* error = hire_check(packed, bytes)) return error;
+  *d = static_cast<const HireHeader*>(packed)->d;
+  *d_out = static_cast<const HireHeader*>(packed)->d_out;
+  return nullptr;
 }
 
 void packed_hire(StableIValue* stack, uint64_t, uint64_t) {
-  Tensor x = take_tensor(stack[0]).contiguous();
-  const Tensor packed = take_tensor(stack[1]);
-  const int64_t d_out = take_int(stack[2]);
-  const Dtype dtype = x_dtype_of(x);
-  check(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.is_contiguous(), kPacked,
-        "packed must be a contiguous one-dimensional uint8 tensor");
-  const char* error = hire_check(packed.data(), packed.numel());
-  check(error == nullptr, kPacked, error == nullptr ? "" : error);
-  const auto& header = *packed.data<HireHeader>();
-  check(x.dim() > 0 && x.dim() <= 16 && x.size(x.dim() - 1) == header.d, kPacked, "the layer takes width ",
-        header.d, ", x has shape ", x.shape());
-  check(d_out == header.d_out, kPacked, "the layer gives width ", header.d_out, ", d_out is ", d_out);
-  int64_t sizes[16];
-  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
-  sizes[x.dim() - 1] = d_out;
-  Tensor y = Tensor::empty(sizes, x.dim(), x.dtype());
-  const int64_t tokens = x.numel() / header.d;
-  uint32_t threads = 1;
-  NOGEMM_CALL(torch_get_num_threads(&threads));
-  const NogemmHost host{threads, run_on_torch, nullptr};
-  // Kept for the next call of this thread: fresh memory would fault its pages in every time.
-  thread_local std::unique_ptr<Scratch<char>> workspace;
-  thread_local int64_t workspace_bytes = 0;
-  const int64_t needed = hire_workspace(header, tokens, threads);
-  if (needed > workspace_bytes) {
-    workspace.reset();
-    workspace = std::make_unique<Scratch<char>>(needed);
-    workspace_bytes = needed;
-  }
-  if (tokens > 0)
-    hire_forward(kernels(), packed.data(), x.data(), dtype, y.mutable_data(), tokens, workspace->get(), host);
-  stack[0] = std::move(y).to_stack();
+  static_assert(NOGEMM_X_FP32 == static_cast<int>(kF32) && NOGEMM_X_BF16 == static_cast<int>(kBF16) &&
+                NOGEMM_X_FP16 == static_cast<int>(kF16));
+  thread_local Workspace workspace;
+  const auto bytes = [](const void* packed, int64_t tokens, int64_t threads) {
+    return hire_workspace(*static_cast<const HireHeader*>(packed), tokens, threads);
+  };
+  const auto forward = [](const void* packed, const void* x, int64_t x_dtype, int64_t, void* y, int64_t tokens,
+                          void* scratch, const NogemmHost* host) {
+    if (tokens == 0) return;
+    hire_forward(kernels(), packed, x, static_cast<Dtype>(x_dtype), y, tokens, scratch, *host);
+  };
+  run_packed(kPacked, stack, workspace, check_buffer, bytes, forward);
 }
 
 void top_indices(StableIValue* stack, uint64_t, uint64_t) {

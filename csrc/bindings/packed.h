@@ -52,4 +52,42 @@ inline void run_on_torch(void*, int64_t workers, void (*body)(int64_t worker, vo
   });
 }
 
+// The binding of a packed layer: (Tensor x [..., d], Tensor packed, int d_out) -> y [..., d_out] in x's dtype.
+//
+//   const char* check_buffer(packed, bytes, &d, &d_out)      null, or what is wrong with the buffer
+//   int64_t workspace_bytes(packed, tokens, threads)
+//   void forward(packed, x, x_dtype, x_stride, y, tokens, workspace, host)
+template <class Check, class Bytes, class Forward>
+void run_packed(const char* op, StableIValue* stack, Workspace& workspace, Check check_buffer,
+                Bytes workspace_bytes, Forward forward) {
+  const Tensor x = take_tensor(stack[0]).contiguous();
+  const Tensor packed = take_tensor(stack[1]);
+  const int64_t d_out = take_int(stack[2]);
+
+  const int64_t x_dtype = packed_x_dtype(x, op);
+  check(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.is_contiguous(), op,
+        "packed must be a contiguous one-dimensional uint8 tensor");
+  int64_t layer_d = 0, layer_d_out = 0;
+  const char* error = check_buffer(packed.data(), packed.numel(), &layer_d, &layer_d_out);
+  check(error == nullptr, op, error == nullptr ? "" : error);
+  check(x.dim() > 0 && x.size(x.dim() - 1) == layer_d, op, "the layer takes width ", layer_d,
+        ", x has shape ", x.shape());
+  check(d_out == layer_d_out, op, "the layer gives width ", layer_d_out, ", d_out is ", d_out);
+
+  int64_t sizes[16];
+  check(x.dim() <= 16, op, "x has more than 16 dimensions");
+  for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
+  sizes[x.dim() - 1] = d_out;
+  Tensor y = Tensor::empty(sizes, x.dim(), x.dtype());
+  const int64_t tokens = x.numel() / layer_d;
+
+  uint32_t threads = 1;
+  NOGEMM_CALL(torch_get_num_threads(&threads));
+  const NogemmHost host{threads, run_on_torch, nullptr};
+  char* scratch = workspace.at_least(workspace_bytes(packed.data(), tokens, threads));
+  forward(packed.data(), x.data(), x_dtype, layer_d, y.mutable_data(), tokens, scratch, &host);
+  workspace.trim();
+  stack[0] = std::move(y).to_stack();
+}
+
 }  // namespace nogemm
