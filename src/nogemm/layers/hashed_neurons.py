@@ -7,21 +7,53 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig
+from nogemm.config import LayerConfig, LayerT, check_choice, check_int
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
-from nogemm.layers.lookup import quantise_rows
 from nogemm.ops import hash_codes
+from nogemm.ops._packing import quantise_rows
 
 # Above this many chunks a packed layer computes all neurons at once and masks: a product for each chunk costs more.
 CHUNKS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class HashedConfig(LayerConfig[LayerT]):
+    """What SLIDE and MONGOOSE layers have in common.
+
+    Attributes:
+        bits: K, from 1 to 16; more bits retrieve fewer neurons.
+        tables: T; more tables retrieve more.
+        chunk: consecutive tokens that share their neurons; 1: a token's answer does not depend on its neighbours.
+        hidden: F (None: that of the layer that is replaced).
+        activation: None: that of the layer that is replaced.
+        norm: LayerNorm inside the layer.
+    """
+
+    bits: int = 6
+    tables: int = 16
+    chunk: int = 1
+    hidden: int | None = None
+    activation: str | None = None
+    norm: bool = False
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_int(owner, "bits", self.bits, 1, 16)
+        check_int(owner, "tables", self.tables, 1)
+        check_int(owner, "chunk", self.chunk, 1)
+        if self.hidden is not None:
+            check_int(owner, "hidden", self.hidden, 1)
+        if self.activation is not None:
+            check_choice(owner, "activation", self.activation, tuple(ACTIVATIONS))
 
 
 class HashedNeurons(FFN):
@@ -39,21 +71,17 @@ class HashedNeurons(FFN):
 
     def __init__(
         self,
-        config: LayerConfig,
+        config: HashedConfig[Any],
         d_model: int,
-        d_out: int | None,
+        d_out: int | None = None,
         *,
-        bits: int,
-        tables: int,
-        chunk: int,
-        norm: bool,
         hidden: int,
-        activation: str,
-        gated: bool,
+        activation: str = "gelu",
+        gated: bool = False,
     ) -> None:
         super().__init__(config, d_model, d_out)
-        self.bits, self.tables, self.chunk, self.hidden = bits, tables, chunk, hidden
-        self.norm = nn.LayerNorm(d_model) if norm else None
+        self.bits, self.tables, self.chunk, self.hidden = config.bits, config.tables, config.chunk, hidden
+        self.norm = nn.LayerNorm(d_model) if config.norm else None
         dense = DenseConfig(hidden=hidden, activation=activation)
         self.neurons = DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
 

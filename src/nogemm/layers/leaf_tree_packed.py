@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nogemm.layers._base import PackedFFN
 from nogemm.layers.dense import ACTIVATIONS
 from nogemm.layers.leaf_tree import by_leaf, poison, reached_leaves
-from nogemm.layers.lookup import quantise_rows
+from nogemm.ops._packing import quantise_rows
 
 if TYPE_CHECKING:
     from nogemm.layers.leaf_tree import LeafTreeFFN

@@ -23,6 +23,7 @@ from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import DenseFFN
 from nogemm.ops import gather_accumulate, hash_codes, hash_codes_reference
+from nogemm.ops._packing import quantise_rows
 from nogemm.projections import BHConfig
 
 # Standard deviation of a freshly built layer's outputs for unit-variance inputs: what the reference's own
@@ -221,15 +222,6 @@ _STORAGE = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 def _unit_scale(config: LookupConfig) -> Tensor | None:
     return torch.ones(config.tables, 2**config.bits) if config.storage == "int8" else None
-
-
-def quantise_rows(tables_TRD: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """Round rows to bf16, or to int8 with one scale per row: row ~ scale * int8, scale = max|row| / 127."""
-    if dtype == "bf16":
-        return tables_TRD.to(torch.bfloat16), None
-    wide = tables_TRD.float()
-    scale_TR = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-    return (wide / scale_TR.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale_TR
 
 
 @cache

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nogemm.layers._base import PackedFFN
 from nogemm.ops import gather_accumulate, hash_codes, native_available
+from nogemm.ops._packing import quantise_rows
 from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup
 from nogemm.projections import BHProjection, DenseProjection, DiagonalChain
 
@@ -84,8 +85,6 @@ class _PortableLookup(nn.Module):
     bias: Tensor | None
 
     def __init__(self, layer: LookupFFN, dtype: str) -> None:
-        from nogemm.layers.lookup import quantise_rows
-
         super().__init__()
         self.config = layer.config
         projection = layer.config.projection.build(layer.d_model, layer.config.tables * layer.config.bits)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
+from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
-from nogemm.layers.dense import ACTIVATIONS, DenseFFN
-from nogemm.layers.hashed_neurons import HashedNeurons, collisions
+from nogemm.layers.dense import DenseFFN
+from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons, collisions
 from nogemm.layers.slide import draw_planes
 
 TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, those below the second should not
@@ -25,35 +25,23 @@ TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, th
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class MongooseConfig(LayerConfig["MongooseFFN"]):
+class MongooseConfig(HashedConfig["MongooseFFN"]):
     """Describes a MONGOOSE layer.
 
     Attributes:
-        bits, tables, chunk, hidden, activation, norm: as in `SlideConfig`.
+        bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
         rebuild: tables are rebuilt in training once this share of the neurons' hash bits has changed; 0: every time.
         triplet_weight: of the loss that teaches the hashes, in every gradient.
         faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random.
     """
 
     kind: ClassVar[str] = "mongoose"
-    bits: int = 6
-    tables: int = 16
-    chunk: int = 1
-    hidden: int | None = None
-    activation: str | None = None
-    norm: bool = False
     rebuild: float = 0.01
     triplet_weight: float = 0.1
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        check_int("MongooseConfig", "bits", self.bits, 1, 16)
-        check_int("MongooseConfig", "tables", self.tables, 1)
-        check_int("MongooseConfig", "chunk", self.chunk, 1)
-        if self.hidden is not None:
-            check_int("MongooseConfig", "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice("MongooseConfig", "activation", self.activation, tuple(ACTIVATIONS))
+        super().__post_init__()
         for name in ("rebuild", "triplet_weight"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
@@ -100,18 +88,7 @@ class MongooseFFN(HashedNeurons):
         activation: str = "gelu",
         gated: bool = False,
     ) -> None:
-        super().__init__(
-            config,
-            d_model,
-            d_out,
-            bits=config.bits,
-            tables=config.tables,
-            chunk=config.chunk,
-            norm=config.norm,
-            hidden=hidden,
-            activation=activation,
-            gated=gated,
-        )
+        super().__init__(config, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
         self.config: MongooseConfig = config
         self.planes = nn.Parameter(draw_planes(d_model, config.bits * config.tables, config.faithful))
         self.register_buffer("codes", torch.zeros(hidden, config.tables, dtype=torch.int32))

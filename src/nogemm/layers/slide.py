@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
-from nogemm.layers.dense import ACTIVATIONS, DenseFFN
-from nogemm.layers.hashed_neurons import HashedNeurons
+from nogemm.config import Replaced, register
+from nogemm.layers.dense import DenseFFN
+from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons
 
 # Of the published code: every layer draws the same signs from this seed, and drops hidden activations once more than
 # the network around it does.
@@ -25,36 +25,16 @@ PUBLISHED_DROPOUT = 0.1
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class SlideConfig(LayerConfig["SlideFFN"]):
+class SlideConfig(HashedConfig["SlideFFN"]):
     """Describes a SLIDE layer.
 
     Attributes:
-        bits: K, from 1 to 16; more bits retrieve fewer neurons.
-        tables: T; more tables retrieve more.
-        chunk: consecutive tokens that share their neurons; 1: a token's answer does not depend on its neighbours.
-        hidden: F (None: that of the layer that is replaced).
-        activation: None: that of the layer that is replaced.
-        norm: LayerNorm inside the layer.
+        bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
         faithful: as published: the same signs in every layer, and a dropout of its own in training.
     """
 
     kind: ClassVar[str] = "slide"
-    bits: int = 6
-    tables: int = 16
-    chunk: int = 1
-    hidden: int | None = None
-    activation: str | None = None
-    norm: bool = False
     faithful: bool = False
-
-    def __post_init__(self) -> None:
-        check_int("SlideConfig", "bits", self.bits, 1, 16)
-        check_int("SlideConfig", "tables", self.tables, 1)
-        check_int("SlideConfig", "chunk", self.chunk, 1)
-        if self.hidden is not None:
-            check_int("SlideConfig", "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice("SlideConfig", "activation", self.activation, tuple(ACTIVATIONS))
 
     def make(self, dense: Replaced) -> SlideFFN:
         return SlideFFN(
@@ -91,18 +71,7 @@ class SlideFFN(HashedNeurons):
         activation: str = "gelu",
         gated: bool = False,
     ) -> None:
-        super().__init__(
-            config,
-            d_model,
-            d_out,
-            bits=config.bits,
-            tables=config.tables,
-            chunk=config.chunk,
-            norm=config.norm,
-            hidden=hidden,
-            activation=activation,
-            gated=gated,
-        )
+        super().__init__(config, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
         self.config: SlideConfig = config
         self.register_buffer("planes", draw_planes(d_model, config.bits * config.tables, config.faithful))
 

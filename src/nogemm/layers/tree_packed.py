@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nogemm.layers._base import PackedFFN
-from nogemm.layers.lookup import quantise_rows
 from nogemm.ops import native_available
+from nogemm.ops._packing import quantise_rows
 from nogemm.ops.packed_tree import TreeWeights, pack_tree
 
 if TYPE_CHECKING:

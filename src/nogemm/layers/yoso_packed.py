@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.layers._base import PackedFFN
-from nogemm.layers.lookup import quantise_rows
 from nogemm.ops import bucket_sum, gather_accumulate, native_available
+from nogemm.ops._packing import quantise_rows
 
 if TYPE_CHECKING:
     from nogemm.layers.yoso import YosoFFN

@@ -1,7 +1,7 @@
 """Neurons named by a list per token: dot products with their input rows, weighted sums of their output rows.
 
 Two ops with their own gradients, and the function that joins them to a feed-forward layer of the named neurons only.
-Both directions cost what the lists hold, not the layer's width. HiRE, SLIDE, MONGOOSE and Switch share them.
+Both directions cost what the lists hold, not the layer's width. HiRE names its neurons this way.
 
 Legend: N tokens, D width, K list length, F neurons, E output width.
 """

@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops._library import LIBRARY, native
+from nogemm.ops._library import native
+from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows
 from nogemm.ops.sketch_and_select import KEYS
 
 _MAGIC, _VERSION = 0x4552494847474E01, 1
-_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
 _SELECT = ("topk", "statistical", "active")
 _ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu")
-_ALIGNMENT = 64
 _SKETCH_ROWS = 64
 
 
@@ -77,7 +76,7 @@ class _Layout:
             return 0
         offset = self.end
         self.sections.append((offset, values.contiguous().view(torch.uint8).flatten()))
-        self.end = _up(offset + self.sections[-1][1].numel(), _ALIGNMENT)
+        self.end = _up(offset + self.sections[-1][1].numel(), ALIGNMENT)
         return offset
 
 
@@ -100,15 +99,10 @@ def lay_out_sketch(codes_FR: Tensor, nibbles: bool) -> Tensor:
 
 def _rows(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     """Return rows as bytes [F, padded to 64], and the scale of int8 rows."""
-    scale = None
     wide = weight.detach().float()
-    if dtype == "int8":
-        scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-        rows = (wide / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    else:
-        rows = wide if dtype == "fp32" else wide.bfloat16()
+    rows, scale = (wide, None) if dtype == "fp32" else quantise_rows(wide, dtype)
     as_bytes = rows.contiguous().view(torch.uint8)
-    return torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % _ALIGNMENT)), scale
+    return torch.nn.functional.pad(as_bytes, (0, -as_bytes.shape[1] % ALIGNMENT)), scale
 
 
 def _padded(values: Tensor, count: int) -> Tensor:
@@ -132,7 +126,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     padded = _up(hidden, _SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
     rows, scales = zip(*(_rows(m, dtype) for m in kinds), strict=True)
-    layout = _Layout(_up(struct.calcsize("<34q2d"), _ALIGNMENT))
+    layout = _Layout(_up(struct.calcsize("<34q2d"), ALIGNMENT))
     sketch = layout.add(None if w.codes is None else lay_out_sketch(w.codes, w.nibbles))
     sketch_scale = layout.add(None if w.scale is None else _padded(w.scale, padded))
     reduce = layout.add(None if w.reduce is None or w.codes is None else w.reduce.float())
@@ -150,7 +144,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     codes_width = width if w.codes is None else w.codes.shape[1]
     header = struct.pack(
         "<31q2d",
-        *(_MAGIC, _VERSION, total, _MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
+        *(_MAGIC, _VERSION, total, PACK_MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
         *(_ACTIVATIONS.index(w.activation), int(w.up_relu), KEYS.index(w.key), _SELECT.index(w.select)),
         *(int(w.nibbles), codes_width, -(-codes_width // (8 if w.nibbles else 4)), w.group, -(-hidden // w.group)),
         *(w.kept, w.candidates, w.always.numel(), sum(widths), widths[0] if w.gate is not None else 0),
@@ -163,10 +157,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
 def _write(
     header: bytes, biases: tuple[int, int, int], layout: _Layout, bundle_rows: Tensor, bundles: int, total: int
 ) -> Tensor:
-    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
-    memory = torch.zeros(total + _ALIGNMENT, dtype=torch.uint8)
-    offset = -memory.data_ptr() % _ALIGNMENT
-    buffer = memory[offset : offset + total]
+    buffer = aligned_buffer(total).zero_()
     doubles = struct.calcsize("<2d")
     words = header[:-doubles] + struct.pack("<3q", *biases) + header[-doubles:]
     buffer[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
@@ -192,7 +183,4 @@ def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_hire(x, packed, d_out)
 
 
-LIBRARY.define("packed_hire(Tensor x, Tensor packed, int d_out) -> Tensor")
-torch.library.register_fake(
-    "nogemm::packed_hire", lambda x, packed, d_out: x.new_empty((*x.shape[:-1], d_out)), lib=LIBRARY
-)
+define_packed("packed_hire")

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops._library import LIBRARY, native
+from nogemm.ops._library import native
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
 from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
 
-_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
 _ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +81,11 @@ def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
     library.nogemm_lookup_pack_size.restype = ctypes.c_int64
     library.nogemm_lookup_pack.restype = ctypes.c_char_p
     library.nogemm_lookup_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    spec, kept_alive = _spec(weights, dtype)
+    address = Addresses()
+    spec = _spec(weights, dtype, address)
     size = max(int(library.nogemm_lookup_pack_size(ctypes.byref(spec))), 0)
-    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
-    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    offset = -memory.data_ptr() % _ALIGNMENT
-    buffer = memory[offset : offset + size]
+    buffer = aligned_buffer(size)
     error = library.nogemm_lookup_pack(ctypes.byref(spec), buffer.data_ptr(), size)
-    del kept_alive
     if error:
         raise ConfigError(f"pack: {error.decode()}")
     return buffer
@@ -113,22 +109,13 @@ def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_lookup(x, packed, d_out)
 
 
-def _spec(weights: LookupWeights, dtype: str) -> tuple[_Spec, list[Tensor]]:
-    """Fill the C structure; the tensors it points into are returned too, to be kept alive."""
-    kept_alive: list[Tensor] = []
-
-    def address(tensor: Tensor | None, as_float: bool = True) -> int | None:
-        if tensor is None:
-            return None
-        plain = tensor.detach().to(torch.float32 if as_float else tensor.dtype).contiguous()
-        kept_alive.append(plain)
-        return plain.data_ptr()
-
+def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
+    """Fill the C structure; what it points into lives as long as `address`."""
     weight = weights.weight
     is_bh = weight.dim() == 5
     rows = weights.rows if weights.rows.dtype in _ROW_DTYPES else weights.rows.float()
-    spec = _Spec(
-        mode=_MODES[dtype],
+    return _Spec(
+        mode=PACK_MODES[dtype],
         d=weights.d,
         d_out=rows.shape[2],
         tables=rows.shape[0],
@@ -142,20 +129,14 @@ def _spec(weights: LookupWeights, dtype: str) -> tuple[_Spec, list[Tensor]]:
         tables_dtype=_ROW_DTYPES[rows.dtype],
         eps=weights.eps,
         mix=weights.mix,
-        gamma=address(weights.gamma),
-        beta=address(weights.beta),
-        weight=address(weight),
-        proj_bias=address(weights.projection_bias),
-        table_rows=address(rows, as_float=False),
-        row_scale=address(weights.row_scale),
-        out_bias=address(weights.bias),
+        gamma=address.of(weights.gamma),
+        beta=address.of(weights.beta),
+        weight=address.of(weight),
+        proj_bias=address.of(weights.projection_bias),
+        table_rows=address.of(rows, rows.dtype),
+        row_scale=address.of(weights.row_scale),
+        out_bias=address.of(weights.bias),
     )
-    return spec, kept_alive
 
 
-def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], d_out))
-
-
-LIBRARY.define("packed_lookup(Tensor x, Tensor packed, int d_out) -> Tensor")
-torch.library.register_fake("nogemm::packed_lookup", _fake, lib=LIBRARY)
+define_packed("packed_lookup")

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops._library import LIBRARY, native
+from nogemm.ops._library import native
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
 from nogemm.ops.tree_descend import levels_of
 
-_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
 _ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2}
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,37 +70,27 @@ def pack_tree(weights: TreeWeights, dtype: str) -> Tensor:
     library.nogemm_tree_pack_size.restype = ctypes.c_int64
     library.nogemm_tree_pack.restype = ctypes.c_char_p
     library.nogemm_tree_pack.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
-    kept_alive: list[Tensor] = []
-
-    def address(tensor: Tensor | None) -> int | None:
-        if tensor is None:
-            return None
-        kept_alive.append(tensor.detach().to("cpu", torch.float32).contiguous())
-        return kept_alive[-1].data_ptr()
-
+    address = Addresses()
     trees, nodes, width = weights.in_rows.shape
     spec = _Spec(
-        mode=_MODES[dtype],
+        mode=PACK_MODES[dtype],
         activation=_ACTIVATIONS[weights.activation],
         d=width,
         d_out=weights.out_rows.shape[2],
         trees=trees,
         levels=levels_of(nodes),
         core=0 if weights.core_in is None else weights.core_in.shape[0],
-        in_rows=address(weights.in_rows),
-        bias=address(weights.bias),
-        threshold=address(weights.threshold),
-        out_rows=address(weights.out_rows),
-        core_in=address(weights.core_in),
-        core_bias=address(weights.core_bias),
-        core_out=address(weights.core_out),
-        out_bias=address(weights.out_bias),
+        in_rows=address.of(weights.in_rows),
+        bias=address.of(weights.bias),
+        threshold=address.of(weights.threshold),
+        out_rows=address.of(weights.out_rows),
+        core_in=address.of(weights.core_in),
+        core_bias=address.of(weights.core_bias),
+        core_out=address.of(weights.core_out),
+        out_bias=address.of(weights.out_bias),
     )
     size = max(int(library.nogemm_tree_pack_size(ctypes.byref(spec))), 0)
-    # torch aligns CPU memory to 64 bytes, which the kernels need; a view makes sure rather than trusting that.
-    memory = torch.empty(size + _ALIGNMENT, dtype=torch.uint8)
-    offset = -memory.data_ptr() % _ALIGNMENT
-    buffer = memory[offset : offset + size]
+    buffer = aligned_buffer(size)
     error = library.nogemm_tree_pack(ctypes.byref(spec), buffer.data_ptr(), size)
     if error:
         raise ConfigError(f"pack: {error.decode()}")
@@ -126,9 +115,4 @@ def packed_tree(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_tree(x, packed, d_out)
 
 
-def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
-    return x.new_empty((*x.shape[:-1], d_out))
-
-
-LIBRARY.define("packed_tree(Tensor x, Tensor packed, int d_out) -> Tensor")
-torch.library.register_fake("nogemm::packed_tree", _fake, lib=LIBRARY)
+define_packed("packed_tree")

@@ -1,0 +1,55 @@
+"""What the packed ops share: rounded rows, an aligned buffer, and the schema of a layer in one native call.
+
+Legend: D width of a row.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nogemm.ops._library import LIBRARY
+
+PACK_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
+ALIGNMENT = 64  # bytes; what the kernels need
+
+
+def quantise_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """Round rows [..., D] to bf16, or to int8 with a scale per row: row ~ scale * int8, scale = max|row| / 127."""
+    if dtype == "bf16":
+        return rows.to(torch.bfloat16), None
+    wide = rows.float()
+    scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
+    return (wide / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+
+
+class Addresses:
+    """Hand tensors to C: their addresses, as long as this object lives."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def of(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
+        """Return the address of a contiguous copy on the CPU in `dtype`; None for no tensor."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.detach().to("cpu", dtype).contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def aligned_buffer(size: int) -> Tensor:
+    """Return `size` bytes, uint8, not cleared, that start on a multiple of 64."""
+    # torch aligns CPU memory to 64 bytes; a view makes sure rather than trusting that.
+    memory = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+    offset = -memory.data_ptr() % ALIGNMENT
+    return memory[offset : offset + size]
+
+
+def define_packed(name: str) -> None:
+    """Define a packed layer's op, native alone: (x [..., D], its buffer, d_out) -> y [..., d_out]."""
+    LIBRARY.define(f"{name}(Tensor x, Tensor packed, int d_out) -> Tensor")
+    torch.library.register_fake(f"nogemm::{name}", _fake, lib=LIBRARY)
+
+
+def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], d_out))
