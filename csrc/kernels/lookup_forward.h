@@ -249,20 +249,44 @@ NOGEMM_INLINE Soon group_rows(const Layer& l, const GatherPlan& p, int64_t slice
   return {slice_rows(l, slice) + first * table, (end - first) * table};
 }
 
+// One worker's (block, slice) pieces. Shares are cut block by block: workers then write different rows of y, and never
+// meet in the page fault of a fresh one. They are walked slice by slice: workers then read the same slice's tables.
+struct GatherWalk {
+  Share share;
+  int64_t blocks, slices, at;  // at: slice * blocks + block
+
+  int64_t slice() const { return at / blocks; }
+  int64_t block() const { return at % blocks; }
+  bool done() const { return at >= blocks * slices; }
+  void to_own() {  // the first piece from here on that is this worker's
+    for (; !done(); ++at) {
+      const int64_t i = block() * slices + slice();
+      if (share.from <= i && i < share.to) return;
+    }
+  }
+  GatherWalk next() const {
+    GatherWalk walk = *this;
+    ++walk.at;
+    walk.to_own();
+    return walk;
+  }
+};
+
 static void run_gather(int64_t worker, void* arg) {
   const Call& c = *static_cast<const Call*>(arg);
   const LookupHeader& h = *c.layer.h;
   const WorkerScratch w = scratch_of(c, worker);
   const GatherPlan p = gather_plan(c);
-  const Share share = share_of(c, worker, p.blocks * h.slices);
-  for (int64_t i = share.from; i < share.to; ++i) {
-    const int64_t slice = i / p.blocks, first = i % p.blocks * p.per_block;
+  GatherWalk walk{share_of(c, worker, p.blocks * h.slices), p.blocks, h.slices, 0};
+  for (walk.to_own(); !walk.done(); walk = walk.next()) {
+    const int64_t slice = walk.slice(), first = walk.block() * p.per_block;
     const int64_t end = first + p.per_block < c.cut.pieces ? first + p.per_block : c.cut.pieces;
+    const GatherWalk next = walk.next();
     for (int64_t from = 0; from < p.count; from += p.group) {
       const bool last_group = from + p.group >= p.count;
       Soon soon = {nullptr, 0};
       if (p.bulk && !last_group) soon = group_rows(c.layer, p, slice, from + p.group);
-      if (p.bulk && last_group && i + 1 < share.to) soon = group_rows(c.layer, p, (i + 1) / p.blocks, 0);
+      if (p.bulk && last_group && !next.done()) soon = group_rows(c.layer, p, next.slice(), 0);
       for (int64_t piece = first; piece < end; ++piece) {
         const int64_t tokens = piece_tokens(c, piece), at = piece * c.cut.piece, pieces = end - first;
         const int64_t begin = soon.bytes * (piece - first) / pieces, stop = soon.bytes * (piece - first + 1) / pieces;
