@@ -1,116 +1,19 @@
 #include "hire_run.h"
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
 
+#include "hire_state.h"
+
 namespace nogemm {
 namespace {
+
+using namespace hire;
 
 constexpr int64_t kTogether = 16;    // tokens that share a pass over the sketch
 constexpr int64_t kSketchPiece = 4;  // sketch groups per piece
 constexpr int64_t kDotPiece = 48;    // rows per piece
-constexpr int64_t kPhases = 10;
-
-int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Phases of pieces, run by however many threads come. A thread takes the next piece of the phase, and goes on
-// to the next phase when all pieces are done; it waits only for pieces that another running thread has taken.
-// So one thread alone gets through as well, and one that starts late finds work to join. Pieces compute
-// disjoint outputs.
-struct Phases {
-  std::atomic<int64_t> next[kPhases] = {}, done[kPhases] = {};
-
-  template <class Body>
-  void run(int64_t phase, int64_t pieces, const Body& body) {
-    for (;;) {
-      const int64_t piece = next[phase].fetch_add(1, std::memory_order_relaxed);
-      if (piece >= pieces) break;
-      body(piece);
-      done[phase].fetch_add(1, std::memory_order_release);
-    }
-    while (done[phase].load(std::memory_order_acquire) < pieces) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
-  }
-};
-
-struct TokenState {
-  float *x, *reduced, *scores, *exact, *up, *weights, *y;
-  int8_t *codes, *planes;
-  int32_t *groups, *candidates, *chosen, *kept;
-  int64_t candidate_count, kept_count;
-  bool finite;
-  SketchToken sketch;
-  FixedToken fixed;
-};
-
-struct Layer {
-  const HireHeader* h;
-  const char* base;
-  const HireKernels* k;
-
-  template <class T = float>
-  const T* at(int64_t offset) const {
-    return offset == 0 ? nullptr : reinterpret_cast<const T*>(base + offset);
-  }
-  const float* scale(int64_t kind) const {
-    return h->scales == 0 ? nullptr : at(h->scales) + kind * h->hidden;
-  }
-  // kind 0: the rows that select (gate, or a plain layer's up); 1: up; 2: down.
-  BundleRows rows(int64_t kind) const {
-    const int64_t where = kind == 2 ? h->down_at : kind == 1 ? h->up_at : 0;
-    const int64_t bias = kind == 2 ? h->out_bias : kind == 1 ? h->up_bias : h->gate_bias;
-    return {base + h->bundles + where, h->bundle_bytes, kind == 2 ? h->d_out : h->d,
-            kind == 2 ? nullptr : scale(kind), at(bias)};
-  }
-  bool all() const { return h->sketch == 0; }
-};
-
-// Most neurons that may be candidates, and kept.
-int64_t most_candidates(const HireHeader& h) {
-  const int64_t most = h.select == kTopK ? h.candidates * h.group : h.hidden;
-  return most < h.hidden ? most : h.hidden;
-}
-
-struct Carver {
-  char* at;
-  template <class T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(at);
-    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return p;
-  }
-};
-
-TokenState carve(const HireHeader& h, Carver& c) {
-  TokenState t{};
-  const int64_t most = most_candidates(h), padded = round_up(h.hidden, kSketchRows);
-  t.x = c.take<float>(h.d);
-  t.reduced = c.take<float>(h.width);
-  t.scores = c.take<float>(padded);
-  t.exact = c.take<float>(round_up(most, 16) + h.group);
-  t.up = c.take<float>(most);
-  t.weights = c.take<float>(most);
-  t.y = c.take<float>(h.d_out);
-  t.codes = c.take<int8_t>(round_up(h.width, 8) + 8);
-  t.planes = c.take<int8_t>(2 * round_up(h.d, 64));
-  t.groups = c.take<int32_t>(h.groups);
-  t.candidates = c.take<int32_t>(most + h.group);
-  t.chosen = c.take<int32_t>(h.groups);
-  t.kept = c.take<int32_t>(most + h.group);
-  return t;
-}
-
-int64_t token_bytes(const HireHeader& h) {
-  Carver c{nullptr};
-  carve(h, c);
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(c.at));
-}
-
 // Members of the given groups; the last group may be short. Returns how many.
 int64_t spell_out(const HireHeader& h, const int32_t* groups, int64_t count, int32_t* members) {
   int64_t found = 0;
@@ -163,6 +66,17 @@ void quantise(const Layer& l, TokenState& t) {
   t.sketch.scale = l.k->token(source, h.width, h.steps * (h.nibbles ? 8 : 4), t.codes, &t.sketch.sum);
   t.sketch.codes = t.codes;
   t.sketch.scores = t.scores;
+}
+
+// A token's neurons as somebody else has chosen them.
+void pick_masked(const Layer& l, const uint8_t* mask, TokenState& t) {
+  t.kept_count = 0;
+  for (int64_t i = 0; i < l.h->hidden; ++i) {
+    t.kept[t.kept_count] = static_cast<int32_t>(i);
+    t.kept_count += mask[i] != 0;
+  }
+  std::memcpy(t.candidates, t.kept, static_cast<size_t>(t.kept_count) * sizeof(int32_t));
+  t.candidate_count = t.kept_count;
 }
 
 void pick_candidates(const Layer& l, TokenState& t) {
@@ -241,6 +155,7 @@ struct Chunk {
   char* y;
   Dtype dtype;
   int64_t item;
+  const uint8_t* mask;  // [count, hidden]: the neurons that answer; null: the layer chooses
 };
 
 void answer(const Chunk& c, int64_t n, int64_t slice) {
@@ -249,7 +164,7 @@ void answer(const Chunk& c, int64_t n, int64_t slice) {
   const int64_t wide = 2 * c.layer.k->columns, begin = slice * wide,
                 end = begin + wide < h.d_out ? begin + wide : h.d_out;
   if (t.finite) {
-    c.layer.k->sum[h.mode](c.layer.rows(2), t.kept, t.weights, t.kept_count, begin, end, t.y);
+    c.layer.k->sum[h.mode](c.layer.rows(2), t.kept, t.weights, t.kept_count, t.kept_count, begin, end, t.y);
   } else {
     for (int64_t i = begin; i < end; ++i) t.y[i] = std::numeric_limits<float>::quiet_NaN();
   }
@@ -263,7 +178,7 @@ void reduce_rows(const Layer& l, TokenState& t, int64_t begin, int64_t end) {
   int32_t index[kDotPiece];
   for (int64_t i = begin; i < end; ++i) index[i - begin] = static_cast<int32_t>(i - begin);
   const BundleRows rows{l.base + h.reduce + begin * h.d * 4, h.d * 4, h.d, nullptr, zeros};
-  l.k->dots[kHireF32](rows, index, 0, end - begin, t.x, t.reduced + begin);
+  l.k->dots[kHireF32](rows, index, 0, end - begin, end - begin, t.x, t.reduced + begin);
 }
 
 void run_chunk(const Chunk& c, Phases& phases) {
@@ -294,7 +209,13 @@ void run_chunk(const Chunk& c, Phases& phases) {
       l.k->scores(rows, i * kSketchPiece, end, tokens, n);
     });
   }
-  phases.run(4, n, [&](int64_t i) { pick_candidates(l, c.tokens[i]); });
+  phases.run(4, n, [&](int64_t i) {
+    if (c.mask != nullptr) {
+      pick_masked(l, c.mask + i * h.hidden, c.tokens[i]);
+    } else {
+      pick_candidates(l, c.tokens[i]);
+    }
+  });
   const int64_t dots = (most_candidates(h) + kDotPiece - 1) / kDotPiece;
   const auto run_dots = [&](int64_t kind, int64_t i) {
     TokenState& t = c.tokens[i / dots];
@@ -306,12 +227,12 @@ void run_chunk(const Chunk& c, Phases& phases) {
     if (h.mode == kHireI8) {
       l.k->fixed_dots(l.rows(kind), index, begin, end, t.fixed, out);
     } else {
-      l.k->dots[h.mode](l.rows(kind), index, begin, end, t.x, out);
+      l.k->dots[h.mode](l.rows(kind), index, begin, end, end, t.x, out);
     }
   };
   phases.run(5, n * dots, [&](int64_t i) { run_dots(0, i); });
   phases.run(6, n, [&](int64_t i) {
-    pick_kept(l, c.tokens[i]);
+    if (c.mask == nullptr) pick_kept(l, c.tokens[i]);
     if (!h.gated) weigh(l, c.tokens[i]);
   });
   if (h.gated) {
@@ -337,6 +258,7 @@ Chunk chunk_of(const Call& call, int64_t chunk, TokenState* states, int64_t slot
   c.count = call.tokens - start < kTogether ? call.tokens - start : kTogether;
   c.x += start * h.d * c.item;
   c.y += start * h.d_out * c.item;
+  if (c.mask != nullptr) c.mask += start * h.hidden;
   Carver carver{call.workspace + slot * kTogether * call.token_bytes};
   for (int64_t i = 0; i < c.count; ++i) states[i] = carve(h, carver);
   c.tokens = states;
@@ -369,8 +291,8 @@ int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads
   return slots * kTogether * token_bytes(header);
 }
 
-void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, void* y,
-                  int64_t tokens, void* workspace, const NogemmHost& host) {
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
+                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
   const auto* header = static_cast<const HireHeader*>(packed);
   Call call{};
   call.first = {{header, static_cast<const char*>(packed), &table.hire},
@@ -379,7 +301,8 @@ void hire_forward(const KernelTable& table, const void* packed, const void* x, D
                 static_cast<const char*>(x),
                 static_cast<char*>(y),
                 x_dtype,
-                x_dtype == kF32 ? 4 : 2};
+                x_dtype == kF32 ? 4 : 2,
+                mask};
   call.tokens = tokens;
   call.chunks = (tokens + kTogether - 1) / kTogether;
   call.workspace = static_cast<char*>(workspace);

@@ -12,7 +12,9 @@ int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads
 
 // y[n] = HireFFN(x[n]); x and y are contiguous and of x_dtype (an index of KernelTable's). The same bits for
 // any number of threads: every piece of work computes its own outputs alone. `workspace` is 64-byte aligned.
-void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, void* y,
-                  int64_t tokens, void* workspace, const NogemmHost& host);
+// With a `mask` [tokens, hidden], the neurons that answer are those marked, and the layer must have no
+// sketch.
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
+                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host);
 
 }  // namespace nogemm

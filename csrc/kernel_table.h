@@ -15,7 +15,6 @@
 #include "kernels/gather_shape.h"
 #include "kernels/neuron_shape.h"
 #include "kernels/hire_format.h"
-#include "kernels/neuron_lists_shape.h"
 #include "lookup_pack.h"
 
 namespace nogemm {
@@ -87,16 +86,18 @@ struct GatherKernels {
                               int64_t begin, int64_t end);
 };
 
-// Rows that each token names; see kernels/neuron_rows.h. Tokens [begin, end); x, weight, rows and results have one dtype.
+// Rows that each token names, one slice of columns at a time; see kernels/neuron_rows.h.
 struct NeuronKernels {
-  void (*dot[kDtypes])(const NeuronShape& shape, const void* x, const int32_t* index, const void* rows, void* out,
-                       int64_t begin, int64_t end);
-  void (*sum[kDtypes])(const NeuronShape& shape, const void* weight, const int32_t* index, const void* rows, void* y,
-                       int64_t begin, int64_t end);
-  int64_t (*sort[kDtypes])(const NeuronShape& shape, const int32_t* index, const void* weight, int32_t* starts,
-                           NeuronEntry* order);
-  void (*outer[kDtypes])(const NeuronShape& shape, const int32_t* starts, const NeuronEntry* order, const float* sliced,
-                         int64_t slice, const int32_t* visited, int64_t results, void* out, int64_t columns);
+  int64_t slice;
+  // sliced[row][slice] (float32) = columns of a matrix; shape.tokens rows of shape.width.
+  void (*copy[kDtypes])(const GatherShape& shape, const void* matrix, int64_t column, float* sliced, int64_t begin,
+                        int64_t end);
+  // Rows [begin, end): dots += (= for the first slice); grad_rows = weighted tokens.
+  void (*dots[kDtypes])(const NeuronPass& pass, int64_t begin, int64_t end);
+  void (*outer[kDtypes])(const NeuronPass& pass, int64_t begin, int64_t end);
+  // Tokens [begin, end): y = weighted rows.
+  void (*sums[kDtypes])(const NeuronSums& sums, int64_t begin, int64_t end);
+  // One optimiser step for some rows; see kernels/row_adam.h.
   void (*adam)(const RowAdam& rows, int64_t begin, int64_t end);
 };
 
@@ -135,8 +136,10 @@ struct HireKernels {
   void (*keys)(int64_t key, float* scores, int64_t count);
   // The `count` largest keys as increasing indices; ties to the lowest, NaN above all. Destroys keys.
   int64_t (*select)(float* keys, int64_t n, int64_t count, int32_t* chosen);
-  // The rest is indexed by HireMode, the dtype of the rows. out[j] = <row index[j], x> + bias, j in [begin, end).
-  void (*dots[2])(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const float* x, float* out);
+  // The rest is indexed by HireMode, the dtype of the rows. out[j] = <row index[j], x> + bias, j in [begin, end). Of
+  // index, `known` places or more hold rows: those behind the ones in use are fetched ahead.
+  void (*dots[2])(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, int64_t known,
+                  const float* x, float* out);
   // The same for int8 rows, on a token in fixed point that `split` has made; planes hold 2 * padded bytes.
   void (*split)(const float* x, int64_t width, int64_t padded, int8_t* planes, FixedToken* out);
   void (*fixed_dots)(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const FixedToken& x, float* out);
@@ -144,24 +147,11 @@ struct HireKernels {
   void (*weights)(int64_t act, bool up_relu, const float* gate, const float* up, const float* scale,
                   const int32_t* index, int64_t count, float* weights);
   // y[begin, end) = bias + sum_j weights[j] row index[j]; begin a multiple of `columns`.
-  void (*sum[3])(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count, int64_t begin,
-                 int64_t end, float* y);
+  void (*sum[3])(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count, int64_t known,
+                 int64_t begin, int64_t end, float* y);
   int64_t columns;
   void (*read[kDtypes])(const void* x, float* out, int64_t count);
   void (*write[kDtypes])(const float* in, void* y, int64_t count);
-};
-
-// Rows named by a list per token: one slice of columns at a time; see kernels/neuron_lists.h.
-struct ListKernels {
-  int64_t slice;
-  // sliced[row][slice] (float32) = columns of a matrix; shape.tokens rows of shape.width.
-  void (*copy[kDtypes])(const GatherShape& shape, const void* matrix, int64_t column, float* sliced, int64_t begin,
-                        int64_t end);
-  // Neurons [begin, end): dots += (= for the first slice); grad_rows = weighted tokens.
-  void (*dots[kDtypes])(const ListPass& pass, int64_t begin, int64_t end);
-  void (*scatter[kDtypes])(const ListPass& pass, int64_t begin, int64_t end);
-  // Tokens [begin, end): y = weighted rows.
-  void (*sums[kDtypes])(const ListSums& sums, int64_t begin, int64_t end);
 };
 
 struct KernelTable {
@@ -176,7 +166,9 @@ struct KernelTable {
   NeuronKernels neuron;
   TreeKernels tree;
   HireKernels hire;
-  ListKernels lists;
+  // mask[n][f] = whether a code of token n is neuron f's in the same table; see kernels/bucket_union.h.
+  void (*bucket_union)(const int32_t* codes, const int32_t* neurons, int64_t tables, int64_t width, uint8_t* mask,
+                       int64_t begin, int64_t end);
 };
 
 namespace scalar {

@@ -1,4 +1,5 @@
 // nogemm::packed_hire(Tensor x, Tensor packed, int d_out) -> Tensor
+// nogemm::packed_neurons(Tensor x, Tensor packed, int d_out, Tensor mask) -> Tensor
 // nogemm::top_indices(Tensor keys, int count) -> Tensor
 // nogemm::sketch_and_select(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? always, int key, int
 // group, int count) -> Tensor
@@ -11,6 +12,7 @@ namespace nogemm {
 namespace {
 
 constexpr const char* kPacked = "packed_hire";
+constexpr const char* kNeurons = "packed_neurons";
 constexpr const char* kTop = "top_indices";
 constexpr const char* kSketch = "sketch_and_select";
 constexpr int64_t kTokens = 16;  // tokens that share a pass over the codes
@@ -22,19 +24,32 @@ const char* check_buffer(const void* packed, int64_t bytes, int64_t* d, int64_t*
   return nullptr;
 }
 
-void packed_hire(StableIValue* stack, uint64_t, uint64_t) {
+// The whole layer; `mask` null: it chooses its neurons itself.
+void run(const char* op, StableIValue* stack, const Tensor* mask) {
   static_assert(NOGEMM_X_FP32 == static_cast<int>(kF32) && NOGEMM_X_BF16 == static_cast<int>(kBF16) &&
                 NOGEMM_X_FP16 == static_cast<int>(kF16));
   thread_local Workspace workspace;
   const auto bytes = [](const void* packed, int64_t tokens, int64_t threads) {
     return hire_workspace(*static_cast<const HireHeader*>(packed), tokens, threads);
   };
-  const auto forward = [](const void* packed, const void* x, int64_t x_dtype, int64_t, void* y, int64_t tokens,
-                          void* scratch, const NogemmHost* host) {
+  const auto forward = [op, mask](const void* packed, const void* x, int64_t x_dtype, int64_t, void* y,
+                                  int64_t tokens, void* scratch, const NogemmHost* host) {
+    const auto* h = static_cast<const HireHeader*>(packed);
+    check(mask == nullptr || (h->sketch == 0 && mask->dim() == 2 && mask->size(0) == tokens &&
+                              mask->size(1) == h->hidden && mask->dtype() == aoti_torch_dtype_bool()),
+          op, "mask must be bool [tokens, neurons], for a layer packed without a sketch");
     if (tokens == 0) return;
-    hire_forward(kernels(), packed, x, static_cast<Dtype>(x_dtype), y, tokens, scratch, *host);
+    hire_forward(kernels(), packed, x, static_cast<Dtype>(x_dtype),
+                 mask == nullptr ? nullptr : mask->data<uint8_t>(), y, tokens, scratch, *host);
   };
-  run_packed(kPacked, stack, workspace, check_buffer, bytes, forward);
+  run_packed(op, stack, workspace, check_buffer, bytes, forward);
+}
+
+void packed_hire(StableIValue* stack, uint64_t, uint64_t) { run(kPacked, stack, nullptr); }
+
+void packed_neurons(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor mask = take_tensor(stack[3]).contiguous();
+  run(kNeurons, stack, &mask);
 }
 
 void top_indices(StableIValue* stack, uint64_t, uint64_t) {
@@ -175,6 +190,7 @@ void sketch_and_select(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const Register registered_packed(kPacked, packed_hire);
+const Register registered_neurons(kNeurons, packed_neurons);
 const Register registered_top(kTop, top_indices);
 const Register registered_sketch(kSketch, sketch_and_select);
 

@@ -6,6 +6,7 @@
 #include "kernels/vec.h"
 //
 #include "kernels/block_product.h"
+#include "kernels/bucket_union.h"
 #include "kernels/gather_accumulate.h"
 #include "kernels/gather_backward.h"
 #include "kernels/hadamard.h"
@@ -13,7 +14,6 @@
 #include "kernels/hire.h"
 #include "kernels/lookup_forward.h"
 #include "kernels/neuron_rows.h"
-#include "kernels/neuron_lists.h"
 #include "kernels/roofline.h"
 #include "kernels/tree_forward.h"
 
@@ -32,7 +32,7 @@ static constexpr KernelTable make_table(const char* name) {
   t.neuron = neuron_kernels();
   t.tree = tree_kernels();
   t.hire = hire_kernels();
-  t.lists = list_kernels();
+  t.bucket_union = bucket_union;
   return t;
 }
 

@@ -14,10 +14,6 @@ inline constexpr int kRowsTogether = 4;
 inline constexpr int kColumnVectors = 16;
 inline constexpr int64_t kColumns = kColumnVectors * kLanes;
 
-NOGEMM_INLINE void fetch_row(const char* row, int64_t bytes) {
-  for (int64_t b = 0; b < bytes; b += 64) prefetch(row + b);
-}
-
 template <class T, int ROWS>
 NOGEMM_INLINE void dot_rows(const T* const* row, const float* x, int64_t width, const char* const* ahead,
                             float* out) {
@@ -44,17 +40,18 @@ NOGEMM_INLINE void dot_rows(const T* const* row, const float* x, int64_t width, 
   for (int r = 0; r < ROWS; ++r) out[r] = hsum(acc[r][0] + acc[r][1]);
 }
 
-// out[j] = <row index[j], x> * scale + bias for j in [begin, end); -1 in the list gives 0.
+// out[j] = <row index[j], x> * scale + bias for j in [begin, end); -1 in the list gives 0. `known` places of
+// the list may be read, to fetch rows ahead.
 template <class T>
 static void bundle_dots(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end,
-                        const float* x, float* out) {
+                        int64_t known, const float* x, float* out) {
   for (int64_t j = begin; j < end; j += kRowsTogether) {
     const T* row[kRowsTogether];
     const char* ahead[kRowsTogether];
     float dots[kRowsTogether];
     for (int r = 0; r < kRowsTogether; ++r) {
       const int64_t here = j + r < end ? j + r : end - 1,
-                    next = j + r + kRowsTogether < end ? j + r + kRowsTogether : here;
+                    next = j + r + kRowsTogether < known ? j + r + kRowsTogether : here;
       row[r] = reinterpret_cast<const T*>(rows.base + (index[here] < 0 ? 0 : index[here]) * rows.stride);
       ahead[r] = rows.base + (index[next] < 0 ? 0 : index[next]) * rows.stride;
     }
@@ -152,16 +149,16 @@ static void bundle_dots_fixed(const BundleRows& rows, const int32_t* index, int6
 
 template <class T, int VECTORS, bool PART>
 NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, const float* weights,
-                               int64_t count, int64_t column, int last, float* y) {
+                               int64_t count, int64_t known, int64_t column, int last, float* y) {
   constexpr int64_t kAhead = 12;
   F acc[VECTORS];
   const int64_t offset = column * static_cast<int64_t>(sizeof(T));
   for (int v = 0; v < VECTORS; ++v)
     acc[v] = PART ? load_part(rows.bias + column, last) : load(rows.bias + column + v * kLanes);
   for (int64_t j = 0; j < count; ++j) {
-    if (j + kAhead < count)
-      fetch_row(rows.base + index[j + kAhead] * rows.stride + offset,
-                VECTORS * kLanes * static_cast<int64_t>(sizeof(T)));
+    if (j + kAhead < known)
+      prefetch_row(rows.base + index[j + kAhead] * rows.stride + offset,
+                   VECTORS * kLanes * static_cast<int64_t>(sizeof(T)));
     const T* row = reinterpret_cast<const T*>(rows.base + index[j] * rows.stride) + column;
     const F w = set1(weights[j]);
     for (int v = 0; v < VECTORS; ++v)
@@ -177,18 +174,18 @@ NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, con
 }
 
 // y[begin..end) = bias + sum_j weights[j] * row index[j]; begin a multiple of kColumns. Weights hold the
-// rows' scales already.
+// rows' scales already. `known` as in bundle_dots.
 template <class T>
 static void bundle_sum(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count,
-                       int64_t begin, int64_t end, float* y) {
+                       int64_t known, int64_t begin, int64_t end, float* y) {
   int64_t c = begin;
   for (; c + kColumns <= end; c += kColumns)
-    sum_columns<T, kColumnVectors, false>(rows, index, weights, count, c, 0, y);
+    sum_columns<T, kColumnVectors, false>(rows, index, weights, count, known, c, 0, y);
   for (; c + 4 * kLanes <= end; c += 4 * kLanes)
-    sum_columns<T, 4, false>(rows, index, weights, count, c, 0, y);
+    sum_columns<T, 4, false>(rows, index, weights, count, known, c, 0, y);
   for (; c < end; c += kLanes) {
     const int last = static_cast<int>(end - c < kLanes ? end - c : kLanes);
-    sum_columns<T, 1, true>(rows, index, weights, count, c, last, y);
+    sum_columns<T, 1, true>(rows, index, weights, count, known, c, last, y);
   }
 }
 

@@ -4,11 +4,25 @@
 
 namespace nogemm {
 
-struct NeuronShape {
-  int64_t tokens;  // N
-  int64_t visits;  // P rows per token
-  int64_t rows;    // R
-  int64_t width;   // D
+// One slice of columns, row by row. Row r's uses are [starts[r], starts[r + 1]): the token of each, and its
+// weight.
+struct NeuronPass {
+  const int32_t *starts, *token;
+  const float* weights;
+  const float* sliced;  // [tokens][slice]
+  const void* rows;     // [R, width]
+  void* grad_rows;      // likewise, written
+  float* dots;          // one per use
+  int64_t width, column;
+};
+
+// One slice of columns, token by token.
+struct NeuronSums {
+  const int32_t* index;  // [tokens, visits], negative: none
+  const float* weights;
+  const float* sliced;  // [R][slice]
+  void* y;              // [tokens, width]
+  int64_t visits, width, column;
 };
 
 struct TreeShape {
@@ -16,12 +30,6 @@ struct TreeShape {
   int64_t trees;   // K
   int64_t levels;  // L; a tree has 2^L - 1 nodes
   int64_t width;   // D
-};
-
-// One (token, weight) of a row, in the order of the tokens.
-struct NeuronEntry {
-  int32_t token;
-  float weight;
 };
 
 // The rows of one optimiser step; see kernels/row_adam.h.

@@ -5,11 +5,31 @@
 // Each row's address depends on the last one's sign. A group of tokens goes down in step, so that one token's
 // row is on its way while the others compute. A token's values do not depend on its group.
 #pragma once
-#include "neuron_rows.h"
+#include "neuron_shape.h"
+#include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
 
 inline constexpr int64_t kTreeGroup = 8;
+
+// <row, x> in float32: four running sums, so that the additions do not wait for each other.
+template <class T, class X>
+NOGEMM_INLINE float row_dot(const T* row, const X* x, int64_t width) {
+  F s0 = zero(), s1 = zero(), s2 = zero(), s3 = zero();
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= width; d += 4 * kLanes) {
+    s0 = fma(load(row + d), load(x + d), s0);
+    s1 = fma(load(row + d + kLanes), load(x + d + kLanes), s1);
+    s2 = fma(load(row + d + 2 * kLanes), load(x + d + 2 * kLanes), s2);
+    s3 = fma(load(row + d + 3 * kLanes), load(x + d + 3 * kLanes), s3);
+  }
+  for (; d + kLanes <= width; d += kLanes) s0 = fma(load(row + d), load(x + d), s0);
+  if (d < width) {
+    const int last = static_cast<int>(width - d);
+    s1 = fma(load_part(row + d, last), load_part(x + d, last), s1);
+  }
+  return hsum((s0 + s1) + (s2 + s3));
+}
 
 template <class T>
 static void tree_descend(const TreeShape& s, const void* x_void, const void* rows_void, const void* bias_void,

@@ -108,4 +108,8 @@ NOGEMM_INLINE F exp_neg(F x) {
   return blend(lt(x, set1(-87.3f)), zero(), scale_exponent(p, n));
 }
 
+NOGEMM_INLINE void prefetch_row(const void* row, int64_t bytes) {
+  for (int64_t b = 0; b < bytes; b += 64) prefetch(static_cast<const char*>(row) + b);
+}
+
 }  // namespace nogemm::NOGEMM_NS

@@ -5,6 +5,8 @@ void hadamard_tests();
 void block_product_tests();
 void hash_codes_tests();
 void gather_tests();
+void hire_tests();
+void neuron_rows_tests();
 void tree_tests();
 void conversion_tests();
 void dispatch_tests();
@@ -19,6 +21,8 @@ int main() {
     block_product_tests();
     hash_codes_tests();
     gather_tests();
+    neuron_rows_tests();
+    hire_tests();
     tree_tests();
     std::printf("training kernels [%s]: %d failures so far\n", nogemm_isa(), check::failures);
   }

@@ -1,4 +1,4 @@
-// The packed TreeFFN, the training descent and the row kernels against loops in double precision.
+// The packed TreeFFN against loops in double precision.
 #include <algorithm>
 
 #include "check.h"
@@ -65,42 +65,10 @@ void refusals() {
   check::expect(nogemm_tree_pack_size(&bad) == -1, "an unknown mode is refused");
 }
 
-void outer_of_all_rows() {
-  const nogemm::NeuronShape s{3, 2, 4, 5};
-  const int32_t index[] = {1, 3, 3, 3, 1, 0};
-  const float weight[] = {1, 2, 3, 4, 5, 6};
-  std::vector<float> x(15), sliced(static_cast<size_t>(3 * nogemm::kernels().gather.slice), 0.0f),
-      grad(20, NAN);
-  for (size_t i = 0; i < x.size(); ++i) x[i] = static_cast<float>(i);
-  const int64_t slice = nogemm::kernels().gather.slice;
-  for (size_t n = 0; n < 3; ++n)
-    for (size_t c = 0; c < 5; ++c) sliced[n * static_cast<size_t>(slice) + c] = x[n * 5 + c];
-  std::vector<int32_t> starts(5);
-  std::vector<nogemm::NeuronEntry> order(6);
-  const auto& kernel = nogemm::kernels().neuron;
-  check::expect(kernel.sort[nogemm::kF32](s, index, weight, starts.data(), order.data()) == -1,
-                "good rows were refused");
-  kernel.outer[nogemm::kF32](s, starts.data(), order.data(), sliced.data(), slice, nullptr, 4, grad.data(),
-                             5);
-  bool ok = true;
-  for (size_t r = 0; r < 4; ++r)
-    for (size_t c = 0; c < 5; ++c) {
-      float want = 0;
-      for (size_t i = 0; i < 6; ++i)
-        want += index[i] == static_cast<int32_t>(r) ? weight[i] * x[i / 2 * 5 + c] : 0;
-      ok = ok && grad[r * 5 + c] == want;
-    }
-  check::expect(ok, "outer: whole numbers are exact");
-  const int32_t bad[] = {1, 3, 3, 4, 1, 0};
-  check::expect(kernel.sort[nogemm::kF32](s, bad, weight, starts.data(), order.data()) == 3,
-                "sort names the bad row");
-}
-
 }  // namespace
 
 void tree_tests() {
   refusals();
-  outer_of_all_rows();
   for (const Shape& s : kShapes)
     for (const int64_t mode : {NOGEMM_TREE_FP32, NOGEMM_TREE_BF16, NOGEMM_TREE_INT8}) packed(s, mode);
 }

@@ -18,11 +18,7 @@ from nogemm.config import LayerConfig, LayerT, check_choice, check_int
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
-from nogemm.ops import hash_codes
-from nogemm.ops._packing import quantise_rows
-
-# Above this many chunks a packed layer computes all neurons at once and masks: a product for each chunk costs more.
-CHUNKS = 64
+from nogemm.ops import bucket_union, hash_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +97,7 @@ class HashedNeurons(FFN):
 
     def retrieved(self, v_ND: Tensor) -> Tensor:
         """Return which neurons each (normed) token's chunk computes, bool [N, F]."""
-        mask_NF = union_of_chunks(collisions(self.hashed(v_ND), self.neuron_codes()), v_ND, self.chunk)
+        mask_NF = union_of_chunks(bucket_union(self.hashed(v_ND), self.neuron_codes().T), v_ND, self.chunk)
         first = self.neurons.up if self.neurons.gate is None else self.neurons.gate
         return with_best(mask_NF, v_ND, self.chunk, first) if self.falls_back else mask_NF
 
@@ -136,22 +132,19 @@ class HashedNeurons(FFN):
         return Cost(n_tokens * (hashing + per_neuron * computed), touched + fixed if n_tokens else 0.0, stored)
 
     def _pack(self, dtype: str) -> PackedFFN:
+        from nogemm.layers.hashed_packed import PackedHashedNeurons
+
         return PackedHashedNeurons(self, dtype)
 
 
 def hash_extended(v_ND: Tensor, last_N: Tensor | None, planes: Tensor, bits: int) -> Tensor:
     """Return the codes of [v; last], int32 [N, T]; `last` is 1 where none is given."""
-    last = torch.ones_like(v_ND[:, 0]) if last_N is None else last_N
-    z_NM = v_ND @ planes[:-1].to(v_ND.dtype) + last.unsqueeze(1) * planes[-1].to(v_ND.dtype)
+    planes = planes.to(v_ND.dtype)
+    if last_N is None:
+        z_NM = torch.addmm(planes[-1], v_ND, planes[:-1])
+    else:
+        z_NM = v_ND @ planes[:-1] + last_N.unsqueeze(1) * planes[-1]
     return hash_codes(z_NM, bits, 1, False)[0].squeeze(-1)
-
-
-def collisions(codes_NT: Tensor, codes_FT: Tensor) -> Tensor:
-    """Return which vectors share a bucket with which neurons in at least one table, bool [N, F]."""
-    out_NF = torch.zeros(codes_NT.shape[0], codes_FT.shape[0], dtype=torch.bool, device=codes_NT.device)
-    for mine_N, theirs_F in zip(codes_NT.T, codes_FT.T, strict=True):
-        out_NF |= mine_N.unsqueeze(1) == theirs_F
-    return out_NF
 
 
 def union_of_chunks(own_NF: Tensor, v_ND: Tensor, chunk: int) -> Tensor:
@@ -173,90 +166,3 @@ def with_best(mask_NF: Tensor, v_ND: Tensor, chunk: int, score: Callable[[Tensor
     mask_NF = mask_NF.clone()
     mask_NF[empty_N] = F.one_hot(best_N, mask_NF.shape[1]).bool()
     return union_of_chunks(mask_NF, v_ND, chunk)
-
-
-class PackedHashedNeurons(PackedFFN):
-    """Hash, unite, and compute the retrieved rows only; rows are stored as fp32, bf16, or int8 with a scale per row.
-
-    Neurons keep the buckets that they have when the layer is packed. With more than 64 chunks in a call all neurons are
-    computed at once and masked.
-    """
-
-    def __init__(self, layer: HashedNeurons, dtype: str) -> None:
-        super().__init__(layer, dtype)
-        self.bits, self.chunk, self.activation = layer.bits, layer.chunk, layer.neurons.activation
-        self.fallback = layer.falls_back
-        self.norm = None
-        if layer.norm is not None:
-            self.norm = nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
-            self.norm.load_state_dict(layer.norm.state_dict())
-            self.norm.requires_grad_(False)
-        self.register_buffer("planes", layer.planes.detach().float().clone(), persistent=False)
-        self.register_buffer("codes", layer.neuron_codes().clone(), persistent=False)
-        dense = layer.neurons
-        self.gated = dense.gate is not None
-        first = dense.up if dense.gate is None else dense.gate
-        self.first = _Rows(first.weight, first.bias, dtype)
-        self.second = _Rows(dense.up.weight, dense.up.bias, dtype) if self.gated else None
-        self.down = _Rows(dense.down.weight.T, None, dtype)
-        self.register_buffer("bias", dense.down.bias.detach().float().clone(), persistent=False)
-
-    def tokens(self, x_ND: Tensor) -> Tensor:
-        x = x_ND.float()
-        v_ND = x if self.norm is None else self.norm(x)
-        codes_NT = hash_extended(v_ND, None, self.get_buffer("planes"), self.bits)
-        mask_NF = union_of_chunks(collisions(codes_NT, self.get_buffer("codes")), v_ND, self.chunk)
-        if self.fallback:
-            mask_NF = with_best(mask_NF, v_ND, self.chunk, self.first)
-        if -(-v_ND.shape[0] // self.chunk) > CHUNKS:
-            hidden_NF = torch.where(mask_NF, self._hidden(v_ND, None), 0.0)
-            y_ND = self.down.combine(hidden_NF, None)
-        else:
-            pairs = zip(v_ND.split(self.chunk), mask_NF.split(self.chunk), strict=True)
-            parts = [self._chunk(part, mask) for part, mask in pairs]
-            y_ND = torch.cat(parts)
-        y_ND = torch.where(v_ND.isfinite().all(1, keepdim=True), y_ND, float("nan"))
-        return (y_ND + self.get_buffer("bias")).to(x_ND.dtype)
-
-    def _chunk(self, v_ND: Tensor, mask_NF: Tensor) -> Tensor:
-        if not v_ND.shape[0]:
-            return v_ND.new_zeros(0, self.d_out)
-        index_J = torch.nonzero(mask_NF[0]).squeeze(1)  # the same for all tokens of the chunk
-        return self.down.combine(self._hidden(v_ND, index_J), index_J)
-
-    def _hidden(self, v_ND: Tensor, index_J: Tensor | None) -> Tensor:
-        h = ACTIVATIONS[self.activation](self.first(v_ND, index_J))
-        return h if self.second is None else h * self.second(v_ND, index_J)
-
-
-class _Rows(nn.Module):
-    """Rows of a matrix in a storage dtype, of which some are used at a time, in float32."""
-
-    row_scale: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, rows_FD: Tensor, bias_F: Tensor | None, dtype: str) -> None:
-        super().__init__()
-        rows, scale = rows_FD.detach().float().contiguous(), None
-        if dtype != "fp32":
-            stored, scale_1F = quantise_rows(rows.unsqueeze(0), dtype)
-            rows, scale = stored[0], None if scale_1F is None else scale_1F[0]
-        self.register_buffer("rows", rows.clone(), persistent=False)
-        self.register_buffer("row_scale", scale, persistent=False)
-        self.register_buffer("bias", None if bias_F is None else bias_F.detach().float().clone(), persistent=False)
-
-    def forward(self, v_ND: Tensor, index_J: Tensor | None = None) -> Tensor:
-        """Multiply tokens by the chosen rows (all, if None) and add their biases, [N, J]."""
-        bias = self.bias if self.bias is None or index_J is None else self.bias[index_J]
-        return F.linear(v_ND, self._chosen(index_J), bias)
-
-    def combine(self, hidden_NJ: Tensor, index_J: Tensor | None) -> Tensor:
-        """Sum the chosen rows with the given weights, [N, D]."""
-        return hidden_NJ @ self._chosen(index_J)
-
-    def _chosen(self, index_J: Tensor | None) -> Tensor:
-        rows = self.get_buffer("rows")
-        rows = (rows if index_J is None else rows[index_J]).float()
-        if self.row_scale is None:
-            return rows
-        return rows * (self.row_scale if index_J is None else self.row_scale[index_J]).unsqueeze(1)

@@ -24,7 +24,7 @@ from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.layers.hire_select import Choice, choose
 from nogemm.layers.hire_sketch import Sketch, low_rank_basis, make_sketch, quantise_neurons
-from nogemm.ops.neuron_lists import neurons_at_indices
+from nogemm.ops import neurons_at_indices
 from nogemm.ops.sketch_and_select import selection_keys, top_indices
 
 if TYPE_CHECKING:

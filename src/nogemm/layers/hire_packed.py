@@ -10,12 +10,10 @@ from torch import Tensor
 from nogemm.layers._base import PackedFFN
 from nogemm.layers.hire_sketch import deviations
 from nogemm.ops import native_available
-from nogemm.ops.packed_hire import HireWeights, pack_hire, packed_hire
+from nogemm.ops.packed_hire import KERNEL_NAMES, HireWeights, pack_hire, packed_hire
 
 if TYPE_CHECKING:
     from nogemm.layers.hire import HireFFN
-
-_NAMES = {"drelu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 
 
 class PackedHire(PackedFFN):
@@ -57,7 +55,7 @@ def _weights(layer: HireFFN) -> HireWeights:
         up_bias=layer.up_bias,
         down=layer.down,
         bias=layer.bias,
-        activation=_NAMES.get(layer.activation, layer.activation),
+        activation=KERNEL_NAMES.get(layer.activation, layer.activation),
         up_relu=layer.activation == "drelu",
         key=layer.key,
         select=config.select,

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.layers.hire_sketch import cutoff, lists_of
-from nogemm.ops.neuron_lists import finite_tokens, list_dots
+from nogemm.ops import neuron_dot
+from nogemm.ops.neurons_at_indices import finite_tokens
 from nogemm.ops.sketch_and_select import selection_keys, sketch_and_select, top_indices
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def choose(layer: HireFFN, x_ND: Tensor) -> Choice:
         members_NC = members_of(layer, candidates_NC)
         if candidates == layer.kept:
             return Choice(members_NC, members_NC)
-        exact_NC = list_dots(x_ND, members_NC, weight, bias)
+        exact_NC = neuron_dot(x_ND, members_NC, weight, bias)
         chosen = top_indices(_candidate_keys(layer, exact_NC, candidates_NC, members_NC), layer.kept).long()
         kept_NK = members_of(layer, candidates_NC.gather(1, chosen))
         return Choice(members_NC, kept_NK, exact_NC.gather(1, chosen) if group == 1 else None)
@@ -120,5 +121,5 @@ def _choose_by_cutoff(layer: HireFFN, x_ND: Tensor) -> Choice:
         loose_NF = scores_NF > cutoff(scores_NF, wide) if statistical else scores_NF + sketch.margins(x_ND) > 0
     limit_N1 = cutoff(scores_NF, layer.config.keep) if statistical else scores_NF.new_zeros(len(scores_NF), 1)
     candidates_NK = lists_of(loose_NF)
-    exact_NK = list_dots(x_ND, candidates_NK, weight, bias)
+    exact_NK = neuron_dot(x_ND, candidates_NK, weight, bias)
     return Choice(candidates_NK, candidates_NK.masked_fill(~(exact_NK.float() > limit_N1), -1), exact_NK)

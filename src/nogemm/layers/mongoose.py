@@ -17,8 +17,9 @@ from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons, collisions
+from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons
 from nogemm.layers.slide import draw_planes
+from nogemm.ops import bucket_union
 
 TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, those below the second should not
 
@@ -124,7 +125,7 @@ class MongooseFFN(HashedNeurons):
         linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
         v_ND, weight_FD, bias_F = v_ND.detach(), linear.weight.detach(), linear.bias.detach()
         product_NF = v_ND @ weight_FD.T
-        found_NF = collisions(self.hashed(v_ND), self.neuron_codes())  # of each token's own hashes
+        found_NF = bucket_union(self.hashed(v_ND), self.neuron_codes().T)  # of each token's own hashes
         ordered_NF = product_NF.sort(1).values
         last = self.hidden - 1
         high = ordered_NF[:, min(int(TOP * self.hidden), last)].mean().clamp_min(0.0)

@@ -7,7 +7,9 @@ Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; the fit from dense w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -18,10 +20,13 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, PackedDense
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
+from nogemm.layers.neuron_store import NeuronStore
 
 # Of the published router: inputs are multiplied by a uniform number from 1 - JITTER to 1 + JITTER.
 JITTER = 0.01
+# Packed: above this many, tokens are sorted by expert. An expert's rows that are not float32 are widened for that.
+FEW_TOKENS = {"fp32": 16, "bf16": 32, "int8": 64}
 
 
 @register
@@ -229,7 +234,7 @@ def choose_experts(logits_NE: Tensor, capacity: float | None) -> Routing:
     )
 
 
-def dispatch(experts: list[nn.Module], routing: Routing, v_ND: Tensor, d_out: int) -> Tensor:
+def dispatch(experts: Sequence[Callable[[Tensor], Tensor]], routing: Routing, v_ND: Tensor, d_out: int) -> Tensor:
     """Run each expert on its tokens and weigh the answers; overflowing tokens get 0."""
     y_ND = v_ND.new_zeros(v_ND.shape[0], d_out)
     for index, expert in enumerate(experts):
@@ -240,7 +245,11 @@ def dispatch(experts: list[nn.Module], routing: Routing, v_ND: Tensor, d_out: in
 
 
 class PackedSwitch(PackedFFN):
-    """Router in float32 and packed experts; a `faithful` layer's jitter is left out."""
+    """Router in float32, the experts' neurons side by side in a `NeuronStore`; a `faithful` layer's jitter is left out.
+
+    Up to 16 tokens (64 of int8 rows), each reads its own expert's rows; more are sorted by expert, whose tokens then
+    share a product.
+    """
 
     def __init__(self, layer: SwitchFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
@@ -253,12 +262,31 @@ class PackedSwitch(PackedFFN):
         self.router = nn.Linear(layer.d_model, layer.config.experts, bias=layer.router.bias is not None)
         self.router.load_state_dict(layer.router.state_dict())
         experts = [expert for expert in layer.experts if isinstance(expert, DenseFFN)]
-        self.experts = nn.ModuleList(PackedDense(expert, dtype) for expert in experts)
+        self.hidden = layer.hidden
+        self.neurons = NeuronStore(experts, dtype)
+        none = torch.zeros(self.d_out)
+        biases = [none if expert.down.bias is None else expert.down.bias.detach().float() for expert in experts]
+        self.register_buffer("biases", torch.stack(biases), persistent=False)
         self.requires_grad_(False)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
         routing = choose_experts(self.router(v_ND), self.capacity)
-        y_ND = dispatch(list(self.experts), routing, v_ND, self.d_out)
+        if self.neurons.native and len(v_ND) <= FEW_TOKENS[self.dtype]:
+            y_ND = self._named(v_ND, routing)
+        else:
+            y_ND = dispatch(
+                [partial(self._expert, e) for e in range(len(self.get_buffer("biases")))], routing, v_ND, self.d_out
+            )
         return (x + y_ND if self.faithful else y_ND).to(x_ND.dtype)
+
+    def _named(self, v_ND: Tensor, routing: Routing) -> Tensor:
+        biases_ED = self.get_buffer("biases")
+        chosen_NE = nn.functional.one_hot(routing.expert_N, len(biases_ED)).bool() & routing.kept_N.unsqueeze(1)
+        y_ND = self.neurons.named(v_ND, chosen_NE.repeat_interleave(self.hidden, 1)) + chosen_NE.float() @ biases_ED
+        return y_ND * routing.gate_N.unsqueeze(1)
+
+    def _expert(self, expert: int, v_ND: Tensor) -> Tensor:
+        neurons = slice(expert * self.hidden, (expert + 1) * self.hidden)
+        return self.neurons.part(v_ND, neurons) + self.get_buffer("biases")[expert]

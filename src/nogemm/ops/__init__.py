@@ -3,12 +3,13 @@
 from nogemm.ops._library import isa, native_available, set_isa, supported_isas
 from nogemm.ops.block_product import block_product, block_product_reference
 from nogemm.ops.bucket_sum import bucket_sum, bucket_sum_reference
+from nogemm.ops.bucket_union import bucket_union, bucket_union_reference
 from nogemm.ops.dct import dct, dct_reference
 from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
 from nogemm.ops.hadamard import hadamard, hadamard_reference
 from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
-from nogemm.ops.neuron_lists import list_dots, list_sum, neurons_at_indices
 from nogemm.ops.neuron_rows import neuron_dot, neuron_dot_reference, neuron_sum, neuron_sum_reference
+from nogemm.ops.neurons_at_indices import neurons_at_indices
 from nogemm.ops.sketch_and_select import sketch_and_select, top_indices
 from nogemm.ops.tree_descend import tree_descend, tree_descend_reference
 
@@ -17,6 +18,8 @@ __all__ = [
     "block_product_reference",
     "bucket_sum",
     "bucket_sum_reference",
+    "bucket_union",
+    "bucket_union_reference",
     "dct",
     "dct_reference",
     "gather_accumulate",
@@ -26,8 +29,6 @@ __all__ = [
     "hash_codes",
     "hash_codes_reference",
     "isa",
-    "list_dots",
-    "list_sum",
     "native_available",
     "neuron_dot",
     "neuron_dot_reference",

@@ -45,11 +45,11 @@ def aligned_buffer(size: int) -> Tensor:
     return memory[offset : offset + size]
 
 
-def define_packed(name: str) -> None:
-    """Define a packed layer's op, native alone: (x [..., D], its buffer, d_out) -> y [..., d_out]."""
-    LIBRARY.define(f"{name}(Tensor x, Tensor packed, int d_out) -> Tensor")
+def define_packed(name: str, *more: str) -> None:
+    """Define a packed layer's op, native alone: (x [..., D], its buffer, d_out, more) -> y [..., d_out]."""
+    LIBRARY.define(f"{name}({', '.join(('Tensor x', 'Tensor packed', 'int d_out', *more))}) -> Tensor")
     torch.library.register_fake(f"nogemm::{name}", _fake, lib=LIBRARY)
 
 
-def _fake(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
+def _fake(x: Tensor, packed: Tensor, d_out: int, *more: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], d_out))

@@ -1,22 +1,24 @@
 """Rows of a matrix that each token names: dot products with them, weighted sums of them, and gradients into them.
 
 What every method needs that visits a few neurons per token: in-rows are dotted with the token, out-rows are summed.
-The three ops are each other's gradients, so forward and backward cost the visited rows alone.
+Dots and sums are each other's gradients, so forward and backward cost the visited rows alone.
 
-Legend: N tokens, P rows visited per token, R rows in all (leading dimensions of the matrix flattened), D width,
-V rows that any token visited.
+Legend: N tokens, P rows named per token, R rows in all (leading dimensions of the matrix flattened), D width,
+V rows that any token names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.errors import ShapeError
 from nogemm.ops._library import LIBRARY, define, has_native_kernel
+
+_CHUNK = 1 << 22  # numbers gathered at a time by the references
 
 
 def flat_rows(rows: Tensor) -> Tensor:
@@ -24,45 +26,88 @@ def flat_rows(rows: Tensor) -> Tensor:
     return rows.reshape(-1, rows.shape[-1])
 
 
-def neuron_dot_reference(x_ND: Tensor, index_NP: Tensor, rows: Tensor) -> Tensor:
-    """Dot each token with its rows, one visited position at a time; see `neuron_dot`."""
+def _chunks(index_NP: Tensor, width: int) -> Iterator[slice]:
+    """Cut the tokens so that a chunk's gathered rows stay small."""
+    step = max(1, _CHUNK // max(1, index_NP.shape[1] * width))
+    for start in range(0, index_NP.shape[0], step):
+        yield slice(start, start + step)
+
+
+def _named(index_NP: Tensor) -> Tensor:
+    return index_NP.clamp_min(0).long()
+
+
+def neuron_dot_reference(x_ND: Tensor, index_NP: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Gather rows and multiply, a chunk of tokens at a time; see `neuron_dot`."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     rows_RD = flat_rows(rows)
-    out_NP = torch.empty(index_NP.shape, dtype=wide, device=x_ND.device)
-    for p in range(index_NP.shape[1]):
-        out_NP[:, p] = (x_ND.to(wide) * rows_RD[index_NP[:, p].long()].to(wide)).sum(-1)
-    return out_NP.to(x_ND.dtype)
+    parts = [x_ND.new_zeros(0, index_NP.shape[1], dtype=wide)]
+    for part in _chunks(index_NP, x_ND.shape[1]):
+        named = _named(index_NP[part])
+        dots = (rows_RD[named].to(wide) @ x_ND[part].to(wide).unsqueeze(-1)).squeeze(-1)
+        parts.append(dots if bias is None else dots + bias.flatten()[named].to(wide))
+    return torch.cat(parts).masked_fill(index_NP < 0, 0.0).to(x_ND.dtype)
+
+
+def neuron_dot_backward_reference(
+    grad_NP: Tensor, x_ND: Tensor, index_NP: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of x, rows and bias: weighted sums of rows, of tokens, and of the weights themselves."""
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    weight_NP = grad_NP.masked_fill(index_NP < 0, 0.0).to(wide)
+    bias_R = torch.zeros(rows.shape[:-1].numel(), dtype=wide, device=x_ND.device)
+    bias_R.index_add_(0, _named(index_NP).flatten(), weight_NP.flatten())
+    grad_x = neuron_sum_reference(weight_NP, index_NP, rows)
+    grad_rows = neuron_outer_reference(weight_NP, index_NP, x_ND.to(wide), len(bias_R)).view(rows.shape)
+    return grad_x.to(x_ND.dtype), grad_rows.to(rows.dtype), bias_R.to(rows.dtype)
 
 
 def neuron_sum_reference(weight_NP: Tensor, index_NP: Tensor, rows: Tensor) -> Tensor:
-    """Sum weighted rows with `embedding_bag`; see `neuron_sum`."""
+    """Gather rows and add them up, a chunk of tokens at a time; see `neuron_sum`."""
     wide = torch.promote_types(weight_NP.dtype, torch.float32)
     rows_RD = flat_rows(rows)
-    if weight_NP.numel() == 0 or rows_RD.numel() == 0:
-        return weight_NP.new_zeros(weight_NP.shape[0], rows_RD.shape[1])
-    y_ND = F.embedding_bag(index_NP, rows_RD.to(wide), per_sample_weights=weight_NP.to(wide), mode="sum")
-    return y_ND.to(weight_NP.dtype)
+    parts = [weight_NP.new_zeros(0, rows_RD.shape[1], dtype=wide)]
+    masked_NP = weight_NP.masked_fill(index_NP < 0, 0.0).to(wide)
+    for part in _chunks(index_NP, rows_RD.shape[1]):
+        gathered = rows_RD[_named(index_NP[part])].to(wide)
+        parts.append((masked_NP[part].unsqueeze(1) @ gathered).squeeze(1))
+    return torch.cat(parts).to(weight_NP.dtype)
+
+
+def neuron_sum_backward_reference(
+    grad_ND: Tensor, weight_NP: Tensor, index_NP: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of weights (a dot product each) and rows (weighted sums of tokens)."""
+    wide = torch.promote_types(weight_NP.dtype, torch.float32)
+    grad = grad_ND.to(wide)
+    grad_weight = neuron_dot_reference(grad, index_NP, rows)
+    grad_rows = neuron_outer_reference(weight_NP.to(wide), index_NP, grad, rows.shape[:-1].numel())
+    return grad_weight.to(weight_NP.dtype), grad_rows.view(rows.shape).to(rows.dtype)
 
 
 def neuron_outer_reference(weight_NP: Tensor, index_NP: Tensor, x_ND: Tensor, n_rows: int) -> Tensor:
-    """Add weight * token into the row that each pair names, [R, D]; rows that nobody names are zero."""
+    """Add weight * token into the row that each entry names, [R, D]; rows that nobody names are zero."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     out_RD = torch.zeros(n_rows, x_ND.shape[1], dtype=wide, device=x_ND.device)
-    for p in range(index_NP.shape[1]):
-        out_RD.index_add_(0, index_NP[:, p].long(), weight_NP[:, p, None].to(wide) * x_ND.to(wide))
+    masked_NP = weight_NP.masked_fill(index_NP < 0, 0.0).to(wide)
+    for part in _chunks(index_NP, x_ND.shape[1]):
+        terms = masked_NP[part].unsqueeze(-1) * x_ND[part].to(wide).unsqueeze(1)
+        out_RD.index_add_(0, _named(index_NP[part]).flatten(), terms.flatten(0, 1))
     return out_RD.to(x_ND.dtype)
 
 
 def neuron_outer_visited_reference(
     weight_NP: Tensor, index_NP: Tensor, x_ND: Tensor, n_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Return what `neuron_outer_reference` adds up, for the visited rows alone: their numbers [V] and values [V, D]."""
-    visited_V, position = torch.unique(index_NP, return_inverse=True)
-    return visited_V.int(), neuron_outer_reference(weight_NP, position.int(), x_ND, len(visited_V))
+    """Return what `neuron_outer_reference` adds up, for the named rows alone: their numbers [V] and values [V, D]."""
+    visited_V = torch.unique(index_NP)
+    visited_V = visited_V[visited_V >= 0]
+    outer_RD = neuron_outer_reference(weight_NP, index_NP, x_ND, n_rows)
+    return visited_V.int(), outer_RD[visited_V.long()]
 
 
 def row_gradient(weight_NP: Tensor, index_NP: Tensor, x_ND: Tensor, rows: Tensor, sparse: bool) -> Tensor:
-    """Return the gradient of rows: dense, or a sparse tensor of the visited rows with rows' own shape."""
+    """Return the gradient of rows: dense, or a sparse tensor of the named rows with rows' own shape."""
     n_rows = rows.shape[:-1].numel()
     native = has_native_kernel(x_ND)
     if not sparse:
@@ -74,75 +119,89 @@ def row_gradient(weight_NP: Tensor, index_NP: Tensor, x_ND: Tensor, rows: Tensor
     return torch.sparse_coo_tensor(place, values_VD, rows.shape, is_coalesced=True, check_invariants=False)
 
 
-def neuron_dot(x_ND: Tensor, index_NP: Tensor, rows: Tensor, sparse: bool = False) -> Tensor:
+def neuron_dot(
+    x_ND: Tensor, index_NP: Tensor, rows: Tensor, bias: Tensor | None = None, sparse: bool = False
+) -> Tensor:
     """Dot each token with the rows it names.
 
-        out[n, p] = sum_d x[n, d] * rows[index[n, p], d]
+        out[n, p] = <x[n], rows[index[n, p]]> + bias[index[n, p]];   0 where the index is negative
 
     Args:
-        index_NP: int32, 0 <= index < R, in the order of rows' flattened leading dimensions.
-        rows: [..., D] in x's dtype, float32 or bfloat16 on the native path.
-        sparse: let the gradient of rows be a sparse tensor that holds the visited rows alone.
+        x_ND: float32 or bfloat16 on the native path, any floating dtype on the reference.
+        index_NP: int32, below R, in the order of rows' flattened leading dimensions; negative entries are padding. A
+            row may be named twice.
+        rows: [..., D] in x's dtype. bias: one per row.
+        sparse: let the gradient of rows be a sparse tensor that holds the named rows alone.
     Returns:
-        out_NP in x's dtype, accumulated in float32.
+        out_NP in x's dtype, accumulated in float32 (float64 for float64).
     Raises:
-        ShapeError: widths or numbers of tokens disagree.
-        IndexError: an index outside [0, R).
-    Cost: 2 N P D FLOP; reads N P rows at random places.
-    Gradient: to x (a weighted sum of rows) and rows (scatter-add); indices are discrete.
+        ShapeError: the arguments disagree; the message shows their shapes.
+        IndexError: an index of R or more.
+    Cost: 2 N P D FLOP; reads N P rows at random places. Gradient: to x, rows and bias, as cheap.
     Example:
-        >>> one = torch.tensor([[1]], dtype=torch.int32)
-        >>> neuron_dot(torch.tensor([[2.0, 1.0]]), one, torch.tensor([[0.0, 0.0], [3.0, 4.0]]))
-        tensor([[10.]])
+        >>> index = torch.tensor([[1, -1]], dtype=torch.int32)
+        >>> neuron_dot(torch.tensor([[2.0]]), index, torch.tensor([[5.0], [3.0]]))
+        tensor([[6., 0.]])
     """
-    if x_ND.dim() != 2 or index_NP.shape[:1] != x_ND.shape[:1] or rows.shape[-1:] != x_ND.shape[1:]:
-        raise ShapeError(f"neuron_dot: {_shapes(x=x_ND, index=index_NP, rows=rows)} disagree")
+    _check("neuron_dot", x_ND, index_NP, rows, x_ND.shape[-1])
     if not has_native_kernel(x_ND):
-        return neuron_dot_reference(x_ND, index_NP, rows)
-    return torch.ops.nogemm.neuron_dot(x_ND, index_NP, rows, sparse)
+        return neuron_dot_reference(x_ND, index_NP, rows, bias)
+    return torch.ops.nogemm.neuron_dot(x_ND, index_NP, rows, bias, sparse)
 
 
 def neuron_sum(weight_NP: Tensor, index_NP: Tensor, rows: Tensor, sparse: bool = False) -> Tensor:
-    """Sum the rows that each token names, weighted.
+    """Add up the rows that each token names, weighted.
 
-        y[n] = sum_p weight[n, p] * rows[index[n, p]]
+        y[n] = sum_p weight[n, p] rows[index[n, p]];   negative indices add nothing
 
-    Args:
-        weight_NP: in rows' dtype, float32 or bfloat16 on the native path.
-        index_NP, rows, sparse: as in `neuron_dot`.
-    Returns:
-        y_ND in weight's dtype, accumulated in float32 in increasing p.
-    Raises:
-        ShapeError: weight and index disagree.
-        IndexError: an index outside [0, R).
-    Cost: 2 N P D FLOP; reads N P rows at random places.
-    Gradient: to weight (dots with the rows) and rows (scatter-add).
+    Args, raises and cost as for `neuron_dot`; the gradient goes to weight and rows.
+
     Example:
-        >>> one = torch.tensor([[1]], dtype=torch.int32)
-        >>> neuron_sum(torch.tensor([[2.0]]), one, torch.tensor([[0.0], [3.0]]))
+        >>> index = torch.tensor([[1, -1]], dtype=torch.int32)
+        >>> neuron_sum(torch.tensor([[2.0, 9.0]]), index, torch.tensor([[5.0], [3.0]]))
         tensor([[6.]])
     """
-    if weight_NP.dim() != 2 or weight_NP.shape != index_NP.shape:
-        raise ShapeError(f"neuron_sum: {_shapes(weight=weight_NP, index=index_NP, rows=rows)} disagree")
+    _check("neuron_sum", weight_NP, index_NP, rows, rows.shape[-1])
+    if weight_NP.shape != index_NP.shape:
+        raise ShapeError(f"neuron_sum: weight {tuple(weight_NP.shape)} and index {tuple(index_NP.shape)} differ")
     if not has_native_kernel(weight_NP):
         return neuron_sum_reference(weight_NP, index_NP, rows)
     return torch.ops.nogemm.neuron_sum(weight_NP, index_NP, rows, sparse)
 
 
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def _check(op: str, first: Tensor, index_NP: Tensor, rows: Tensor, width: int) -> None:
+    fits = first.dim() == 2 and index_NP.dim() == 2 and rows.dim() >= 2 and rows.shape[-1] == width
+    if not fits or first.shape[0] != index_NP.shape[0]:
+        raise ShapeError(
+            f"{op}: expected [N, ...], an index [N, P] and rows [..., D]; got {tuple(first.shape)}, index "
+            f"{tuple(index_NP.shape)}, rows {tuple(rows.shape)}"
+        )
 
 
-def _dot_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.sparse = inputs[3]
+def dot_gradients(
+    grad_NP: Tensor, x_ND: Tensor, index_NP: Tensor, rows: Tensor, sparse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `neuron_dot` to x, rows and bias [R]."""
+    if not sparse:
+        native = has_native_kernel(x_ND)
+        run = torch.ops.nogemm.neuron_dot_backward if native else neuron_dot_backward_reference
+        return run(grad_NP.contiguous(), x_ND, index_NP, rows)
+    one_N1 = torch.ones_like(x_ND[:, :1])
+    grad_x = neuron_sum(grad_NP, index_NP, rows)
+    grad_bias = row_gradient(grad_NP, index_NP, one_N1, flat_rows(rows)[:, :1], False).flatten()
+    return grad_x, row_gradient(grad_NP, index_NP, x_ND, rows, True), grad_bias
 
 
-def _dot_backward(ctx: Any, grad_NP: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+def _dot_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
+    x_ND, index_NP, rows, bias, ctx.sparse = inputs
+    ctx.bias_shape = None if bias is None else bias.shape
+    ctx.save_for_backward(x_ND, index_NP, rows)
+
+
+def _dot_backward(ctx: Any, grad_NP: Tensor) -> tuple[Tensor, None, Tensor, Tensor | None, None]:
     x_ND, index_NP, rows = ctx.saved_tensors
-    need_x, _, need_rows, _ = ctx.needs_input_grad
-    grad_x = torch.ops.nogemm.neuron_sum(grad_NP, index_NP, rows, False) if need_x else None
-    return grad_x, None, row_gradient(grad_NP, index_NP, x_ND, rows, ctx.sparse) if need_rows else None, None
+    grad_x, grad_rows, grad_bias = dot_gradients(grad_NP, x_ND, index_NP, rows, ctx.sparse)
+    return grad_x, None, grad_rows, None if ctx.bias_shape is None else grad_bias.view(ctx.bias_shape), None
 
 
 def _sum_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
@@ -150,22 +209,39 @@ def _sum_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: 
     ctx.sparse = inputs[3]
 
 
-def _sum_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+def _sum_backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, Tensor, None]:
     weight_NP, index_NP, rows = ctx.saved_tensors
-    need_weight, _, need_rows, _ = ctx.needs_input_grad
-    grad_weight = torch.ops.nogemm.neuron_dot(grad_ND, index_NP, rows, False) if need_weight else None
-    return grad_weight, None, row_gradient(weight_NP, index_NP, grad_ND, rows, ctx.sparse) if need_rows else None, None
+    if not ctx.sparse:
+        run = torch.ops.nogemm.neuron_sum_backward
+        grad_weight, grad_rows = run(grad_ND.contiguous(), weight_NP, index_NP, rows)
+        return grad_weight, None, grad_rows, None
+    grad_weight = torch.ops.nogemm.neuron_dot(grad_ND, index_NP, rows, None, False)
+    return grad_weight, None, row_gradient(weight_NP, index_NP, grad_ND, rows, True), None
 
 
 define(
-    "neuron_dot(Tensor x, Tensor index, Tensor rows, bool sparse) -> Tensor",
-    lambda x, index, rows, sparse: neuron_dot_reference(x, index, rows),
-    lambda x, index, rows, sparse: x.new_empty(index.shape),
+    "neuron_dot(Tensor x, Tensor index, Tensor rows, Tensor? bias, bool sparse) -> Tensor",
+    lambda x, index, rows, bias, sparse: neuron_dot_reference(x, index, rows, bias),
+    lambda x, index, rows, bias, sparse: x.new_empty(index.shape),
+)
+define(
+    "neuron_dot_backward(Tensor grad, Tensor x, Tensor index, Tensor rows) -> (Tensor, Tensor, Tensor)",
+    neuron_dot_backward_reference,
+    lambda grad, x, index, rows: (
+        x.new_empty(x.shape),
+        rows.new_empty(rows.shape),
+        rows.new_empty(rows.shape[:-1].numel()),
+    ),
 )
 define(
     "neuron_sum(Tensor weight, Tensor index, Tensor rows, bool sparse) -> Tensor",
     lambda weight, index, rows, sparse: neuron_sum_reference(weight, index, rows),
     lambda weight, index, rows, sparse: weight.new_empty(weight.shape[0], rows.shape[-1]),
+)
+define(
+    "neuron_sum_backward(Tensor grad, Tensor weight, Tensor index, Tensor rows) -> (Tensor, Tensor)",
+    neuron_sum_backward_reference,
+    lambda grad, weight, index, rows: (weight.new_empty(weight.shape), rows.new_empty(rows.shape)),
 )
 define(
     "neuron_outer(Tensor weight, Tensor index, Tensor x, int n_rows) -> Tensor",

@@ -22,6 +22,8 @@ from nogemm.ops.sketch_and_select import KEYS
 _MAGIC, _VERSION = 0x4552494847474E01, 1
 _SELECT = ("topk", "statistical", "active")
 _ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu")
+# Names that torch and transformers use for the kernel's activations.
+KERNEL_NAMES = {"drelu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 _SKETCH_ROWS = 64
 
 
@@ -46,21 +48,21 @@ class HireWeights:
     down: Tensor
     bias: Tensor
     activation: str
-    up_relu: bool
-    key: str
-    select: str
-    group: int
     kept: int
     candidates: int
-    always: Tensor
-    keep_z: float
-    wide_z: float
-    codes: Tensor | None
-    scale: Tensor | None
-    reduce: Tensor | None
-    error: Tensor | None
-    size: Tensor | None
-    nibbles: bool
+    up_relu: bool = False
+    key: str = "signed"
+    select: str = "topk"
+    group: int = 1
+    always: Tensor | None = None
+    keep_z: float = 0.0
+    wide_z: float = 0.0
+    codes: Tensor | None = None
+    scale: Tensor | None = None
+    reduce: Tensor | None = None
+    error: Tensor | None = None
+    size: Tensor | None = None
+    nibbles: bool = False
 
 
 class _Layout:
@@ -130,7 +132,8 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     sketch = layout.add(None if w.codes is None else lay_out_sketch(w.codes, w.nibbles))
     sketch_scale = layout.add(None if w.scale is None else _padded(w.scale, padded))
     reduce = layout.add(None if w.reduce is None or w.codes is None else w.reduce.float())
-    always = layout.add(w.always.to(torch.int32) if w.always.numel() else None)
+    static = 0 if w.always is None else w.always.numel()
+    always = layout.add(w.always.to(torch.int32) if w.always is not None and static else None)
     error = layout.add(w.error) if w.select == "active" else 0
     size = layout.add(w.size) if w.select == "active" else 0
     select_bias = layout.add(_padded(w.up_bias if w.gate_bias is None else w.gate_bias, padded))
@@ -147,7 +150,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
         *(_MAGIC, _VERSION, total, PACK_MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
         *(_ACTIVATIONS.index(w.activation), int(w.up_relu), KEYS.index(w.key), _SELECT.index(w.select)),
         *(int(w.nibbles), codes_width, -(-codes_width // (8 if w.nibbles else 4)), w.group, -(-hidden // w.group)),
-        *(w.kept, w.candidates, w.always.numel(), sum(widths), widths[0] if w.gate is not None else 0),
+        *(w.kept, w.candidates, static, sum(widths), widths[0] if w.gate is not None else 0),
         *(sum(widths[:-1]), sketch, sketch_scale, reduce, always, error, size, bundles, scale_at),
         *(w.keep_z, w.wide_z),
     )
@@ -183,4 +186,33 @@ def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_hire(x, packed, d_out)
 
 
+def packed_rows(packed: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """View the rows in a buffer of `pack_hire`: "gate" (if gated), "up", "down", each [F, width], and their scales."""
+    h = packed[: 34 * 8].view(torch.int64).tolist()
+    mode, width, d_out, hidden, gated = h[3:8]
+    stride, up_at, down_at, bundles, scales = h[20], h[21], h[22], h[29], h[30]
+    dtype = (torch.float32, torch.bfloat16, torch.int8)[mode]
+    rows = packed[bundles : bundles + hidden * stride].view(hidden, stride)
+    kinds = (("gate", 0, width), ("up", up_at, width), ("down", down_at, d_out))
+    found: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for place, (name, at, columns) in enumerate(kinds):
+        if name == "gate" and not gated:
+            continue
+        scale = packed[scales + place * hidden * 4 :][: hidden * 4].view(torch.float32) if mode == 2 else None
+        found[name] = rows[:, at : at + columns * dtype.itemsize].view(dtype), scale
+    return found
+
+
+def packed_neurons(x: Tensor, packed: Tensor, d_out: int, mask: Tensor) -> Tensor:
+    """Run a packed layer on the neurons that somebody else has chosen.
+
+    Args:
+        x, packed, d_out: as in `packed_hire`; packed without a sketch.
+        mask: bool [tokens, F], the neurons of each token.
+    Returns, raises and cost as for `packed_hire`, which chooses for itself.
+    """
+    return torch.ops.nogemm.packed_neurons(x, packed, d_out, mask)
+
+
 define_packed("packed_hire")
+define_packed("packed_neurons", "Tensor mask")

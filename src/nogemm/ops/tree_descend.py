@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nogemm.errors import ShapeError
 from nogemm.ops._library import LIBRARY, define, has_native_kernel
-from nogemm.ops.neuron_rows import flat_rows, row_gradient
+from nogemm.ops.neuron_rows import dot_gradients, flat_rows
 
 
 def levels_of(nodes: int) -> int:
@@ -94,16 +94,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_NKL: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     x_ND, rows, nodes_NKL = ctx.saved_tensors
-    need_x, need_rows, need_bias, _, _ = ctx.needs_input_grad
-    grad_NP, index_NP = grad_NKL.flatten(1), nodes_NKL.flatten(1)
-    grad_x = torch.ops.nogemm.neuron_sum(grad_NP, index_NP, rows, False) if need_x else None
-    grad_rows = row_gradient(grad_NP, index_NP, x_ND, rows, ctx.sparse) if need_rows else None
-    grad_bias = None
-    if need_bias:
-        grad_bias = grad_NP.new_zeros(rows.shape[:2].numel(), dtype=torch.float32)
-        grad_bias.index_add_(0, index_NP.flatten(), grad_NP.flatten().float())
-        grad_bias = grad_bias.view(rows.shape[:2]).to(grad_NP.dtype)
-    return grad_x, grad_rows, grad_bias, None, None
+    grad_x, grad_rows, grad_bias = dot_gradients(grad_NKL.flatten(1), x_ND, nodes_NKL.flatten(1), rows, ctx.sparse)
+    return grad_x, grad_rows, grad_bias.view(rows.shape[:2]) if ctx.needs_input_grad[2] else None, None, None
 
 
 def _fake(
