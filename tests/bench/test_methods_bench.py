@@ -11,8 +11,10 @@ import torch
 
 import nogemm
 from nogemm.bench.check import compare, token_errors
-from nogemm.bench.layer_job import DYNAMIC_INT8, our_bound, our_layer, rounded
+from nogemm.bench.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
+from nogemm.bench.layer_job import DYNAMIC_INT8, DenseStack, our_bound, our_layer, rounded
 from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
+from nogemm.bench.pool import write_pool
 from nogemm.bench.report import write_report
 from nogemm.bench.tables import methods_table
 from nogemm.config import layer_class, layer_kinds, parse_set
@@ -37,7 +39,7 @@ def result() -> dict[str, Any]:
 
 
 def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
-    names = {f"nogemm-{kind}" for kind in OURS} | {"torch-fp32", "torch-int8"}
+    names = {f"nogemm-{kind}" for kind in OURS} | {"torch-fp32", "torch-int8", GATHER, BMM}
     assert {row["contender"] for row in result["rows"]} == names
     assert len(result["rows"]) == 2 * len(names)
     for row in result["rows"]:
@@ -46,6 +48,36 @@ def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
         reference = next(r for r in result["rows"] if r["contender"] == "torch-fp32" and r["batch"] == row["batch"])
         assert row["ratio"] == pytest.approx(reference["us_median"] / row["us_median"])
     json.dumps(result, allow_nan=False)
+
+
+def test_the_published_ratio_is_to_the_batched_dense_form(result: dict[str, Any]) -> None:
+    for batch in (1, 16):
+        rows = {row["contender"]: row for row in result["rows"] if row["batch"] == batch}
+        assert rows[GATHER]["published_ratio"] == pytest.approx(rows[BMM]["us_median"] / rows[GATHER]["us_median"])
+        assert "published_ratio" not in rows[BMM]
+        assert f"{rows[GATHER]['published_ratio']:.3g}x at {batch}" in methods_table(result).hint
+
+
+def test_both_forms_of_the_published_comparison_are_their_layers() -> None:
+    x = torch.randn(40, 12)
+    assert [2 ** (tree_of(n).depth + 1) - 1 for n in (1, 2, 3, 64, 2048, 4095)] == [1, 1, 3, 63, 2047, 4095]
+    tree = tree_of(64).build(12).eval()
+    stack = DenseStack(12, 64, "gelu", 1, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(GatherTree(tree)(x), tree(x))
+        torch.testing.assert_close(BatchedDense(stack)(x), stack(x)[0])
+
+
+@pytest.mark.parametrize("form", [GATHER, BMM])
+def test_a_wrong_form_is_not_timed(form: str, tmp_path: Any) -> None:
+    write_pool(tmp_path / "pool", 256, 12, seed=1, source_ND=None)
+    settings = {"form": form, "d": 12, "hidden": 63, "activation": "gelu", "seed": 0, "pool": str(tmp_path / "pool")}
+    contender = FFFContender(settings)
+    assert contender.prepare({"batch": 16, "cache": "fresh"})["verified"]
+    contender.modules[0].requires_grad_(False).load_state_dict(
+        {name: -value for name, value in contender.modules[0].state_dict().items()}
+    )
+    assert not contender.verify()["verified"]
 
 
 def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
@@ -58,7 +90,7 @@ def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
 
 def test_the_table_and_the_report_show_every_layer(result: dict[str, Any], tmp_path: Any) -> None:
     table = methods_table(result)
-    assert len(table.rows) == len(OURS) + 2
+    assert len(table.rows) == len(OURS) + 4
     assert all(len(row) == len(table.head) for row in table.rows)
     broken = json.loads(json.dumps(result))
     broken["rows"][0] |= {"us_median": None, "ratio": None, "error": "does not match"}

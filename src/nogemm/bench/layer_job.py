@@ -16,7 +16,7 @@ from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
 from nogemm.bench.pool import TokenPool
 from nogemm.config import layer_class, parse_set
-from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, SwitchFFN, TreeFFN
+from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS
 from nogemm.layers.tree_packed import round_tree
 
@@ -24,7 +24,7 @@ from nogemm.layers.tree_packed import round_tree
 COPIES = 12
 COPIED_BATCH = 8
 _CALIBRATION = 16
-DYNAMIC_INT8 = (DenseFFN, ShuffleFFN, SwitchFFN)
+DYNAMIC_INT8 = (DenseFFN, ShuffleFFN)
 _MEASURED = 256  # tokens whose recall is measured
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
 # A packed tree's rows against float32: in-rows stay in 16 bits when out-rows go to 8.
@@ -53,7 +53,7 @@ class DenseStack(nn.Module):
         return tuple(down(self.activation(up(x))) for up, down, x in layers)
 
 
-class _LayerContender:
+class LayerContender:
     """Draw tokens for C copies of a layer, fresh or warm; what both kinds of contender share."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -82,7 +82,7 @@ class _LayerContender:
         return tokens
 
 
-class DenseContender(_LayerContender):
+class DenseContender(LayerContender):
     """A dense layer in one of the engines, held against float64."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -134,7 +134,7 @@ class DenseContender(_LayerContender):
         return self.runner.run(inputs)
 
 
-class OurContender(_LayerContender):
+class OurContender(LayerContender):
     """Our packed layer, held against the unpacked one in float64."""
 
     def __init__(self, settings: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nogemm.bench import peers
+from nogemm.bench.fff_gather import BMM, GATHER
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import DTYPES, origin
@@ -35,6 +36,7 @@ class MethodsBenchArgs:
         dtype: ours are packed in.
         batch: tokens per call, one case each.
         against: dense engines; torch-fp32 is always among them, because ratios are to it.
+        fff: also time the two forms of the published "40x", see `nogemm.bench.fff_gather`.
         threads: of every contender; 0 means every usable core.
         rounds, seconds: turns per contender and case, and the time aimed at per turn.
         seed: of weights and tokens.
@@ -48,6 +50,7 @@ class MethodsBenchArgs:
     dtype: str = "fp32"
     batch: tuple[int, ...] = (1, 64, 4096)
     against: tuple[str, ...] = (REFERENCE, "torch-int8")
+    fff: bool = True
     threads: int = 0
     rounds: int = MIN_ROUNDS
     seconds: float = 0.1
@@ -66,7 +69,8 @@ def run_methods_bench(
         `nogemm.bench.result.origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
         "flops" (of one token), "bytes_read" (distinct weight bytes of a call, by batch, expected, as the unpacked layer
         stores them) and "parameters". A row has "contender", "batch", "cache", "verified", the times, the errors, and
-        "ratio", the median of torch-fp32 divided by its own; or "error", or "missing".
+        "ratio", the median of torch-fp32 divided by its own; or "error", or "missing". The row of FFF's gather form has
+        "published_ratio", to the dense layer written as a batch of products.
     Raises:
         ConfigError, ValueError: an unknown method, engine or dtype, or a shape that a chosen method cannot take.
     """
@@ -83,7 +87,9 @@ def run_methods_bench(
         rows = measure(_specs(args, chosen, pool), cases, plan, note=note, _min_rounds=_min_rounds)
     for row in rows:
         row |= {name: row.get(name) for name in _TIMES}
-        row["ratio"] = _ratio(row, rows)
+        row["ratio"] = _ratio(row, rows, REFERENCE)
+        if row["contender"] == GATHER:
+            row["published_ratio"] = _ratio(row, rows, BMM)
     return head | {"pool": size.to_dict(), "methods": methods, "rows": rows}
 
 
@@ -139,6 +145,10 @@ def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, .
     for name, kind, words in chosen:
         settings = shape | {"method": kind, "set": list(words), "dtype": args.dtype}
         specs.append(Spec(name=name, factory="nogemm.bench.layer_job:OurContender", settings=settings))
+    if args.fff:
+        for form in (GATHER, BMM):
+            settings = shape | {"form": form}
+            specs.append(Spec(name=form, factory="nogemm.bench.fff_gather:FFFContender", settings=settings))
     for name in args.against:
         settings = shape | {"engine": name}
         factory = "nogemm.bench.layer_job:DenseContender"
@@ -146,8 +156,8 @@ def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, .
     return specs
 
 
-def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> float | None:
-    same = (r for r in rows if r["contender"] == REFERENCE and r["batch"] == row["batch"])
+def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], to: str) -> float | None:
+    same = (r for r in rows if r["contender"] == to and r["batch"] == row["batch"])
     reference = next(same, {}).get("us_median")
     own = row["us_median"]
     return reference / own if reference is not None and own is not None else None

@@ -1,8 +1,8 @@
 """HireFFN: a cheap sketch names candidate neurons, only those are computed, and the strongest few answer.
 
 Legend: N tokens, D width, F neurons, E output width, K neurons per token, G groups of g, R width of the sketch.
-Reading order: `HireConfig`, `HireFFN.tokens`, `choose`, `cost`; the sketch is in `hire_sketch.py`, packing in
-`hire_packed.py`.
+Reading order: `HireConfig`, `HireFFN.tokens`, `choose`; the sketch is in `hire_sketch.py`, fits in
+`hire_fit.py`, cost in `hire_cost.py`, packing in `hire_packed.py`.
 """
 
 from __future__ import annotations
@@ -18,21 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
-from nogemm.cost import Cost, distinct_rows
+from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.layers.hire_select import Choice, choose
-from nogemm.layers.hire_sketch import Sketch, low_rank_basis, make_sketch, quantise_neurons
+from nogemm.layers.hire_sketch import Sketch, make_sketch, quantise_neurons
 from nogemm.ops import neurons_at_indices
-from nogemm.ops.sketch_and_select import selection_keys, top_indices
 
 if TYPE_CHECKING:
     from nogemm.layers.hire_report import HireReport
 
 RELU_TYPES = ("relu", "relu2", "drelu")
 _KEYS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu"}
-_FIT_TOKENS = 4096
 
 
 @register
@@ -230,85 +228,39 @@ class HireFFN(FFN):
         return y_NE + self.bias
 
     def cost(self, n_tokens: int = 1) -> Cost:
-        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
-        stored = sum(p.numel() for p in (*self.parameters(), reduce, lift) if p is not None)
-        exact, kept = self._exact_and_kept()
-        if exact == self.hidden:
-            flops = 0.0
-        elif reduce is not None:
-            flops = 2.0 * len(reduce) * (self.d_model + self.hidden)
-        else:
-            flops = 2.0 * self.d_model * self.hidden
-        flops += 2.0 * (exact * self.d_model + kept * (self.d_model * self.gated + self.d_out))
-        sketch, rows = self.traffic(n_tokens)
-        return Cost(n_tokens * flops, sketch + rows * self.up.element_size(), stored)
+        from nogemm.layers.hire_cost import cost
+
+        return cost(self, n_tokens)
 
     def traffic(self, n_tokens: int = 1) -> tuple[float, float]:
         """Return the bytes of the sketch, and how many numbers of rows `n_tokens` tokens touch."""
-        if n_tokens == 0:
-            return 0.0, 0.0
-        exact, kept = self._exact_and_kept()
-        reduce = self.get_buffer_or_none("sketch_reduce")
-        sketch = self.d_model * self.hidden * (0.5 if self.config.sketch == "int4" else 1.0)
-        if reduce is not None:
-            sketch = len(reduce) * (4.0 * self.d_model + self.hidden)
-        rows = self._touched(n_tokens, exact) * self.d_model
-        rows += self._touched(n_tokens, kept) * (self.d_model * self.gated + self.d_out)
-        return (0.0 if exact == self.hidden else sketch), rows
+        from nogemm.layers.hire_cost import traffic
 
-    def _exact_and_kept(self) -> tuple[int, int]:
-        """Count the neurons of a token that are computed exactly, and that are kept."""
-        exact = min(self.hidden, self.candidates * self.config.group)
-        return exact, min(exact, self.kept * self.config.group)
-
-    def _touched(self, n_tokens: int, per_token: int) -> float:
-        """Expect the number of distinct neurons, if tokens chose theirs independently and uniformly."""
-        return float(self.hidden) if per_token >= self.hidden else distinct_rows(n_tokens * per_token, self.hidden)
+        return traffic(self, n_tokens)
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Copy the dense layer: exact where no neuron that fires is left out, up to what the sketch misses."""
-        if dense.hidden != self.hidden or (dense.gate is not None) != self.gated:
-            return self.fitted
-        with torch.no_grad():
-            self.up.copy_(dense.up.weight)
-            self.up_bias.copy_(dense.up.bias)
-            if self.gate is not None and self.gate_bias is not None and dense.gate is not None:
-                self.gate.copy_(dense.gate.weight)
-                self.gate_bias.copy_(dense.gate.bias)
-            self.down.copy_(dense.down.weight.T)
-            self.bias.copy_(dense.down.bias)
-        self.fit_sketch()
-        whole = self.config.select == "active" or self.config.keep >= 1
-        self.fitted = "exact" if whole and dense.activation == self.activation else "closed-form"
+        from nogemm.layers.hire_fit import copy_dense
+
+        if copy_dense(self, dense):
+            self.fit_sketch()
+            whole = self.config.select == "active" or self.config.keep >= 1
+            self.fitted = "exact" if whole and dense.activation == self.activation else "closed-form"
         return self.fitted
 
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
-        """Copy the dense layer; fit sketch, static units and output bias to activations x.
+        """Copy the dense layer; fit sketch, static units and output bias to activations x (see `hire_fit`)."""
+        from nogemm.layers.hire_fit import fit_data
 
-        A low-rank sketch is whitened by them, the static units are those kept most often, and where neurons are left
-        out, the mean of what they would have said goes into the bias.
-        """
-        if self.fit_dense(dense) == "random":
-            return self.fitted
-        with torch.no_grad():
-            self.fit_sketch(x_ND)
-            if self.always.numel():
-                keys = selection_keys(F.linear(x_ND, *self.selector).float(), self.key, self.config.group)
-                fired_G = torch.bincount(top_indices(keys, self.kept).long().flatten(), minlength=keys.shape[1])
-                self.always.copy_(fired_G.topk(self.always.numel()).indices.sort().values)
-            if self.fitted != "exact":
-                sample = x_ND[:: max(1, len(x_ND) // _FIT_TOKENS)]
-                self.bias += (dense.tokens(sample) - self.tokens(sample)).mean(0)
+        if self.fit_dense(dense) != "random":
+            fit_data(self, dense, x_ND)
         return self.fitted
 
     def fit_sketch(self, x_ND: Tensor | None = None) -> None:
         """Fit a low-rank sketch to the weights as they are, whitened by activations x; others need no fit."""
-        reduce, lift = self.get_buffer_or_none("sketch_reduce"), self.get_buffer_or_none("sketch_lift")
-        if reduce is None or lift is None:
-            return
-        moment = None if x_ND is None else x_ND.double().T @ x_ND.double() / max(1, len(x_ND))
-        for buffer, value in zip((reduce, lift), low_rank_basis(self.selector[0], len(reduce), moment), strict=True):
-            buffer.copy_(value)
+        from nogemm.layers.hire_fit import fit_low_rank
+
+        fit_low_rank(self, x_ND)
 
     def measure(self, x: Tensor) -> HireReport:
         """Compare what the sketch finds with what exact arithmetic would keep, on tokens x [..., D]."""
