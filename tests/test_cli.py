@@ -20,10 +20,11 @@ FLAGS = {
     "convert": "--method --set --layers --data --tables --json",
     "distil": "--teacher --data --field --validation --run --resume --tokens --max-seconds --seed --set --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
+    "export": "--to --dtype --int8 --data --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --batch --against --cache --threads "
     "--rounds --seconds --checkpoint --site --seed --json",
-    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --threads --rounds --seconds "
-    "--seed --json",
+    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --exported --threads --rounds "
+    "--seconds --seed --json",
     "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
@@ -125,6 +126,21 @@ def test_convert_only_some_layers_and_store_int8(tiny, tmp_path):
     layers = nogemm.converted(AutoModel.from_pretrained(target))
     assert len(layers) == 1
     assert layers["encoder.layer.1"].state_dict()["tables"].dtype == torch.int8
+
+
+def test_export_writes_a_directory_for_openvino(tiny, tmp_path, capsys):
+    converted, target = tmp_path / "converted", tmp_path / "out"
+    small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", tiny, converted, *small) == 0
+    with pytest.warns(UserWarning, match="random"):
+        assert run("export", converted, target, "--dtype", "bf16", "--json", tmp_path / "e.json") == 0
+    assert json.loads((tmp_path / "e.json").read_text())["dtype"] == "bf16"
+    assert (target / "openvino_model.bin").is_file()
+    assert (target / "tokenizer.json").is_file()
+    assert "2 layers with bf16 rows, the rest float" in capsys.readouterr().out
+    assert "to='tvm'" in failed(capsys, "export", converted, target, "--to", "tvm")
+    assert "no converted FFN" in failed(capsys, "export", tiny, tmp_path / "other")
 
 
 @pytest.mark.parametrize(

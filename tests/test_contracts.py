@@ -24,6 +24,7 @@ ORDER = [
     {"projections"},
     {"layers"},
     {"convert", "hardware"},
+    {"export"},
     {"train", "bench"},
     {"cli", "demo"},
 ]

@@ -25,6 +25,7 @@ from nogemm.convert import (
 )
 from nogemm.cost import Cost
 from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
+from nogemm.export import ExportReport, export
 from nogemm.hardware.environment import env
 from nogemm.layers import (
     DenseConfig,
@@ -61,6 +62,7 @@ __all__ = [
     "DistilOptions",
     "DistilReport",
     "DtypeError",
+    "ExportReport",
     "HadamardChainConfig",
     "HireConfig",
     "LeafTreeConfig",
@@ -85,6 +87,7 @@ __all__ = [
     "decompress",
     "distil",
     "env",
+    "export",
     "importers",
     "layer_config",
     "pack",

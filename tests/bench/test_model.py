@@ -39,13 +39,20 @@ def test_ours_the_dense_model_and_the_ceiling_share_a_table(dense: str) -> None:
         shape=((2, 8),),
         against=("torch-fp32",),
         ceiling=("torch-fp32",),
+        exported=("openvino-f32",),
         threads=1,
         rounds=2,
         seconds=0.01,
     )
     result = run_model_bench(args, _min_rounds=2)
     rows = {row["contender"]: row for row in json.loads(json.dumps(result))["rows"]}
-    assert set(rows) == {"nogemm-fp32", "nogemm-fp32+inductor", "torch-fp32", "no-ffn+torch-fp32"}
+    assert set(rows) == {
+        "nogemm-fp32",
+        "nogemm-fp32+inductor",
+        "nogemm-fp32+openvino-f32",
+        "torch-fp32",
+        "no-ffn+torch-fp32",
+    }
     for row in rows.values():
         assert row["verified"] is True, row
         assert row["max_error"] < 1e-3
@@ -88,3 +95,5 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         run_model_bench(ModelBenchArgs(shape=()))
     with pytest.raises(ValueError, match="unknown contender 'gemm'"):
         run_model_bench(ModelBenchArgs(ceiling=("gemm",)))
+    with pytest.raises(ConfigError, match="--exported torch-fp32"):
+        run_model_bench(ModelBenchArgs(exported=("torch-fp32",)))

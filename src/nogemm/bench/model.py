@@ -17,6 +17,7 @@ from nogemm.hardware.cpu import usable_cores
 _KEYS = ("batch", "length")
 REMOVED = "no-ffn+"
 COMPILED = "+inductor"
+EXPORTED = "openvino-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class ModelBenchArgs:
         shape: (texts, tokens per text), one case each.
         against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
         ceiling: engines that also run the dense model with its FFNs removed.
+        exported: OpenVINO contenders whose precision ours is also exported to and run in.
         compiled: also time ours under inductor.
         threads, rounds, seconds, seed: as in `nogemm bench layer`.
     """
@@ -43,6 +45,7 @@ class ModelBenchArgs:
     shape: tuple[tuple[int, int], ...] = ((1, 16), (1, 128), (32, 128))
     against: tuple[str, ...] = peers.CONTENDERS
     ceiling: tuple[str, ...] = ("inductor-fp32", "openvino-int8")
+    exported: tuple[str, ...] = ("openvino-f32", "openvino-int8")
     compiled: bool = True
     threads: int = 0
     rounds: int = MIN_ROUNDS
@@ -65,7 +68,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 def run_model_bench(
     args: ModelBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
 ) -> dict[str, Any]:
-    """Verify and time the packed model, plain and under inductor, its dense contenders, and the model without FFNs.
+    """Verify and time the packed model, plain, compiled and exported, its dense contenders, and it without FFNs.
 
     Every call gets the next texts of the packaged sample, cut to the length asked for. A contender's pooled embeddings
     are compared with the fp32 eager model of the same weights before it is timed.
@@ -97,8 +100,11 @@ def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
     if not args.shape or min(min(shape) for shape in args.shape) < 1:
         raise ConfigError(f"--shape needs at least one pair of positive numbers, got {args.shape}")
     parse_set(layer_class(args.method), args.set)
-    for name in (*args.against, *args.ceiling):
+    for name in (*args.against, *args.ceiling, *args.exported):
         peers.missing(name)
+    for name in args.exported:
+        if not name.startswith(EXPORTED):
+            raise ConfigError(f"--exported {name}: ours is exported to OpenVINO alone: openvino-f32, -bf16 or -int8")
     return replace(args, threads=args.threads or usable_cores())
 
 
@@ -114,6 +120,16 @@ def _specs(args: ModelBenchArgs) -> list[Spec]:
         )
         for name in our_names(args.dtype)
         for compiled in ((False, True) if args.compiled else (False,))
+    ]
+    specs += [
+        Spec(
+            name=f"{name}+{host}",
+            factory="nogemm.bench.model_job:ExportedModelContender",
+            settings=ours | {"dtype": name.partition("-")[2], "rest": host.removeprefix(EXPORTED)},
+            missing=peers.missing(host),
+        )
+        for name in our_names(args.dtype)
+        for host in args.exported
     ]
     factory = "nogemm.bench.model_job:DenseModelContender"
     for removed, names in ((False, args.against), (True, args.ceiling)):

@@ -6,7 +6,9 @@ Legend: B texts, L tokens per text, D width.
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,6 +123,40 @@ class OurModelContender(_ModelContender):
         else:
             self.runner = EagerRunner(self.packed)
         return self._verify(self.reference, OUR_COSINES[self.settings["dtype"]])
+
+
+class ExportedModelContender(_ModelContender):
+    """The converted model as `nogemm export` writes it, read back and run by OpenVINO in the precision "rest"."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        from nogemm.export import export
+
+        model = our_model(settings)
+        self.reference = Encoder(model).eval().requires_grad_(False)
+        self.rest = settings["rest"]
+        self.folder = tempfile.TemporaryDirectory(prefix="nogemm-export-")
+        export(
+            model,
+            Path(self.folder.name) / "model",
+            dtype=settings["dtype"],
+            int8=self.rest == "int8",
+            tokenizer=load_tokenizer(settings["dense"]),
+            calibration=sample_texts(_TEXTS),
+        )
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        from nogemm.bench.peers.openvino_engine import compiled
+        from nogemm.export import openvino_host
+        from nogemm.export.export import MODEL
+        from nogemm.export.extension import LIBRARY
+
+        self._open(case)
+        folder = Path(self.folder.name) / "model"
+        core, graph = openvino_host.load(folder / MODEL, folder / LIBRARY)
+        self.runner = compiled(core, graph, self.rest, self._inputs(*self.case))
+        rest = "fp32" if self.rest == "f32" else self.rest
+        return self._verify(self.reference, min(OUR_COSINES[self.settings["dtype"]], DENSE_COSINES[rest]))
 
 
 def our_model(settings: dict[str, Any]) -> nn.Module:

@@ -25,6 +25,7 @@ app.command("env")(info.env)
 app.command("convert")(models.convert)
 app.command("distil")(models.distil)
 app.command("eval")(models.evaluate)
+app.command("export")(models.export)
 app.add_typer(bench.app, name="bench")
 app.command("report")(info.report)
 

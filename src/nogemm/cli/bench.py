@@ -78,6 +78,7 @@ def model(
     shape: Annotated[str, typer.Option(help="TEXTSxTOKENS, with commas.")] = "1x16,1x128,32x128",
     against: Against = None,
     ceiling: Annotated[str | None, typer.Option(help="Engines that also run the model without its FFNs.")] = None,
+    exported: Annotated[str | None, typer.Option(help="OpenVINO precisions that ours is exported to.")] = None,
     threads: Threads = 0,
     rounds: Rounds = 7,
     seconds: Seconds = 0.1,
@@ -88,7 +89,9 @@ def model(
     from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
 
     chosen: dict[str, Any] = {
-        name: words(text) for name, text in (("against", against), ("ceiling", ceiling)) if text is not None
+        name: words(text)
+        for name, text in (("against", against), ("ceiling", ceiling), ("exported", exported))
+        if text is not None
     }
     args = ModelBenchArgs(
         dense=dense,

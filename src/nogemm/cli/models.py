@@ -1,4 +1,4 @@
-"""Commands on models: `convert`, `distil`, `eval`. Models are transformers directories, before and after."""
+"""Commands on models: `convert`, `distil`, `eval`, `export`. Models are transformers directories, before and after."""
 
 from __future__ import annotations
 
@@ -132,6 +132,33 @@ def evaluate(
     ]
     print_table(["figure", "of", "value", "low", "high"], rows)
     finish({"kind": "quality", **result}, json)
+
+
+def export(
+    model: ModelArgument,
+    output: OutputArgument,
+    to: Annotated[str, typer.Option(help="The engine that will run it: openvino.")] = "openvino",
+    dtype: Annotated[str, typer.Option(help="Of the packed rows: fp32, bf16 or int8.")] = "int8",
+    int8: Annotated[bool, typer.Option("--int8", help="The engine's own part in int8, too.")] = False,
+    data: Annotated[str, typer.Option(help="Texts that int8 is calibrated on.")] = "sample",
+    json: Json = None,
+) -> None:
+    """Write the converted MODEL as a directory that another engine runs, its FFNs by our kernels."""
+    from dataclasses import asdict
+    from itertools import islice
+
+    import nogemm
+    from nogemm.bench.models import load_tokenizer
+    from nogemm.train.sources import texts
+
+    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    sample = list(islice(texts(data), 512))
+    report = nogemm.export(loaded, output, to=to, dtype=dtype, int8=int8, tokenizer=tokenizer, calibration=sample)
+    rest, size = "int8" if report.int8 else "float", f"{report.weight_bytes / 2**20:.0f} MiB"
+    print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {rest}, {size}")
+    print(f"mean cosine with the packed torch model {report.cosine:.5f}")
+    print(output)
+    finish(asdict(report), json)
 
 
 def distil_options(choices: dict[str, Any]) -> Any:

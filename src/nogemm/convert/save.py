@@ -6,7 +6,7 @@ import ctypes
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,18 +48,35 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
     """
     if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
         raise PackedError("save: the model is packed, for evaluation only; save before packing, or unpack it first")
+    needed = sum(value.numel() * value.element_size() for value in inner_model(model).state_dict().values())
+    replace_directory(path, lambda folder: _write(model, tokenizer, folder), caller="save", needed=needed)
+
+
+def replace_directory(
+    path: str | Path, write: Callable[[Path], None], *, caller: str, needed: int, carry_over: bool = True
+) -> None:
+    """Let `write` fill a temporary sibling of `path`, flush it, and exchange the two in one step of the file system.
+
+    Args:
+        caller: starts every message.
+        needed: bytes that will be written, at least.
+        carry_over: keep files of the old directory that `write` does not write, weights apart.
+    Raises:
+        CheckpointError: `path` is a file, another process writes it now, or writing failed; the old directory is
+            untouched.
+    """
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
-        raise CheckpointError(f"save: {path} is a file; give a directory")
+        raise CheckpointError(f"{caller}: {path} is a file; give a directory")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target):
+    with _locked(target, caller):
         _remove_leftovers(target)
         fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
         try:
             fresh.mkdir()
-            _check_space(model, target)
-            _write(model, tokenizer, fresh)
-            if target.exists():
+            _check_space(needed, target, caller)
+            write(fresh)
+            if carry_over and target.exists():
                 _carry_over(target, fresh)
             _flush(fresh)
             _exchange(fresh, target)
@@ -67,19 +84,18 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
             raise
         except Exception as error:  # safetensors reports a full disk as an error of its own, not as OSError
             raise CheckpointError(
-                f"save: could not write {path}: {error}. What was there before is untouched"
+                f"{caller}: could not write {path}: {error}. What was there before is untouched"
             ) from error
         finally:
             shutil.rmtree(fresh, ignore_errors=True)  # the new one after an error, the old one after an exchange
 
 
-def _check_space(model: nn.Module, target: Path) -> None:
+def _check_space(needed: int, target: Path, caller: str) -> None:
     """Refuse early: safetensors fills a memory map, and a disk that fills up under one kills the process."""
-    needed = sum(value.numel() * value.element_size() for value in inner_model(model).state_dict().values())
     free = shutil.disk_usage(target.parent).free
     if needed > free:
         raise CheckpointError(
-            f"save: the model needs {needed / 1e6:.1f} MB, {target.parent} has {free / 1e6:.1f} MB free. "
+            f"{caller}: the model needs {needed / 1e6:.1f} MB, {target.parent} has {free / 1e6:.1f} MB free. "
             "What was there before is untouched"
         )
 
@@ -96,7 +112,7 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[None]:
+def _locked(target: Path, caller: str) -> Iterator[None]:
     """Hold the lock of a path; the system releases it when the process dies."""
     if fcntl is None:
         yield
@@ -108,7 +124,7 @@ def _locked(target: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(handle)
-            raise CheckpointError(f"save: another process is saving to {target} now") from error
+            raise CheckpointError(f"{caller}: another process is saving to {target} now") from error
         try:
             current = os.stat(lock).st_ino == os.fstat(handle).st_ino
         except FileNotFoundError:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nogemm.bench.peers._base import Engine, Inputs, Runner
+from nogemm.export.openvino_host import quantise, quiet
 
 
 class OpenVinoRunner(Runner):
@@ -42,44 +39,26 @@ class OpenVinoEngine(Engine):
     def compile(self, module: nn.Module, example: Inputs, calibration: Sequence[Inputs]) -> Runner:
         import openvino
 
-        with _quiet():
+        with quiet():
             model = openvino.convert_model(module, example_input=example)
         if self.precision == "int8":
-            model = _quantise(model, calibration)
-        if self.static:
-            model.reshape({item: list(x.shape) for item, x in zip(model.inputs, example, strict=True)})
-        config = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "NUM_STREAMS": 1,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
-        }
-        return OpenVinoRunner(openvino.Core().compile_model(model, "CPU", config))
+            if not calibration:
+                raise ValueError("openvino-int8 is calibrated: at least one sample input is needed")
+            model = quantise(model, calibration)
+        return compiled(openvino.Core(), model, self.precision, example if self.static else None)
 
 
-def _quantise(model: Any, calibration: Sequence[Inputs]) -> Any:
-    with _quiet():
-        import nncf
-
-        samples = [{i: x.numpy() for i, x in enumerate(inputs)} for inputs in calibration]
-        if not samples:
-            raise ValueError("openvino-int8 is calibrated: at least one sample input is needed")
-        return nncf.quantize(
-            model, nncf.Dataset(samples), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(samples)
-        )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep progress bars and notices of the converters out of our output."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+def compiled(core: Any, model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner:
+    """Compile a graph for latency on torch's number of threads; `fixed` inputs make their shape the only one."""
+    if fixed is not None:
+        model.reshape({item: list(x.shape) for item, x in zip(model.inputs, fixed, strict=True)})
+    config = {
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+    }
+    return OpenVinoRunner(core.compile_model(model, "CPU", config))
 
 
 def make(precision: str) -> Engine:

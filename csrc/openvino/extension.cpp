@@ -1,0 +1,173 @@
+// The packed layers as an OpenVINO operator: compiled once against the OpenVINO that is installed, linked with the
+// torch-free kernels, loaded with ov::Core::add_extension.
+//
+// nogemm::PackedFFN(x [..., d], packed u8 [bytes]) -> y [..., d_out] in x's type. `packed` is the buffer that the packers
+// make, the same for every instruction set; see weights.h for where it is read. Work runs on OpenVINO's own threads:
+// evaluate() is called inside the task arena of the stream, and so is the loop below.
+#include <tbb/parallel_for.h>
+#include <tbb/task_arena.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <openvino/core/except.hpp>
+#include <openvino/core/extension.hpp>
+#include <openvino/core/op_extension.hpp>
+#include <openvino/op/constant.hpp>
+#include <openvino/op/op.hpp>
+#include <string>
+#include <vector>
+
+#include "lookup_pack.h"
+#include "tree_pack.h"
+#include "weights.h"
+
+extern "C" const char* nogemm_isa_error();  // dispatch.h, which knows the kernels
+
+namespace {
+
+// What a kind of packed layer answers to; see lookup_pack.h. A buffer is tried with each until one knows its header.
+struct Kind {
+  const char* (*check)(const void* packed, int64_t bytes, int64_t* d, int64_t* d_out);
+  int64_t (*workspace)(const void* packed, int64_t tokens, int64_t threads);
+  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                  void* workspace, const NogemmHost* host);
+};
+constexpr Kind kKinds[] = {
+    {nogemm_lookup_check, nogemm_lookup_workspace, nogemm_lookup_forward},
+    {nogemm_tree_check, nogemm_tree_workspace, nogemm_tree_forward},
+};
+
+constexpr int64_t kKept = int64_t{64} << 20;
+
+// Working memory of a calling thread, kept between calls: fresh pages cost more than the work on them.
+class Scratch {
+ public:
+  char* at_least(int64_t bytes) {
+    if (bytes > bytes_) {
+      bytes_ = 0;
+      const int64_t whole = (bytes + 63) / 64 * 64;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(whole))));
+      OPENVINO_ASSERT(memory_, "nogemm: no memory for ", whole, " bytes of scratch");
+      bytes_ = whole;
+    }
+    return memory_.get();
+  }
+  void trim() {
+    if (bytes_ <= kKept) return;
+    memory_.reset();
+    bytes_ = 0;
+  }
+
+ private:
+  struct Free {
+    void operator()(char* p) const { std::free(p); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t bytes_ = 0;
+};
+
+void run_on_tbb(void*, int64_t workers, void (*body)(int64_t worker, void* arg), void* arg) {
+  tbb::parallel_for(
+      int64_t{0}, workers, int64_t{1}, [=](int64_t w) { body(w, arg); }, tbb::static_partitioner{});
+}
+
+int64_t type_of(const ov::element::Type& type) {
+  if (type == ov::element::f32) return NOGEMM_X_FP32;
+  if (type == ov::element::bf16) return NOGEMM_X_BF16;
+  OPENVINO_ASSERT(type == ov::element::f16, "nogemm: x must be f32, bf16 or f16, got ", type);
+  return NOGEMM_X_FP16;
+}
+
+class PackedFFN : public ov::op::Op {
+ public:
+  OPENVINO_OP("PackedFFN", "nogemm");
+
+  PackedFFN() = default;
+  explicit PackedFFN(const ov::OutputVector& inputs, int64_t d_out) : Op(inputs), d_out_(d_out) {
+    constructor_validate_and_infer_types();
+  }
+
+  void validate_and_infer_types() override {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 2, "takes x and a packed layer, got ", get_input_size(), " inputs");
+    NODE_VALIDATION_CHECK(this, get_input_element_type(1) == ov::element::u8, "the packed layer must be u8");
+    if (const char* error = nogemm_isa_error()) NODE_VALIDATION_CHECK(this, false, error);
+    ov::PartialShape shape = get_input_partial_shape(0);
+    NODE_VALIDATION_CHECK(this, shape.rank().is_dynamic() || shape.size() > 0, "x must have a width, got a scalar");
+    // Here, when the model is read, rather than in the first inference: a dynamic graph may swallow what evaluate throws.
+    if (const auto layer = ov::as_type_ptr<ov::op::v0::Constant>(get_input_node_shared_ptr(1))) {
+      const int64_t d = check_constant(layer->get_data_ptr(), static_cast<int64_t>(layer->get_byte_size()));
+      if (shape.rank().is_static()) check_width(shape[shape.size() - 1], d);
+    }
+    if (shape.rank().is_static()) shape[shape.size() - 1] = d_out_;
+    set_output_type(0, get_input_element_type(0), shape);
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<PackedFFN>(inputs, d_out_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("d_out", d_out_);
+    return true;
+  }
+
+  bool has_evaluate() const override { return true; }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const ov::Tensor& x = inputs[0];
+    const char* packed = weights_.at(inputs[1].data(), static_cast<int64_t>(inputs[1].get_byte_size()));
+    int64_t d = 0;
+    const Kind& kind = kind_of(packed, static_cast<int64_t>(inputs[1].get_byte_size()), d);
+    ov::Shape shape = x.get_shape();
+    OPENVINO_ASSERT(!shape.empty(), "nogemm: x must have a width, got a scalar");
+    check_width(static_cast<int64_t>(shape.back()), d);
+    shape.back() = static_cast<size_t>(d_out_);
+    outputs[0].set_shape(shape);
+    const int64_t tokens = static_cast<int64_t>(x.get_size()) / d, threads = tbb::this_task_arena::max_concurrency();
+    thread_local Scratch scratch;
+    const NogemmHost host{threads, run_on_tbb, nullptr};
+    kind.forward(packed, x.data(), type_of(x.get_element_type()), d, outputs[0].data(), tokens,
+                 scratch.at_least(kind.workspace(packed, tokens, threads)), &host);
+    scratch.trim();
+    return true;
+  }
+
+ private:
+  const Kind& kind_of(const char* packed, int64_t bytes, int64_t& d) const {
+    std::string error;
+    for (const Kind& kind : kKinds) {
+      int64_t d_out = 0;
+      if (const char* wrong = kind.check(packed, bytes, &d, &d_out)) {
+        // A kind that does not know the header says no more than that; the one that does says what is wrong.
+        if (error.empty() || error.rfind("not a packed", 0) == 0) error = wrong;
+        continue;
+      }
+      OPENVINO_ASSERT(d_out == d_out_, "nogemm: the packed layer gives width ", d_out, ", d_out is ", d_out_);
+      return kind;
+    }
+    OPENVINO_THROW("nogemm: this library cannot run the packed layer of node ", get_friendly_name(), ": ", error);
+  }
+
+  // Width of x. Constants lie anywhere in a file, and a header is all that is looked at: an aligned copy of it will do.
+  int64_t check_constant(const void* packed, int64_t bytes) const {
+    alignas(64) char header[1024] = {};
+    std::memcpy(header, packed, static_cast<size_t>(bytes < 1024 ? bytes : 1024));
+    int64_t d = 0;
+    kind_of(header, bytes, d);
+    return d;
+  }
+
+  void check_width(const ov::Dimension& width, int64_t d) const {
+    OPENVINO_ASSERT(width.compatible(d), "nogemm: the packed layer takes width ", d, ", x has width ", width);
+  }
+
+  mutable nogemm::Weights weights_;
+  int64_t d_out_ = 0;
+};
+
+}  // namespace
+
+OPENVINO_CREATE_EXTENSIONS(
+    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<PackedFFN>>()}));

@@ -1,0 +1,105 @@
+"""OpenVINO as a host: from a traced model to an IR file whose FFNs are our operator."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.errors import NativeError
+from nogemm.export.traced import OPERATORS, HostModel
+
+OPERATOR = "PackedFFN"
+
+
+def check_installed(int8: bool) -> None:
+    """Say what to install, unless it is there.
+
+    Raises:
+        NativeError: openvino, or nncf with `int8`, is absent.
+    """
+    for package in ("openvino", "nncf") if int8 else ("openvino",):
+        if importlib.util.find_spec(package) is None:
+            raise NativeError(f"export: {package} is not installed: pip install 'nogemm[openvino]'")
+
+
+def convert(model: HostModel, example: tuple[Tensor, ...], extension: Path) -> Any:
+    """Trace a model and convert it to an ov.Model with dynamic batch and length."""
+    import openvino
+    from openvino.frontend.pytorch import ConversionExtension  # type: ignore[attr-defined]
+    from openvino.utils.node_factory import NodeFactory
+
+    factory = NodeFactory()
+    factory.add_extension(str(extension))
+
+    def translate(context: Any) -> Any:
+        d_out = int(context.get_values_from_const_input(2))
+        return factory.create(OPERATOR, [context.get_input(0), context.get_input(1)], {"d_out": d_out}).outputs()
+
+    extensions = [ConversionExtension(f"nogemm::{name}", translate) for name in OPERATORS.values()]
+    with quiet(), torch.no_grad():
+        trace = torch.jit.trace(model, example, check_trace=False, strict=False)
+        graph = openvino.convert_model(trace, example_input=example, extension=extensions)
+    for item, name in zip(graph.inputs, model.input_names, strict=True):
+        item.get_tensor().set_names({name})
+    graph.outputs[0].get_tensor().set_names({model.output_name})
+    graph.reshape(dict.fromkeys(range(len(graph.inputs)), openvino.PartialShape([-1, -1])))
+    return graph
+
+
+def quantise(graph: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
+    """Quantise a graph to int8 by NNCF, activation ranges taken from sample inputs."""
+    with quiet():
+        import nncf
+
+        rows = [{i: x.numpy() for i, x in enumerate(inputs)} for inputs in samples]
+        return nncf.quantize(graph, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
+
+
+def save(graph: Any, path: Path) -> None:
+    """Write .xml and .bin; float weights stay float32."""
+    import openvino
+
+    openvino.save_model(graph, str(path), compress_to_fp16=False)
+
+
+def load(path: Path, extension: Path) -> tuple[Any, Any]:
+    """Read a saved graph as a user would; returns the core and the model."""
+    import openvino
+
+    core = openvino.Core()
+    core.add_extension(str(extension))
+    return core, core.read_model(str(path))
+
+
+def compare(path: Path, extension: Path, model: nn.Module, example: tuple[Tensor, ...]) -> float:
+    """Return the mean cosine between the saved graph's output vectors and the torch model's, padding left out."""
+    core, graph = load(path, extension)
+    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = torch.from_numpy(compiled([x.numpy() for x in example])[0].copy())
+    with torch.inference_mode():
+        expected = model(*example)
+    seen = example[1].bool()
+    cosine = nn.functional.cosine_similarity(found[seen].double(), expected[seen].double(), dim=-1)
+    return float(cosine.mean())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and notices of the converters out of our output."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

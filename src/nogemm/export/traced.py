@@ -1,0 +1,114 @@
+"""A converted model as a host takes it: token tensors in, one tensor out, a bare op in place of each packed FFN.
+
+Legend: B texts, L tokens per text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.convert.fitted import warn_if_random
+from nogemm.convert.sites import inner_model, installed
+from nogemm.errors import ConfigError, PackedError
+from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
+
+# Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
+OPERATORS: dict[type[FFN], str] = {LookupFFN: "packed_lookup", TreeFFN: "packed_tree"}
+# Layers that are plain torch and need no operator.
+_PLAIN = (DenseFFN, NoFFN)
+_INPUTS = ("input_ids", "attention_mask")
+_OUTPUTS = ("logits", "last_hidden_state")
+
+
+class Operator(nn.Module):
+    """A packed layer without its checks, which a trace would record."""
+
+    def __init__(self, op: str, packed: Tensor, d_out: int) -> None:
+        super().__init__()
+        self.register_buffer("packed", packed, persistent=True)
+        self.op = getattr(torch.ops.nogemm, op)
+        self.d_out = d_out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x, self.packed, self.d_out)
+
+
+class HostModel(nn.Module):
+    """A model with positional inputs and one output tensor, its packed layers as bare ops.
+
+    Attributes:
+        input_names, output_name: what the host's tensors are called.
+        vocabulary, longest: token ids are below the first, texts are at most the second long.
+    """
+
+    def __init__(self, model: nn.Module, output_name: str) -> None:
+        super().__init__()
+        self.model = model
+        self.input_names = _INPUTS
+        self.output_name = output_name
+        config: Any = model.config
+        self.vocabulary = int(config.vocab_size)
+        self.longest = int(getattr(config, "max_position_embeddings", None) or 512)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return getattr(_call(self.model, input_ids, attention_mask), self.output_name)
+
+
+def check_exportable(model: nn.Module, dtype: str) -> list[str]:
+    """Return the names of the sites that will run our operator, or say what cannot be exported.
+
+    Raises:
+        ConfigError: no converted FFN, a layer that no host runs, inputs that are not token ids, an unknown dtype.
+        PackedError: packed already, or in training mode.
+    """
+    if dtype not in PACK_DTYPES:
+        raise ConfigError(f"export: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
+    layers = installed(model)
+    if not layers:
+        raise ConfigError("export: the model has no converted FFN; run nogemm.convert first")
+    if any(isinstance(layer, PackedFFN) for layer in layers.values()):
+        raise PackedError("export: the model is packed; export the unpacked model, it is packed on the way")
+    inner = inner_model(model)
+    if inner.training or any(layer.training for layer in layers.values()):
+        raise PackedError("export: the model is in training mode; call model.eval() first")
+    known = ", ".join(kind.__name__ for kind in (*OPERATORS, *_PLAIN))
+    for name, layer in layers.items():
+        if not isinstance(layer, (*OPERATORS, *_PLAIN)):
+            raise ConfigError(f"export: {name} is a {type(layer).__name__}; the host runs {known}")
+    taken = inspect.signature(inner.forward).parameters
+    if any(name not in taken for name in _INPUTS) or getattr(inner.config, "is_encoder_decoder", False):
+        raise ConfigError(f"export: {type(inner).__name__} does not take {' and '.join(_INPUTS)} alone")
+    warn_if_random(model, "export")
+    return [name for name, layer in layers.items() if isinstance(layer, tuple(OPERATORS))]
+
+
+def host_model(model: nn.Module, dtype: str) -> HostModel:
+    """Pack the layers of a model in place, one at a time, and wrap it."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for name, layer in installed(model).items():
+        if isinstance(layer, _PLAIN):
+            continue
+        assert isinstance(layer, FFN)
+        packed = layer.pack(dtype)
+        if not getattr(packed, "native", False):
+            raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
+        operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
+        model.set_submodule(paths[id(layer)], operator)
+    model.requires_grad_(False)
+    ids = torch.zeros(1, 2, dtype=torch.long)
+    with torch.inference_mode():
+        found = _call(model, ids, torch.ones_like(ids))
+    names = [name for name in _OUTPUTS if isinstance(getattr(found, name, None), Tensor)]
+    if not names:
+        raise ConfigError(f"export: {type(model).__name__} returns neither {' nor '.join(_OUTPUTS)}")
+    return HostModel(model, names[0]).eval()
+
+
+def _call(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+    caches = "use_cache" in inspect.signature(model.forward).parameters
+    more = {"use_cache": False} if caches else {}
+    return model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
