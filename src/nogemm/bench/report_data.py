@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.tables import TextTable, methods_table, projections_table
+from nogemm.bench.tables import TextTable, hire_recall_table, methods_table, projections_table
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -277,4 +277,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "demo": _read_demo,
     "methods": lambda data, results: results.tables.append(methods_table(data)),
     "projections": lambda data, results: results.tables.append(projections_table(data)),
+    "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
 }

@@ -67,3 +67,17 @@ def projections_table(result: Mapping[str, Any]) -> TextTable:
         rows=rows,
         hint=f"Relative squared error of the best fit to a Gaussian matrix of width {result['settings']['d']}.",
     )
+
+
+def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `python -m nogemm.bench.hire_recall` measured."""
+    rows = []
+    for row in result["rows"]:
+        shares = [f"{row[name]:.4f}" for name in ("recall", "energy", "dense_energy", "computed", "kept")]
+        rows.append([f"site {row['site']}", row["sketch"], f"{row['oversample']:g}", *shares])
+    return TextTable(
+        title="Recall of HireFFN",
+        head=["layer", "sketch", "oversample", "recall", "energy", "of dense", "computed", "kept"],
+        rows=rows,
+        hint=f"Layers of {result['settings']['checkpoint']}, each on {result['settings']['tokens']} of its own tokens.",
+    )

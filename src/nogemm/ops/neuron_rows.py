@@ -55,11 +55,9 @@ def neuron_dot_backward_reference(
     """Return the gradients of x, rows and bias: weighted sums of rows, of tokens, and of the weights themselves."""
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     weight_NP = grad_NP.masked_fill(index_NP < 0, 0.0).to(wide)
-    bias_R = torch.zeros(rows.shape[:-1].numel(), dtype=wide, device=x_ND.device)
-    bias_R.index_add_(0, _named(index_NP).flatten(), weight_NP.flatten())
     grad_x = neuron_sum_reference(weight_NP, index_NP, rows)
-    grad_rows = neuron_outer_reference(weight_NP, index_NP, x_ND.to(wide), len(bias_R)).view(rows.shape)
-    return grad_x.to(x_ND.dtype), grad_rows.to(rows.dtype), bias_R.to(rows.dtype)
+    grad_rows = neuron_outer_reference(weight_NP, index_NP, x_ND.to(wide), rows.shape[:-1].numel()).view(rows.shape)
+    return grad_x.to(x_ND.dtype), grad_rows.to(rows.dtype), _bias_gradient(grad_NP, index_NP, rows)
 
 
 def neuron_sum_reference(weight_NP: Tensor, index_NP: Tensor, rows: Tensor) -> Tensor:
@@ -186,10 +184,16 @@ def dot_gradients(
         native = has_native_kernel(x_ND)
         run = torch.ops.nogemm.neuron_dot_backward if native else neuron_dot_backward_reference
         return run(grad_NP.contiguous(), x_ND, index_NP, rows)
-    one_N1 = torch.ones_like(x_ND[:, :1])
     grad_x = neuron_sum(grad_NP, index_NP, rows)
-    grad_bias = row_gradient(grad_NP, index_NP, one_N1, flat_rows(rows)[:, :1], False).flatten()
-    return grad_x, row_gradient(grad_NP, index_NP, x_ND, rows, True), grad_bias
+    return grad_x, row_gradient(grad_NP, index_NP, x_ND, rows, True), _bias_gradient(grad_NP, index_NP, rows)
+
+
+def _bias_gradient(grad_NP: Tensor, index_NP: Tensor, rows: Tensor) -> Tensor:
+    """Add up the gradients of each row's dots, [R]."""
+    wide = torch.promote_types(grad_NP.dtype, torch.float32)
+    bias_R = torch.zeros(rows.shape[:-1].numel(), dtype=wide, device=grad_NP.device)
+    bias_R.index_add_(0, _named(index_NP).flatten(), grad_NP.masked_fill(index_NP < 0, 0.0).to(wide).flatten())
+    return bias_R.to(rows.dtype)
 
 
 def _dot_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, bool], output: Tensor) -> None:
