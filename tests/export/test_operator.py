@@ -116,6 +116,39 @@ def test_one_file_runs_on_every_instruction_set(dtype: str, library: Path, tmp_p
         ops.set_isa(before)
 
 
+RESIDENT = """
+import re, sys, numpy, openvino
+
+def resident():
+    blocks = re.split(r"\\n(?=[0-9a-f]+-[0-9a-f]+ )", open("/proc/self/smaps").read())
+    mine = [block for block in blocks if block.splitlines()[0].endswith("m.bin")]
+    return sum(int(re.search(r"Rss: +(\\d+)", block)[1]) for block in mine) * 1024
+
+core = openvino.Core()
+core.add_extension(sys.argv[2])
+model = core.read_model(sys.argv[1])
+packed = next(node for node in model.get_ops() if node.get_type_name() == "Constant")
+packed.data.max()
+before = resident()
+compiled = core.compile_model(model, "CPU")
+compiled([numpy.ones((1, 1, int(sys.argv[3])), numpy.float32)])
+print(before, resident(), packed.data.size)
+"""
+
+
+def test_weights_are_in_memory_once(library: Path, tmp_path: Path) -> None:
+    """The operator copies a layer out of the mapped file, whose pages then are not this process's any more."""
+    config = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(rounds=1, block=16))
+    packed = config.build(D, 256).eval().pack("fp32").get_buffer("packed").numpy()
+    openvino.save_model(graph(packed, library, d_out=256), tmp_path / "m.xml", compress_to_fp16=False)
+    words = [sys.executable, "-c", RESIDENT, str(tmp_path / "m.xml"), str(library), str(D)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    before, after, size = (int(word) for word in done.stdout.split())
+    assert size > 16 << 20
+    assert before > 0.9 * size
+    assert after < 0.1 * size
+
+
 def test_an_unknown_instruction_set_is_named(library: Path, tmp_path: Path) -> None:
     layer = packed_layer("lookup", "fp32")
     openvino.save_model(graph(layer.get_buffer("packed").numpy(), library), tmp_path / "m.xml", compress_to_fp16=False)
