@@ -28,6 +28,7 @@ FLAGS = {
     "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
+    "bench lsh": "--model --site --bits --tables --learned-tables --top --tokens --draws --steps --seed --json",
     "report": "--output -o --title --json",
 }
 

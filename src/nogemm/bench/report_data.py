@@ -1,8 +1,8 @@
 """Read result files into the rows that the report draws.
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
-embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods" and "projections" (a table
-each). A file without a kind is told by its rows.
+embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
+table each). A file without a kind is told by its rows.
 Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.tables import TextTable, hire_recall_table, methods_table, projections_table
+from nogemm.bench.tables import TextTable, hire_recall_table, lsh_table, methods_table, projections_table
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -278,4 +278,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "methods": lambda data, results: results.tables.append(methods_table(data)),
     "projections": lambda data, results: results.tables.append(projections_table(data)),
     "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
+    "lsh": lambda data, results: results.tables.append(lsh_table(data)),
 }

@@ -81,3 +81,28 @@ def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
         rows=rows,
         hint=f"Layers of {result['settings']['checkpoint']}, each on {result['settings']['tokens']} of its own tokens.",
     )
+
+
+def lsh_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench lsh` found: a line per hash or sketch."""
+    top = [str(x) for x in result["settings"]["top"]]
+    rows = []
+    for case in result["cases"]:
+        for row in case["rows"]:
+            figures = [f"{100 * share:.1f}" for share in row["found"].values()]
+            costs = [f"{row['flops'] / 1000:.0f}", f"{row['bytes'] / 1024:.0f}"]
+            rows.append([f"{case['case']}: {_searcher(row)}", *figures, f"{100 * row['computed']:.1f}", *costs])
+        dense = case["dense"]
+        everything = ["100.0"] * (len(top) + 1)
+        costs = [f"{dense['flops'] / 1000:.0f}", f"{dense['bytes'] / 1024:.0f}"]
+        rows.append([f"{case['case']}: all products", *everything, *costs])
+    head = ["search", *(f"top {x} found %" for x in top), "looked at %", "kFLOP", "KiB"]
+    hint = "Share of a token's strongest neurons among those looked at; cost per token of choosing and computing them."
+    return TextTable(title="Finding the strongest neurons", head=head, rows=rows, hint=hint)
+
+
+def _searcher(row: Mapping[str, Any]) -> str:
+    if "tables" in row:
+        return f"{row['method']} hashes, {row['bits']} bits, {row['tables']} tables"
+    rank = "" if row["rank"] is None else f" {row['rank']}"
+    return f"{row['method'].replace('_', ' ')}{rank} sketch, {row['candidates']} candidates"

@@ -1,4 +1,4 @@
-"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, and `bench projections`."""
+"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `bench projections` and `lsh`."""
 
 from __future__ import annotations
 
@@ -171,6 +171,43 @@ def projections(
     table = projections_table(result)
     print_table(table.head, table.rows)
     finish({"kind": "projections", **result}, json)
+
+
+@app.command("lsh")
+def lsh(
+    model: Annotated[str, typer.Option(help="Directory of a dense model.")] = "all-MiniLM-L6-v2",
+    site: Annotated[int, typer.Option(help="Which of its FFNs.")] = 3,
+    bits: Annotated[str, typer.Option(help="Bits per table, with commas.")] = "4,6,8",
+    tables: Annotated[str, typer.Option(help="Tables of random hashes, with commas.")] = "1,2,4,8,16,32,64,128,256",
+    learned_tables: Annotated[str, typer.Option(help="Tables of learned hashes, with commas.")] = "1,4,16,64",
+    top: Annotated[str, typer.Option(help="How many strongest neurons are searched, with commas.")] = "1,16,77",
+    tokens: Annotated[int, typer.Option(help="Tokens of the test split that search.")] = 2048,
+    draws: Annotated[int, typer.Option(help="Of random hashes, averaged.")] = 3,
+    steps: Annotated[int, typer.Option(help="Of training for each learned hash.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of hashes, training and the Gaussian layer.")] = 0,
+    json: Json = None,
+) -> None:
+    """Count the strongest neurons that hashes and sketches find, and what finding them costs."""
+    from nogemm.bench.lsh import LshBenchArgs, run_lsh_bench
+    from nogemm.bench.tables import lsh_table
+
+    args = LshBenchArgs(
+        model=model,
+        site=site,
+        bits=integers("--bits", bits),
+        tables=integers("--tables", tables),
+        learned_tables=integers("--learned-tables", learned_tables),
+        top=integers("--top", top),
+        tokens=tokens,
+        draws=draws,
+        steps=steps,
+        seed=seed,
+    )
+    result = run_lsh_bench(args, note=progress)
+    clear_progress()
+    table = lsh_table(result)
+    print_table(table.head, table.rows)
+    finish({"kind": "lsh", **result}, json)
 
 
 def words(text: str) -> tuple[str, ...]:

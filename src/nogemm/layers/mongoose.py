@@ -104,6 +104,11 @@ class MongooseFFN(HashedNeurons):
     def neuron_codes(self) -> Tensor:
         return self.get_buffer("codes")
 
+    def rebuild_if_moved(self) -> None:
+        """Rebuild the tables if more than `rebuild` of the hash bits have changed; every time, where it is 0."""
+        if self.config.faithful or self.config.rebuild == 0 or self.changed() > self.config.rebuild:
+            self.build_tables()
+
     def changed(self) -> float:
         """Return the share of hash bits in which the neurons differ from the tables."""
         different_FT = self.hash_neurons() ^ self.neuron_codes()
@@ -113,8 +118,8 @@ class MongooseFFN(HashedNeurons):
     def tokens(self, x_ND: Tensor) -> Tensor:
         v_ND = x_ND if self.norm is None else self.norm(x_ND)
         learning = torch.is_grad_enabled() and self.planes.requires_grad
-        if learning and (self.config.faithful or self.config.rebuild == 0 or self.changed() > self.config.rebuild):
-            self.build_tables()
+        if learning:
+            self.rebuild_if_moved()
         y_ND = self.masked(v_ND, self.retrieved(v_ND))
         if learning and self.config.triplet_weight > 0 and v_ND.shape[0]:
             return attach_loss(y_ND, self.config.triplet_weight * self.triplet_loss(v_ND))
