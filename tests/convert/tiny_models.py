@@ -92,6 +92,11 @@ FAMILIES: dict[str, Family] = {
         tf.AutoModelForMaskedLM,
         _names("roberta.encoder.layer.{}"),
     ),
+    "roberta-prelayernorm": Family(
+        lambda: tf.RobertaPreLayerNormForMaskedLM(tf.RobertaPreLayerNormConfig(**_BERT)),
+        tf.AutoModelForMaskedLM,
+        _names("roberta_prelayernorm.encoder.layer.{}"),
+    ),
     "electra": Family(
         lambda: tf.ElectraForPreTraining(tf.ElectraConfig(**_BERT, embedding_size=8)),
         tf.AutoModelForPreTraining,

@@ -30,6 +30,13 @@ _SPLIT = SiteAdapter(
     down="output.dense",
     put="intermediate",
 )
+# The same with LayerNorm in front: it stays in the first module, so our layer takes the matrix's place in there.
+_SPLIT_PRE_NORM = SiteAdapter(
+    up="intermediate.dense",
+    activation="intermediate.intermediate_act_fn",
+    down="output.dense",
+    put="intermediate.dense",
+)
 # fc1 and fc2 inline in the decoder layer, which also flattens to [tokens, width] and adds dropout and residual.
 _INLINE = SiteAdapter(up="fc1", activation="activation_fn", down="fc2", put="fc1")
 _GATED = SiteAdapter(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
@@ -55,6 +62,7 @@ GROUPS: dict[SiteAdapter, tuple[str, ...]] = {
         "SplinterLayer",
         "RoCBertLayer",
     ),
+    _SPLIT_PRE_NORM: ("RobertaPreLayerNormLayer",),
     _INLINE: ("OPTDecoderLayer",),
     _GATED: (
         "LlamaMLP",
