@@ -91,6 +91,17 @@ def test_not_finite_tokens_stay_alone(isa: str, dtype: str) -> None:
         check_equal(case.name, y[keep], clean[keep])
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_large_outputs_hold_what_small_calls_give(threads: int) -> None:
+    # Above 8 MiB y's pages are fetched beforehand, several threads share the blocks of a chunk, and there are chunks.
+    layer = LookupConfig(tables=3, bits=4).build(520).eval()
+    packed = layer.pack("fp32")
+    x_ND = torch.randn(9_001, 520)
+    torch.set_num_threads(threads)
+    parts_ND = torch.cat([packed(part_ND) for part_ND in x_ND.split(1_500)])
+    check_equal(f"{threads} threads", packed(x_ND), parts_ND)
+
+
 @pytest.mark.parametrize("storage", ["bf16", "int8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_compressed_layers_pack_as_they_are(dtype: str, storage: str) -> None:
