@@ -10,6 +10,8 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <ctime>
+#include <fstream>
 #include <random>
 #include <string>
 
@@ -27,6 +29,24 @@ struct Options {
   const char* json = nullptr;
   Shape shape{768, 768, 1, 12, 0, NOGEMM_TREE_GELU, true, false};
 };
+
+constexpr int kSeed = 1;  // of the weights; tokens have the next one
+
+// The processor's name, as Linux gives it.
+std::string cpu_name() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos)
+      return line.substr(line.find(": ") + 2);
+  return "unknown";
+}
+
+std::string today() {
+  const std::time_t now = std::time(nullptr);
+  char text[16];
+  std::strftime(text, sizeof text, "%Y-%m-%d", std::gmtime(&now));
+  return text;
+}
 
 double now_us() {
   return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch())
@@ -76,9 +96,10 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, int64_t mode,
         json,
         "{\"contender\": \"kernel-%s\", \"isa\": \"%s\", \"trees\": %d, \"depth\": %d, \"d\": %d, \"batch\": "
         "%d, "
-        "\"cache\": \"%s\", \"threads\": %d, \"us_median\": %.3f, \"us_p10\": %.3f, \"us_p90\": %.3f}\n",
+        "\"cache\": \"%s\", \"threads\": %d, \"us_median\": %.3f, \"us_p10\": %.3f, \"us_p90\": %.3f, "
+        "\"cpu\": \"%s\", \"compiler\": \"%s\", \"seed\": %d, \"date\": \"%s\"}\n",
         names[mode], nogemm_isa(), int(s.trees), int(s.levels - 1), int(s.d), int(batch), cache,
-        int(o.threads), median, p10, p90);
+        int(o.threads), median, p10, p90, cpu_name().c_str(), __VERSION__, kSeed, today().c_str());
 }
 
 }  // namespace
@@ -104,8 +125,8 @@ int main(int argc, char** argv) {
     }
   }
   FILE* json = o.json == nullptr ? nullptr : std::fopen(o.json, "a");
-  const Model model = make_model(o.shape, 1);
-  const std::vector<float> sample = normal(2, static_cast<size_t>(64 * o.shape.d), 1.0f);
+  const Model model = make_model(o.shape, kSeed);
+  const std::vector<float> sample = normal(kSeed + 1, static_cast<size_t>(64 * o.shape.d), 1.0f);
   for (int64_t mode = 0; mode < 3; ++mode) {
     if (o.only_mode >= 0 && mode != o.only_mode) continue;
     std::vector<Buffer> layers;
