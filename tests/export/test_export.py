@@ -19,8 +19,6 @@ from nogemm.convert.sites import installed
 from nogemm.export import extension
 from nogemm.export.traced import host_model
 
-openvino = pytest.importorskip("openvino")
-
 ROOT = Path(__file__).resolve().parents[2]
 FILES = {
     "README.md",
@@ -119,7 +117,6 @@ def test_forced_instruction_sets_compute_the_same(converted: Any, tmp_path: Path
 
 
 def test_int8_stays_close(converted: Any, tokenizer: Any, tmp_path: Path) -> None:
-    pytest.importorskip("nncf")
     report = nogemm.export(converted, tmp_path / "out", int8=True, tokenizer=tokenizer, calibration=TEXTS)
     assert 0.9 < report.cosine < 0.99999  # it is int8, and not much worse for it
     assert "nncf" in report.versions

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import torch
 
 import nogemm
 from nogemm import ops
-
-openvino = pytest.importorskip("openvino")
 
 D, D_OUT = 40, 24
 LOOKUP = nogemm.LookupConfig(tables=8, bits=5, projection=nogemm.BHConfig(rounds=2, block=16))
@@ -40,7 +39,7 @@ def graph(packed: np.ndarray, library: Path, *, d_out: int = D_OUT, width: int =
     factory.add_extension(str(library))
     x = ov.parameter([-1, -1, width], np.float32, name="x")
     node = factory.create("PackedFFN", [x.output(0), ov.constant(packed).output(0)], {"d_out": d_out})
-    return openvino.Model([node.output(0)], [x], "operator")
+    return openvino.Model([node.output(0)], [x], "operator")  # type: ignore[misc]
 
 
 def compile_model(model: Any, threads: int = 1) -> Any:
