@@ -131,6 +131,41 @@ void unions(int64_t tokens, int64_t tables, int64_t width, std::mt19937& rng) {
   expect(mask != other, "bucket union: control: another mask passed");
 }
 
+// One optimiser step against double precision; the rows that are not named stay.
+void adam(int64_t width, std::mt19937& rng) {
+  const int64_t rows = 6;
+  const int32_t index[] = {4, 1, 3};
+  Buffer p = normal(rng, nogemm::kF32, rows * width), m = normal(rng, nogemm::kF32, rows * width),
+         v = normal(rng, nogemm::kF32, rows * width), g = normal(rng, nogemm::kF32, 3 * width);
+  for (int64_t i = 0; i < rows * width; ++i) v.set(i, std::fabs(v[i]));
+  const float arrears[] = {1.0f, 0.0f, 0.9f, 0.99f, 0.98f, 0.003f, 0.7f, 0.9f, 0.9f, 0.01f, 0.5f, 0.8f};
+  const nogemm::RowAdam a{p.as<float>(), m.as<float>(), v.as<float>(), index, g.as<float>(), arrears, width,
+                          0.9f,          0.99f,         0.002f,        1.1f,  1e-6f,         0.97f};
+  std::vector<Expected> mean, square, param;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < width; ++c) {
+      const int64_t named = std::find(index, index + 3, r) - index, at = r * width + c;
+      Expected em{m[at], 0}, ev{v[at], 0}, ep{p[at], 0};
+      if (named < 3) {
+        const float* due = arrears + 4 * named;
+        const double gi = g[named * width + c];
+        em = ev = ep = Expected{0, 0};
+        em.add(static_cast<double>(due[2]) * m[at]), em.add((1.0f - a.beta1) * gi);
+        ev.add(static_cast<double>(due[3]) * v[at]), ev.add((1.0f - a.beta2) * gi * gi);
+        const double keep = a.keep, late = due[1] * (m[at] / (std::sqrt(static_cast<double>(v[at])) + a.eps));
+        ep.add(keep * due[0] * p[at]), ep.add(-keep * late);
+        ep.add(-a.step * em.value / (a.root * std::sqrt(ev.value) + a.eps));
+        ep.magnitude += a.step * em.magnitude / (a.root * std::sqrt(ev.value) + a.eps);
+      }
+      mean.push_back(em), square.push_back(ev), param.push_back(ep);
+    }
+  nogemm::kernels().neuron.adam(a, 1, 3);
+  nogemm::kernels().neuron.adam(a, 0, 1);
+  const std::string name = text("row adam D ", width);
+  expect(matches(m, mean, 4) && matches(v, square, 4) && matches(p, param, 16), name);
+  control(m, mean, 4, name), control(v, square, 4, name), control(p, param, 16, name);
+}
+
 }  // namespace
 
 void neuron_rows_tests() {
@@ -143,4 +178,5 @@ void neuron_rows_tests() {
   unions(1, 1, 1, rng);
   unions(5, 3, 37, rng);
   unions(3, 16, 1025, rng);
+  for (const int64_t width : {1, 7, 64, 131}) adam(width, rng);
 }

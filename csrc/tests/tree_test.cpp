@@ -65,9 +65,55 @@ void refusals() {
   check::expect(nogemm_tree_pack_size(&bad) == -1, "an unknown mode is refused");
 }
 
+// The training kernel: visited nodes and their z. Beside a sign too close to call both ways are right, so the
+// walk follows the kernel's own path and holds each step against what z says.
+void descent(nogemm::Dtype dtype, int64_t tokens, int64_t trees, int64_t levels, int64_t width, bool extras,
+             std::mt19937& rng) {
+  const int64_t per_tree = (int64_t{1} << levels) - 1, visits = tokens * trees * levels;
+  check::Buffer x = check::normal(rng, dtype, tokens * width),
+                rows = check::normal(rng, dtype, trees * per_tree * width),
+                bias = check::normal(rng, dtype, trees * per_tree),
+                bar = check::normal(rng, dtype, trees * per_tree), z(dtype, visits);
+  std::vector<int32_t> nodes(static_cast<size_t>(visits) + 1, -7);
+  const nogemm::TreeShape shape{tokens, trees, levels, width};
+  for (const auto& range : {std::pair<int64_t, int64_t>{tokens / 2, tokens}, {0, tokens / 2}})
+    nogemm::kernels().tree.descend[dtype](shape, x.data(), rows.data(), extras ? bias.data() : nullptr,
+                                          extras ? bar.data() : nullptr, z.data(), nodes.data(), range.first,
+                                          range.second);
+  std::vector<check::Expected> want(static_cast<size_t>(visits));
+  const std::string name =
+      check::text("descent N ", tokens, " K ", trees, " L ", levels, " D ", width, " dtype ", int{dtype});
+  int64_t lost = 0;
+  for (int64_t at = 0; at < visits; ++at) {
+    const int64_t n = at / levels / trees, k = at / levels % trees, level = at % levels;
+    const int64_t row = nodes[static_cast<size_t>(at)], node = row - k * per_tree;
+    const bool inside = node >= (int64_t{1} << level) - 1 && node < (int64_t{2} << level) - 1;
+    lost += !inside;
+    if (!inside) continue;
+    check::Expected& e = want[static_cast<size_t>(at)];
+    for (int64_t c = 0; c < width; ++c) e.add(static_cast<double>(rows[row * width + c]) * x[n * width + c]);
+    if (extras) e.add(bias[row]);
+    if (level + 1 == levels) continue;
+    const double margin = e.value - (extras ? bar[row] : 0.0f);
+    const int64_t right = nodes[static_cast<size_t>(at) + 1] - k * per_tree - 2 * node - 1;
+    const bool close = std::fabs(margin) <= std::ldexp(static_cast<double>(width + 8), -24) * e.magnitude;
+    lost += !(right == 0 || right == 1) || (!close && right != (margin > 0 ? 1 : 0));
+  }
+  check::expect(lost == 0 && nodes.back() == -7, name + ": path");
+  check::expect(check::matches(z, want, width + 1), name + ": z");
+  check::control(z, want, width + 1, name + ": z");
+}
+
 }  // namespace
 
 void tree_tests() {
+  std::mt19937 rng(17);
+  for (const nogemm::Dtype dtype : {nogemm::kF32, nogemm::kBF16})
+    for (const bool extras : {false, true}) {
+      descent(dtype, 1, 1, 1, 1, extras, rng);
+      descent(dtype, 11, 3, 4, 37, extras, rng);
+      descent(dtype, 9, 2, 6, 192, extras, rng);
+    }
   refusals();
   for (const Shape& s : kShapes)
     for (const int64_t mode : {NOGEMM_TREE_FP32, NOGEMM_TREE_BF16, NOGEMM_TREE_INT8}) packed(s, mode);
