@@ -32,6 +32,8 @@ const Level kLevels[] = {
 #if defined(NOGEMM_X86)
     {&avx2::kTable, has_avx2},        {&avx512::kTable, has_avx512},
     {&avx512_vnni::kTable, has_vnni}, {&avx512_bf16::kTable, has_bf16},
+#elif defined(NOGEMM_AARCH64)
+    {&neon::kTable, always},
 #endif
 };
 

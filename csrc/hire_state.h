@@ -29,6 +29,8 @@ struct Phases {
     while (done[phase].load(std::memory_order_acquire) < pieces) {
 #if defined(__x86_64__)
       __builtin_ia32_pause();
+#elif defined(__aarch64__)
+      asm volatile("yield");
 #endif
     }
   }

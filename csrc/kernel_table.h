@@ -186,5 +186,8 @@ extern const KernelTable kTable;
 namespace avx512_bf16 {
 extern const KernelTable kTable;
 }
+namespace neon {
+extern const KernelTable kTable;
+}
 
 }  // namespace nogemm

@@ -113,6 +113,32 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
     out[r] = (static_cast<float>(h) * 256.0f + static_cast<float>(l)) * x.scale;
   }
 }
+#elif defined(NOGEMM_NEON)
+template <int ROWS>
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
+                              float* out) {
+  const auto add = [](int32x4_t acc, int8x16_t a, int8x16_t b) {
+    return vpadalq_s16(vpadalq_s16(acc, vmull_s8(vget_low_s8(a), vget_low_s8(b))), vmull_high_s8(a, b));
+  };
+  int32x4_t high[ROWS], low[ROWS];
+  for (int r = 0; r < ROWS; ++r) high[r] = low[r] = vdupq_n_s32(0);
+  for (int64_t c = 0; c < x.padded; c += 64) {
+    for (int r = 0; r < ROWS; ++r) prefetch(ahead[r] + c);
+    for (int64_t i = c; i < c + 64; i += 16) {
+      const int8x16_t a = vld1q_s8(x.high + i), b = vld1q_s8(x.low + i);
+      NOGEMM_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const int8x16_t w = vld1q_s8(row[r] + i);
+        high[r] = add(high[r], w, a);
+        low[r] = add(low[r], w, b);
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r) {
+    const float h = static_cast<float>(vaddvq_s32(high[r])), l = static_cast<float>(vaddvq_s32(low[r]));
+    out[r] = (h * 256.0f + l) * x.scale;
+  }
+}
 #else
 template <int ROWS>
 NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,

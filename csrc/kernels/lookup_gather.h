@@ -8,7 +8,7 @@
 namespace nogemm::NOGEMM_NS {
 
 // Chunks of 64 columns whose fp32 sums fit the registers beside a row and a score.
-inline constexpr int kPassChunks = kRegisters == 32 ? 2 : 1;
+inline constexpr int kPassChunks = kRegisters == 32 && kLanes == 16 ? 2 : 1;
 
 struct GatherPass {
   const char* rows;         // the slice

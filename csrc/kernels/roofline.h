@@ -7,8 +7,8 @@
 
 namespace nogemm::NOGEMM_NS {
 
-// One lane has no vector registers to fill: eight chains fit everywhere.
-inline constexpr int kChains = kLanes == 1 ? 8 : 12;
+// One lane has no vector registers to fill: eight chains fit everywhere. AArch64 cores have up to four units.
+inline constexpr int kChains = kLanes == 1 ? 8 : kLanes == 4 ? 24 : 12;
 
 // The compiler may neither drop nor hoist a chain whose value it cannot know.
 template <typename T>

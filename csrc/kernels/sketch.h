@@ -96,6 +96,58 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
     for (int b = 0; b < 4; ++b) _mm512_storeu_si512(sums + t * kSketchRows + 16 * b, acc[t][b]);
 }
 
+#elif defined(NOGEMM_NEON)
+
+// Signed by signed bytes is all the baseline has: int8 codes lose their 128 on the way in, and 128 sum q
+// comes back at the end. |code q| <= 128 * 127, so the sum of two products stays in 16 bits.
+template <int TOKENS, bool NIBBLES>
+NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
+  constexpr int kStep = NIBBLES ? 8 : 4, kBlock = TOKENS == 1 ? 16 : 4;  // vectors of four rows in registers
+  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
+  const auto word = [](const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  };
+  for (int first = 0; first < kSketchRows / 4; first += kBlock) {
+    int32x4_t acc[TOKENS][kBlock], total[TOKENS];
+    for (int t = 0; t < TOKENS; ++t) {
+      total[t] = vdupq_n_s32(0);
+      for (int b = 0; b < kBlock; ++b) acc[t][b] = vdupq_n_s32(0);
+    }
+    for (int64_t s = 0; s < steps; ++s) {
+      const uint8_t* p = group + s * 4 * kSketchRows + 16 * first;
+      int8x16_t front_q[TOKENS], back_q[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) {
+        front_q[t] = word(q[t] + s * kStep);
+        if constexpr (NIBBLES) back_q[t] = word(q[t] + s * kStep + 4);
+        if constexpr (!NIBBLES) total[t] = vpadalq_s16(total[t], vpaddlq_s8(front_q[t]));
+      }
+      NOGEMM_UNROLL
+      for (int b = 0; b < kBlock; ++b) {
+        const uint8x16_t raw = vld1q_u8(p + 16 * b);
+        if (b % 4 == 0) prefetch(p + kAhead + 16 * b);
+        const int8x16_t front =
+            vreinterpretq_s8_u8(NIBBLES ? vandq_u8(raw, vdupq_n_u8(15)) : veorq_u8(raw, vdupq_n_u8(128)));
+        const int8x16_t back = vreinterpretq_s8_u8(vshrq_n_u8(raw, 4));
+        NOGEMM_UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+          int16x8_t low = vmull_s8(vget_low_s8(front), vget_low_s8(front_q[t])),
+                    high = vmull_high_s8(front, front_q[t]);
+          if constexpr (NIBBLES) {
+            low = vmlal_s8(low, vget_low_s8(back), vget_low_s8(back_q[t]));
+            high = vmlal_high_s8(high, back, back_q[t]);
+          }
+          acc[t][b] = vpadalq_s16(acc[t][b], vpaddq_s16(low, high));
+        }
+      }
+    }
+    for (int t = 0; t < TOKENS; ++t)
+      for (int b = 0; b < kBlock; ++b)
+        vst1q_s32(sums + t * kSketchRows + 4 * (first + b), vaddq_s32(acc[t][b], vshlq_n_s32(total[t], 7)));
+  }
+}
+
 #else
 
 template <int TOKENS, bool NIBBLES>

@@ -83,6 +83,9 @@ NOGEMM_INLINE void from_float(float x, fp16& out) {
 #include "vec_avx512.h"
 #elif defined(__AVX2__) && !defined(NOGEMM_FORCE_SCALAR)
 #include "vec_avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(NOGEMM_FORCE_SCALAR)
+#define NOGEMM_NEON
+#include "vec_neon.h"
 #else
 #include "vec_scalar.h"
 #endif

@@ -75,7 +75,7 @@ def native() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """Name the instruction set in force: scalar, avx2, avx512, avx512_vnni, avx512_bf16, or `reference`."""
+    """Name the instruction set in force: scalar, avx2, avx512, avx512_vnni, avx512_bf16, neon, or `reference`."""
     return native().nogemm_isa().decode() if native_available() else "reference"
 
 
