@@ -1,10 +1,9 @@
 #include "hire_run.h"
 
-#include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "hire_state.h"
+#include "hire_pick.h"
 
 namespace nogemm {
 namespace {
@@ -14,41 +13,6 @@ using namespace hire;
 constexpr int64_t kTogether = 16;    // tokens that share a pass over the sketch
 constexpr int64_t kSketchPiece = 4;  // sketch groups per piece
 constexpr int64_t kDotPiece = 48;    // rows per piece
-// Members of the given groups; the last group may be short. Returns how many.
-int64_t spell_out(const HireHeader& h, const int32_t* groups, int64_t count, int32_t* members) {
-  int64_t found = 0;
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t m = groups[i] * h.group; m < (groups[i] + 1) * h.group && m < h.hidden; ++m)
-      members[found++] = static_cast<int32_t>(m);
-  return found;
-}
-
-// keys[i] = the sum of group i's members; values are those of the listed groups, one after the other.
-void sum_groups(const HireHeader& h, const float* values, const int32_t* groups, int64_t count, float* keys) {
-  int64_t at = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const int64_t first = (groups == nullptr ? i : groups[i]) * h.group;
-    const int64_t members = first + h.group < h.hidden ? h.group : h.hidden - first;
-    float sum = 0;
-    for (int64_t m = 0; m < members; ++m) sum += values[at++];
-    keys[i] = sum;
-  }
-}
-
-struct Cutoffs {
-  double wide, keep;
-};
-Cutoffs cutoffs_of(const HireHeader& h, const float* scores) {
-  if (h.select == kActive) return {0.0, 0.0};
-  double sum = 0, square = 0;
-  for (int64_t i = 0; i < h.hidden; ++i) sum += scores[i];
-  const double mean = sum / static_cast<double>(h.hidden);
-  for (int64_t i = 0; i < h.hidden; ++i) square += (scores[i] - mean) * (scores[i] - mean);
-  const double spread = std::sqrt(square / static_cast<double>(h.hidden)),
-               none = -std::numeric_limits<double>::infinity();
-  return {std::isinf(h.wide_z) ? none : mean + h.wide_z * spread,
-          std::isinf(h.keep_z) ? none : mean + h.keep_z * spread};
-}
 
 void prepare(const Layer& l, const void* x, Dtype dtype, TokenState& t) {
   const HireHeader& h = *l.h;
@@ -68,79 +32,6 @@ void quantise(const Layer& l, TokenState& t) {
   t.sketch.scores = t.scores;
 }
 
-// A token's neurons as somebody else has chosen them.
-void pick_masked(const Layer& l, const uint8_t* mask, TokenState& t) {
-  t.kept_count = 0;
-  for (int64_t i = 0; i < l.h->hidden; ++i) {
-    t.kept[t.kept_count] = static_cast<int32_t>(i);
-    t.kept_count += mask[i] != 0;
-  }
-  std::memcpy(t.candidates, t.kept, static_cast<size_t>(t.kept_count) * sizeof(int32_t));
-  t.candidate_count = t.kept_count;
-}
-
-void pick_candidates(const Layer& l, TokenState& t) {
-  const HireHeader& h = *l.h;
-  if (l.all()) {
-    for (int64_t i = 0; i < h.groups; ++i) t.groups[i] = static_cast<int32_t>(i);
-    for (int64_t i = 0; i < h.hidden; ++i) t.candidates[i] = static_cast<int32_t>(i);
-    t.candidate_count = h.hidden;
-    return;
-  }
-  if (h.select == kTopK) {
-    l.k->keys(h.key, t.scores, h.hidden);
-    if (h.group > 1) sum_groups(h, t.scores, nullptr, h.groups, t.scores);
-    const int32_t* always = l.at<int32_t>(h.always);
-    for (int64_t i = 0; i < h.always_count; ++i) t.scores[always[i]] = std::numeric_limits<float>::infinity();
-    const int64_t found = l.k->select(t.scores, h.groups, h.candidates, t.groups);
-    t.candidate_count = spell_out(h, t.groups, found, t.candidates);
-    return;
-  }
-  const float *error = l.at(h.margin_error), *size = l.at(h.margin_size);
-  const double limit = cutoffs_of(h, t.scores).wide;
-  float square = 0;
-  for (int64_t i = 0; i < h.d; ++i) square += t.x[i] * t.x[i];
-  const float norm = std::sqrt(square);
-  t.candidate_count = 0;
-  for (int64_t i = 0; i < h.hidden; ++i) {
-    const float margin = h.select == kActive ? norm * error[i] + t.sketch.scale * size[i] : 0.0f;
-    if (t.scores[i] + margin > limit) t.candidates[t.candidate_count++] = static_cast<int32_t>(i);
-  }
-}
-
-// The neurons that answer; t.exact is moved along, so that it belongs to t.kept afterwards.
-void pick_kept(const Layer& l, TokenState& t) {
-  const HireHeader& h = *l.h;
-  t.kept_count = 0;
-  if (h.select != kTopK) {
-    const double limit = cutoffs_of(h, l.all() ? t.exact : t.scores).keep;
-    for (int64_t j = 0; j < t.candidate_count; ++j) {
-      if (!(t.exact[j] > limit)) continue;
-      t.exact[t.kept_count] = t.exact[j];
-      t.kept[t.kept_count++] = t.candidates[j];
-    }
-    return;
-  }
-  const int64_t groups = l.all() ? h.groups : h.candidates;
-  float* keys = t.scores;
-  std::memcpy(keys, t.exact, static_cast<size_t>(t.candidate_count) * sizeof(float));
-  l.k->keys(h.key, keys, t.candidate_count);
-  if (h.group > 1) sum_groups(h, keys, t.groups, groups, keys);
-  const int32_t* always = l.at<int32_t>(h.always);
-  for (int64_t i = 0, a = 0; i < groups && a < h.always_count; ++i) {
-    while (a < h.always_count && always[a] < t.groups[i]) ++a;
-    if (a < h.always_count && always[a] == t.groups[i]) keys[i] = std::numeric_limits<float>::infinity();
-  }
-  const int64_t found = l.k->select(keys, groups, h.kept, t.chosen);
-  for (int64_t i = 0; i < found; ++i) {
-    const int64_t group = t.groups[t.chosen[i]];
-    for (int64_t m = 0; m < h.group && group * h.group + m < h.hidden; ++m) {
-      t.exact[t.kept_count] = t.exact[t.chosen[i] * h.group + m];
-      t.kept[t.kept_count++] = static_cast<int32_t>(group * h.group + m);
-    }
-  }
-}
-
 void weigh(const Layer& l, TokenState& t) {
   const HireHeader& h = *l.h;
   l.k->weights(h.act, h.up_relu != 0, t.exact, h.gated ? t.up : nullptr, l.scale(2), t.kept, t.kept_count,
@@ -156,6 +47,8 @@ struct Chunk {
   Dtype dtype;
   int64_t item;
   const uint8_t* mask;  // [count, hidden]: the neurons that answer; null: the layer chooses
+  uint8_t* chosen;      // [count, hidden]: not null: mark neurons instead of answering
+  bool kept;            // mark those that would answer, else all candidates
 };
 
 void answer(const Chunk& c, int64_t n, int64_t slice) {
@@ -215,7 +108,10 @@ void run_chunk(const Chunk& c, Phases& phases) {
     } else {
       pick_candidates(l, c.tokens[i]);
     }
+    if (c.chosen != nullptr && !c.kept)
+      mark(h, c.tokens[i].candidates, c.tokens[i].candidate_count, c.chosen + i * h.hidden);
   });
+  if (c.chosen != nullptr && !c.kept) return;
   const int64_t dots = (most_candidates(h) + kDotPiece - 1) / kDotPiece;
   const auto run_dots = [&](int64_t kind, int64_t i) {
     TokenState& t = c.tokens[i / dots];
@@ -233,8 +129,13 @@ void run_chunk(const Chunk& c, Phases& phases) {
   phases.run(5, n * dots, [&](int64_t i) { run_dots(0, i); });
   phases.run(6, n, [&](int64_t i) {
     if (c.mask == nullptr) pick_kept(l, c.tokens[i]);
-    if (!h.gated) weigh(l, c.tokens[i]);
+    if (c.chosen != nullptr) {
+      mark(h, c.tokens[i].kept, c.tokens[i].kept_count, c.chosen + i * h.hidden);
+    } else if (!h.gated) {
+      weigh(l, c.tokens[i]);
+    }
   });
+  if (c.chosen != nullptr) return;
   if (h.gated) {
     phases.run(7, n * dots, [&](int64_t i) { run_dots(1, i); });
     phases.run(8, n, [&](int64_t i) { weigh(l, c.tokens[i]); });
@@ -257,8 +158,9 @@ Chunk chunk_of(const Call& call, int64_t chunk, TokenState* states, int64_t slot
   const int64_t start = chunk * kTogether;
   c.count = call.tokens - start < kTogether ? call.tokens - start : kTogether;
   c.x += start * h.d * c.item;
-  c.y += start * h.d_out * c.item;
+  if (c.y != nullptr) c.y += start * h.d_out * c.item;
   if (c.mask != nullptr) c.mask += start * h.hidden;
+  if (c.chosen != nullptr) c.chosen += start * h.hidden;
   Carver carver{call.workspace + slot * kTogether * call.token_bytes};
   for (int64_t i = 0; i < c.count; ++i) states[i] = carve(h, carver);
   c.tokens = states;
@@ -284,29 +186,22 @@ void run_own(int64_t worker, void* arg) {
   }
 }
 
-}  // namespace
-
-int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads) {
-  const int64_t slots = tokens > kTogether ? threads : 1;
-  return slots * kTogether * token_bytes(header);
+Chunk whole_call(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype) {
+  Chunk whole{};
+  whole.layer = {static_cast<const HireHeader*>(packed), static_cast<const char*>(packed), &table.hire};
+  whole.x = static_cast<const char*>(x);
+  whole.dtype = x_dtype;
+  whole.item = x_dtype == kF32 ? 4 : 2;
+  return whole;
 }
 
-void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
-                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
-  const auto* header = static_cast<const HireHeader*>(packed);
+void run_call(const Chunk& whole, int64_t tokens, void* workspace, const NogemmHost& host) {
   Call call{};
-  call.first = {{header, static_cast<const char*>(packed), &table.hire},
-                nullptr,
-                0,
-                static_cast<const char*>(x),
-                static_cast<char*>(y),
-                x_dtype,
-                x_dtype == kF32 ? 4 : 2,
-                mask};
+  call.first = whole;
   call.tokens = tokens;
   call.chunks = (tokens + kTogether - 1) / kTogether;
   call.workspace = static_cast<char*>(workspace);
-  call.token_bytes = token_bytes(*header);
+  call.token_bytes = token_bytes(*whole.layer.h);
   if (call.chunks >= 2 * host.threads) {
     if (host.threads == 1) return run_own(0, &call);
     return host.run(host.self, host.threads, run_own, &call);
@@ -321,6 +216,29 @@ void hire_forward(const KernelTable& table, const void* packed, const void* x, D
       host.run(host.self, host.threads, run_shared, &shared);
     }
   }
+}
+
+}  // namespace
+
+int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads) {
+  const int64_t slots = tokens > kTogether ? threads : 1;
+  return slots * kTogether * token_bytes(header);
+}
+
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
+                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
+  Chunk whole = whole_call(table, packed, x, x_dtype);
+  whole.y = static_cast<char*>(y);
+  whole.mask = mask;
+  run_call(whole, tokens, workspace, host);
+}
+
+void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept,
+                 uint8_t* chosen, int64_t tokens, void* workspace, const NogemmHost& host) {
+  Chunk whole = whole_call(table, packed, x, x_dtype);
+  whole.chosen = chosen;
+  whole.kept = kept;
+  run_call(whole, tokens, workspace, host);
 }
 
 const char* hire_check(const void* packed, int64_t bytes) {

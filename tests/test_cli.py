@@ -17,12 +17,12 @@ from nogemm.errors import ConfigError
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
     "env": "--json",
-    "convert": "--method --set --layers --data --tables --json",
+    "convert": "--method --set --layers --data --tables --speed --json",
     "distil": "--teacher --data --field --validation --run --resume --tokens --max-seconds --seed --set --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
     "export": "--to --dtype --int8 --data --json",
-    "bench layer": "--method --set --d --hidden --activation --gated --dtype --batch --against --cache --threads "
-    "--rounds --seconds --checkpoint --site --seed --json",
+    "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
+    "--threads --rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --exported --threads --rounds "
     "--seconds --seed --json",
     "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "

@@ -1,5 +1,6 @@
 // nogemm::packed_hire(Tensor x, Tensor packed, int d_out) -> Tensor
 // nogemm::packed_neurons(Tensor x, Tensor packed, int d_out, Tensor mask) -> Tensor
+// nogemm::packed_hire_chosen(Tensor x, Tensor packed, int hidden, bool kept) -> Tensor
 // nogemm::top_indices(Tensor keys, int count) -> Tensor
 // nogemm::sketch_and_select(Tensor x, Tensor codes, Tensor scale, Tensor? bias, Tensor? always, int key, int
 // group, int count) -> Tensor
@@ -13,6 +14,7 @@ namespace {
 
 constexpr const char* kPacked = "packed_hire";
 constexpr const char* kNeurons = "packed_neurons";
+constexpr const char* kChosen = "packed_hire_chosen";
 constexpr const char* kTop = "top_indices";
 constexpr const char* kSketch = "sketch_and_select";
 constexpr int64_t kTokens = 16;  // tokens that share a pass over the codes
@@ -50,6 +52,23 @@ void packed_hire(StableIValue* stack, uint64_t, uint64_t) { run(kPacked, stack, 
 void packed_neurons(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor mask = take_tensor(stack[3]).contiguous();
   run(kNeurons, stack, &mask);
+}
+
+void packed_hire_chosen(StableIValue* stack, uint64_t, uint64_t) {
+  thread_local Workspace workspace;
+  const PackedCall call = take_packed(kChosen, stack, check_buffer);
+  const auto* h = call.packed.data<HireHeader>();
+  const int64_t hidden = take_int(stack[2]);
+  check(hidden == h->hidden, kChosen, "the layer has ", h->hidden, " neurons, hidden is ", hidden);
+  const bool kept = take_bool(stack[3]);
+  Tensor chosen = Tensor::empty({call.tokens, h->hidden}, aoti_torch_dtype_bool());
+  char* scratch = workspace.at_least(hire_workspace(*h, call.tokens, call.host.threads));
+  if (call.tokens > 0) {
+    hire_choose(kernels(), h, call.x.data(), static_cast<Dtype>(call.x_dtype), kept,
+                chosen.mutable_data<uint8_t>(), call.tokens, scratch, call.host);
+  }
+  workspace.trim();
+  stack[0] = std::move(chosen).to_stack();
 }
 
 void top_indices(StableIValue* stack, uint64_t, uint64_t) {
@@ -191,6 +210,7 @@ void sketch_and_select(StableIValue* stack, uint64_t, uint64_t) {
 
 const Register registered_packed(kPacked, packed_hire);
 const Register registered_neurons(kNeurons, packed_neurons);
+const Register registered_chosen(kChosen, packed_hire_chosen);
 const Register registered_top(kTop, top_indices);
 const Register registered_sketch(kSketch, sketch_and_select);
 

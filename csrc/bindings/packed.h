@@ -72,6 +72,31 @@ inline void populate(void* data, size_t bytes) {
 #endif
 }
 
+// The first two arguments of a packed layer's op, checked: x [..., d] and the buffer.
+struct PackedCall {
+  Tensor x, packed;
+  int64_t x_dtype, d, d_out, tokens;
+  NogemmHost host;
+};
+
+template <class Check>
+PackedCall take_packed(const char* op, StableIValue* stack, Check check_buffer) {
+  PackedCall call{take_tensor(stack[0]).contiguous(), take_tensor(stack[1]), 0, 0, 0, 0, {}};
+  const Tensor &x = call.x, &packed = call.packed;
+  call.x_dtype = packed_x_dtype(x, op);
+  check(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.is_contiguous(), op,
+        "packed must be a contiguous one-dimensional uint8 tensor");
+  const char* error = check_buffer(packed.data(), packed.numel(), &call.d, &call.d_out);
+  check(error == nullptr, op, error == nullptr ? "" : error);
+  check(x.dim() > 0 && x.size(x.dim() - 1) == call.d, op, "the layer takes width ", call.d, ", x has shape ",
+        x.shape());
+  call.tokens = x.numel() / call.d;
+  uint32_t threads = 1;
+  NOGEMM_CALL(torch_get_num_threads(&threads));
+  call.host = {threads, run_on_torch, nullptr};
+  return call;
+}
+
 // The binding of a packed layer: (Tensor x [..., d], Tensor packed, int d_out) -> y [..., d_out] in x's dtype.
 //
 //   const char* check_buffer(packed, bytes, &d, &d_out)      null, or what is wrong with the buffer
@@ -80,33 +105,20 @@ inline void populate(void* data, size_t bytes) {
 template <class Check, class Bytes, class Forward>
 void run_packed(const char* op, StableIValue* stack, Workspace& workspace, Check check_buffer,
                 Bytes workspace_bytes, Forward forward) {
-  const Tensor x = take_tensor(stack[0]).contiguous();
-  const Tensor packed = take_tensor(stack[1]);
-  const int64_t d_out = take_int(stack[2]);
-
-  const int64_t x_dtype = packed_x_dtype(x, op);
-  check(packed.dtype() == aoti_torch_dtype_uint8() && packed.dim() == 1 && packed.is_contiguous(), op,
-        "packed must be a contiguous one-dimensional uint8 tensor");
-  int64_t layer_d = 0, layer_d_out = 0;
-  const char* error = check_buffer(packed.data(), packed.numel(), &layer_d, &layer_d_out);
-  check(error == nullptr, op, error == nullptr ? "" : error);
-  check(x.dim() > 0 && x.size(x.dim() - 1) == layer_d, op, "the layer takes width ", layer_d,
-        ", x has shape ", x.shape());
-  check(d_out == layer_d_out, op, "the layer gives width ", layer_d_out, ", d_out is ", d_out);
+  const PackedCall call = take_packed(op, stack, check_buffer);
+  const Tensor &x = call.x, &packed = call.packed;
+  const int64_t d_out = take_int(stack[2]), tokens = call.tokens;
+  check(d_out == call.d_out, op, "the layer gives width ", call.d_out, ", d_out is ", d_out);
 
   int64_t sizes[16];
   check(x.dim() <= 16, op, "x has more than 16 dimensions");
   for (int64_t i = 0; i < x.dim(); ++i) sizes[i] = x.size(i);
   sizes[x.dim() - 1] = d_out;
   Tensor y = Tensor::empty(sizes, x.dim(), x.dtype());
-  const int64_t tokens = x.numel() / layer_d;
-  populate(y.mutable_data(), static_cast<size_t>(tokens * d_out) * (x_dtype == NOGEMM_X_FP32 ? 4 : 2));
+  populate(y.mutable_data(), static_cast<size_t>(tokens * d_out) * (call.x_dtype == NOGEMM_X_FP32 ? 4 : 2));
 
-  uint32_t threads = 1;
-  NOGEMM_CALL(torch_get_num_threads(&threads));
-  const NogemmHost host{threads, run_on_torch, nullptr};
-  char* scratch = workspace.at_least(workspace_bytes(packed.data(), tokens, threads));
-  forward(packed.data(), x.data(), x_dtype, layer_d, y.mutable_data(), tokens, scratch, &host);
+  char* scratch = workspace.at_least(workspace_bytes(packed.data(), tokens, call.host.threads));
+  forward(packed.data(), x.data(), call.x_dtype, call.d, y.mutable_data(), tokens, scratch, &call.host);
   workspace.trim();
   stack[0] = std::move(y).to_stack();
 }

@@ -7,7 +7,7 @@ from hire_cases import CASES, HireCase, build_case
 from nogemm.errors import PackedError
 from nogemm.layers import HireConfig, HireFFN
 from nogemm.layers.hire_packed import PackedHire
-from nogemm.ops.packed_hire import packed_hire
+from nogemm.ops.packed_hire import packed_hire, packed_hire_chosen
 from nogemm.testing.compare import Mismatch, check_equal
 
 DTYPES = ("fp32", "bf16", "int8")
@@ -70,8 +70,57 @@ def test_check_would_notice_other_answers() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @by_name
+def test_all_neurons_at_once_answer_alike(isa: str, case: HireCase, dtype: str) -> None:
+    layer = build_case(case)
+    rows, dense = layer.pack(dtype), layer.pack(dtype)
+    rows.fix_path("rows")
+    dense.fix_path("dense")
+    x = torch.randn(37, rows.d_model)
+    y = rows(x)
+    assert float(((dense(x) - y).norm(dim=1) / (y.norm(dim=1) + 1)).max()) < CLOSE[dtype]
+    assert float((dense(x) - y.roll(1, 0)).norm() / y.norm()) > 100 * CLOSE[dtype]
+    assert dense(x[:0]).shape == (0, rows.d_out)
+    assert dense(x.bfloat16()).dtype == torch.bfloat16
+    x[3, -1] = torch.nan
+    answers = dense(x)
+    assert bool(answers[3].isnan().all())
+    assert bool(answers[torch.arange(37) != 3].isfinite().all())
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.config.select == "topk"], ids=lambda c: c.name)
+def test_the_kept_neurons_are_those_that_answer(isa: str, case: HireCase) -> None:
+    layer = build_case(case)
+    packed = layer.pack("fp32")
+    assert isinstance(packed, PackedHire)
+    x = torch.randn(33, layer.d_model)
+    kept = packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden, True)
+    chosen = layer.choose(x).kept_NK.long()
+    expected = torch.zeros(33, layer.hidden + 1, dtype=torch.bool)  # a short last group names neuron -1
+    expected.scatter_(1, torch.where(chosen < 0, layer.hidden, chosen), True)
+    assert bool((kept == expected[:, :-1]).all())
+    candidates = packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden, False)
+    assert bool((candidates | ~kept).all())
+    assert int(candidates.sum(1).min()) >= min(layer.hidden, layer.candidates * case.config.group - case.config.group)
+    with pytest.raises(ValueError, match="neurons, hidden is"):
+        packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden + 1, True)
+
+
+def test_many_tokens_of_a_layer_that_keeps_much_go_dense() -> None:
+    packed = HireConfig(keep=0.5).build(256, hidden=2048).eval().pack("fp32")
+    sparing = HireConfig(keep=0.02).build(256, hidden=2048).eval().pack("fp32")
+    assert isinstance(packed, PackedHire)
+    assert isinstance(sparing, PackedHire)
+    assert 1 < packed.dense_from <= 128
+    assert sparing.dense_from > 1 << 16
+    packed.fix_path("dense")
+    assert packed.dense_from == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@by_name
 def test_threads_and_batches_give_equal_bits(isa: str, case: HireCase, dtype: str) -> None:
     packed = build_case(case).pack(dtype)
+    packed.fix_path("rows")
     x = torch.randn(70, packed.d_model)
     torch.set_num_threads(1)
     one = packed(x)
@@ -129,7 +178,7 @@ def test_what_packed_layers_refuse() -> None:
     with pytest.raises(PackedError, match="no gradient"):
         packed(x).sum().backward()
     assert not packed.state_dict()
-    buffer = packed.get_buffer("packed")
+    buffer = packed.neurons.get_buffer("packed")
     with pytest.raises(ValueError, match="takes width"):
         packed_hire(torch.randn(2, 3), buffer, layer.d_out)
     with pytest.raises(ValueError, match="d_out is 1"):

@@ -45,12 +45,11 @@ def test_all_ways_agree(
     down = torch.cat([layer.down.weight.T for layer in layers])
     exact = (hidden * mask) @ down
     rounding = {"fp32": 1e-5, "bf16": 1e-2, "int8": 2e-2}[dtype]
-    found = store(x, mask)
+    found = store(x, mask, "rows") if native else store(x, mask)
     assert off(found, exact) < rounding
     assert not found[4].any()
     assert off(found, ((hidden * mask.roll(1, 0)) @ down)) > 20 * rounding
-    store.few_uses = -1  # from here on all neurons at once
-    assert off(store(x, mask), found) < CLOSE[dtype]
+    assert off(store(x, mask, "dense"), found) < CLOSE[dtype]
     whole = store(x, torch.ones_like(mask))
     parts = store.part(x, slice(0, 37)) + store.part(x, slice(37, 74))
     assert off(parts, whole) < CLOSE[dtype]
@@ -73,3 +72,16 @@ def test_masks_that_do_not_fit_are_refused() -> None:
     for mask in (torch.ones(3, 73, dtype=torch.bool), torch.ones(2, 74, dtype=torch.bool), torch.ones(3, 74)):
         with pytest.raises(ValueError, match="mask must be bool"):
             store.named(torch.randn(3, 19), mask)
+
+
+def test_many_named_neurons_are_answered_by_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, x = NeuronStore(build(False), "fp32"), torch.randn(64, 19)
+    called = []
+    monkeypatch.setattr(store, "named", lambda *args: called.append("rows"))
+    monkeypatch.setattr(store, "masked", lambda *args: called.append("dense"))
+    few, many = torch.zeros(64, 74, dtype=torch.bool), torch.ones(64, 74, dtype=torch.bool)
+    few[:, :2] = True
+    for mask in (few, many):
+        for path in ("auto", "rows", "dense"):
+            store(x, mask, path)
+    assert called == ["rows", "rows", "dense", "dense", "rows", "dense"]

@@ -19,6 +19,7 @@ from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import caches, usable_cores
 from nogemm.hardware.roofline import Roofline, measure_roofline
+from nogemm.layers.all_neurons import PATHS
 
 _KEYS = ("batch", "cache", "codes")
 
@@ -32,6 +33,7 @@ class LayerBenchArgs:
         d, hidden, activation: shape of the dense layer that is replaced; hidden 0 means 4 d.
         gated: three matrices instead of two, in ours and in the dense layers.
         dtype: ours is packed in; of several, with commas, the first is the one that ratios are against.
+        path: of our layer of neurons, see `nogemm.pack`.
         batch: tokens per call, one case each.
         against: dense contenders, see `nogemm.bench.peers.CONTENDERS`.
         cache: "fresh" and "warm", see `run_layer_bench`.
@@ -50,6 +52,7 @@ class LayerBenchArgs:
     activation: str = "gelu"
     gated: bool = False
     dtype: str = "fp32"
+    path: str = "auto"
     batch: tuple[int, ...] = (1, 64, 512, 4096)
     against: tuple[str, ...] = peers.CONTENDERS
     cache: tuple[str, ...] = ("fresh",)
@@ -107,6 +110,8 @@ def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
         raise ConfigError(f"--batch needs numbers of at least one token, got {args.batch}")
     if args.d < 1 or args.hidden < 0:
         raise ConfigError(f"--d and --hidden must be positive, got d={args.d}, hidden={args.hidden}")
+    if args.path not in PATHS:
+        raise ConfigError(f"--path must be one of {', '.join(PATHS)}, got {args.path!r}")
     parse_set(layer_class(args.method), args.set)
     for name in args.against:
         peers.missing(name)
@@ -116,7 +121,7 @@ def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
 def _specs(args: LayerBenchArgs, pool: Path) -> list[Spec]:
     shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "pool": str(pool)}
     shape["gated"] = args.gated
-    ours = {"method": args.method, "set": list(args.set)}
+    ours = {"method": args.method, "set": list(args.set), "path": args.path}
     trained = {"checkpoint": args.checkpoint, "site": args.site}
     factory = "nogemm.bench.layer_job:OurContender"
     specs = [

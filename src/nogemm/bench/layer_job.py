@@ -16,6 +16,7 @@ from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
 from nogemm.bench.pool import TokenPool
 from nogemm.config import layer_class, parse_set
+from nogemm.convert import pack
 from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS
 from nogemm.layers.tree_packed import round_tree
@@ -177,7 +178,7 @@ class OurContender(LayerContender):
         return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored * self.copies}
 
     def _pack(self) -> nn.Module:
-        return self.layer.pack(self.settings["dtype"])
+        return pack(self.layer, self.settings["dtype"], path=self.settings.get("path", "auto"))
 
     def _verify(self, twin: FFN) -> dict[str, Any]:
         inputs, outputs = [], []

@@ -29,6 +29,7 @@ def layer(
     activation: Annotated[str, typer.Option(help="Of the dense layer.")] = "gelu",
     gated: Annotated[bool, typer.Option("--gated", help="A gated dense layer: gate, up and down.")] = False,
     dtype: Dtype = "fp32",
+    path: Annotated[str, typer.Option(help="Of our layer of neurons: auto, rows or dense.")] = "auto",
     batch: Annotated[str, typer.Option(help="Tokens per call, with commas.")] = "1,64,512,4096",
     against: Against = None,
     cache: Annotated[str, typer.Option(help="fresh, warm or both, with commas.")] = "fresh",
@@ -42,6 +43,7 @@ def layer(
 ) -> None:
     """Time one layer of ours beside dense layers of the same shape."""
     from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
+    from nogemm.bench.verdict import dense_faster, verdict
 
     chosen: dict[str, Any] = {} if against is None else {"against": words(against)}
     args = LayerBenchArgs(
@@ -52,6 +54,7 @@ def layer(
         activation=activation,
         gated=gated,
         dtype=dtype,
+        path=path,
         batch=integers("--batch", batch),
         cache=words(cache),
         threads=threads,
@@ -65,7 +68,8 @@ def layer(
     result = run_layer_bench(args, note=progress)
     clear_progress()
     _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
-    finish({"kind": "layer", **result}, json)
+    print(verdict(result["rows"]))
+    finish({"kind": "layer", **result, "dense_faster": dense_faster(result["rows"])}, json)
 
 
 @app.command("model")

@@ -20,6 +20,12 @@ def env(json: Json = None) -> None:
     print(result["line"])
     versions = {name: version for name, version in result["machine"]["versions"].items() if version is not None}
     print(", ".join(f"{name} {version}" for name, version in versions.items()))
+    if result["paths"]:
+        print(
+            "layers of neurons read the rows of those that a token names, up to this share of all, else multiply all:"
+        )
+        for dtype, shares in result["paths"].items():
+            print(f"  {dtype}: " + ", ".join(f"{share:.0%} at {n} tokens" for n, share in shares.items()))
     finish(result, json)
 
 

@@ -37,6 +37,9 @@ def convert(
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
     tables: Annotated[str | None, typer.Option(help="Store tables as int8 or bf16 instead of fp32.")] = None,
+    speed: Annotated[
+        str | None, typer.Option(help="Also time the layers, packed as fp32, bf16 or int8, beside those they replace.")
+    ] = None,
     json: Json = None,
 ) -> None:
     """Replace the FFNs of MODEL and write the result to OUTPUT."""
@@ -54,8 +57,16 @@ def convert(
     nogemm.save(loaded, output, tokenizer=tokenizer)
     carry_over(model, output)
     print(report)
+    result = report.to_dict()
+    if speed is not None:
+        from nogemm.bench.verdict import compare_sites
+
+        result["speed"] = compare_sites(report, method, set_ or [], speed)
+        for kind in result["speed"]:
+            shape = kind["replaced"]
+            print(f"{method}, {speed}, for {shape['d_model']}, {shape['hidden']}: {kind['verdict']}")
     print(output)
-    finish(report.to_dict(), json)
+    finish(result, json)
 
 
 def distil(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nogemm.config import LayerConfig
+from nogemm.config import LayerConfig, Replaced
 from nogemm.convert._families import FAMILIES
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
@@ -55,7 +55,10 @@ def convert(
         site.install(layer)
         if layer.fitted == "random":
             mark_random(layer)
-        reports.append(SiteReport(site.name, layer.config, before, layer.cost(1), layer.fitted))
+        replaced = Replaced(
+            d_model=site.d_in, d_out=site.d_out, hidden=site.hidden, activation=site.activation, gated=site.gated
+        )
+        reports.append(SiteReport(site.name, layer.config, replaced, before, layer.cost(1), layer.fitted))
     attach(inner_model(model))
     return ConversionReport(tuple(reports))
 

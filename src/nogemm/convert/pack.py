@@ -11,13 +11,14 @@ from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import Installed, converted, inner_model, installed, mark_installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
+from nogemm.layers.all_neurons import PATHS
 
 
 @overload
-def pack(target: FFN, dtype: str = "fp32", keep: bool = False) -> PackedFFN: ...
+def pack(target: FFN, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> PackedFFN: ...
 @overload
-def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False) -> nn.Module: ...
-def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False) -> nn.Module:
+def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> nn.Module: ...
+def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> nn.Module:
     """Lay weights out for the native kernels: one call per FFN, for evaluation only.
 
     A layer gives a new packed layer and stays untouched. A model is changed in place: its converted FFNs become packed
@@ -26,28 +27,36 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False) -> nn.Modul
     Args:
         dtype: "fp32"; "bf16": rows and projection bf16; "int8": rows int8 with a scale per row, projection bf16.
         keep: keep the unpacked weights in memory, so that `unpack` can bring them back.
+        path: how layers of neurons (HireFFN, SLIDE, MONGOOSE, Switch) answer: "rows" reads the rows of the neurons that
+            a token needs, "dense" multiplies with all of them and masks, "auto" takes what is quicker on this machine
+            for the tokens at hand (`nogemm env` shows where it changes). The neurons are the same; sums are rounded
+            in another order.
     Raises:
         PackedError: training mode, or packed already.
-        ConfigError: unknown dtype, or the model has no converted FFN.
+        ConfigError: unknown dtype or path, or the model has no converted FFN.
     """
+    if path not in PATHS:
+        raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
     if isinstance(target, FFN):
         packed = target.pack(dtype)
+        packed.fix_path(path)
         if keep:
             object.__setattr__(packed, "source", target)
         return packed
     _check_model(target, dtype)
     warn_if_random(target, "pack")
     model = inner_model(target)
-    for path in _paths(model):
-        layer = model.get_submodule(path)  # one at a time: no list keeps the unpacked weights alive
+    for place in _paths(model):
+        layer = model.get_submodule(place)  # one at a time: no list keeps the unpacked weights alive
         assert isinstance(layer, FFN)
         packed = layer.pack(dtype)
+        packed.fix_path(path)
         record = getattr(layer, "site", None)
         assert isinstance(record, Installed)
         mark_installed(packed, record)
         # Past nn.Module's registration: a kept layer must not show up in parameters() or state_dict().
         object.__setattr__(packed, "source", layer if keep else None)
-        model.set_submodule(path, packed)
+        model.set_submodule(place, packed)
         del layer
     _tell_quantizers(model, packed=True)
     return target

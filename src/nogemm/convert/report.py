@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from nogemm.config import LayerConfig
+from nogemm.config import LayerConfig, Replaced
 from nogemm.cost import Cost
 
 
@@ -16,12 +16,14 @@ class SiteReport:
     Attributes:
         name: path of the site in the model.
         config: what it holds now.
+        replaced: the dense FFN that was there.
         before, after: cost for one token.
         fitted: "exact", "closed-form" or "random".
     """
 
     name: str
     config: LayerConfig
+    replaced: Replaced
     before: Cost
     after: Cost
     fitted: str
@@ -41,6 +43,7 @@ class SiteReport:
         return {
             "name": self.name,
             "config": self.config.to_dict(),
+            "replaced": asdict(self.replaced),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "fitted": self.fitted,

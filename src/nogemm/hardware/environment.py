@@ -8,6 +8,7 @@ import torch
 
 from nogemm import ops
 from nogemm.hardware.cpu import machine, machine_line
+from nogemm.hardware.speeds import PRODUCT_TOKENS, speeds
 
 
 def env() -> dict[str, Any]:
@@ -16,9 +17,13 @@ def env() -> dict[str, Any]:
     Returns:
         nogemm: its version; native: whether the compiled kernels are loaded; isa: the instruction set in force
         ("reference" without kernels); isas: those that this machine and build support; threads: torch's;
-        matrix_libraries: what torch's own products use; line: the machine in one line; machine: every fact known.
+        matrix_libraries: what torch's own products use; line: the machine in one line; machine: every fact known;
+        paths: {dtype: {tokens: the share of its neurons that a token may name before a packed layer of neurons answers
+        with the product of all}}, from `nogemm.hardware.speeds` (measured at the first call); None without kernels.
     """
     import nogemm
+
+    known = speeds()
 
     return {
         "nogemm": nogemm.__version__,
@@ -33,4 +38,5 @@ def env() -> dict[str, Any]:
         },
         "line": machine_line(),
         "machine": machine(),
+        "paths": known and {d: {n: known.break_even(d, n) for n in PRODUCT_TOKENS} for d in known.rows_ns},
     }

@@ -114,8 +114,11 @@ class PackedFFN(nn.Module, ABC):
 
     Attributes:
         dtype: "fp32", "bf16" or "int8", see `nogemm.pack`.
+        path: "auto", "rows" or "dense", see `nogemm.pack`; layers with one way to answer ignore it.
         source: the unpacked layer, if it was kept.
     """
+
+    path = "auto"
 
     def __init__(self, layer: FFN, dtype: str) -> None:
         super().__init__()
@@ -138,6 +141,10 @@ class PackedFFN(nn.Module, ABC):
     @abstractmethod
     def tokens(self, x_ND: Tensor) -> Tensor:
         """Map [N, d_model] to [N, d_out] in x's dtype."""
+
+    def fix_path(self, path: str) -> None:
+        """Take "rows" or "dense" for every call, or choose again ("auto")."""
+        self.path = path
 
     def train(self, mode: bool = True) -> PackedFFN:
         if mode:

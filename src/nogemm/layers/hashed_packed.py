@@ -42,4 +42,4 @@ class PackedHashedNeurons(PackedFFN):
         mask_NF = union_of_chunks(bucket_union(codes_NT, self.get_buffer("codes")), v_ND, self.chunk)
         if self.fallback:
             mask_NF = with_best(mask_NF, v_ND, self.chunk, self.neurons.selector)
-        return (self.neurons(v_ND, mask_NF) + self.get_buffer("bias")).to(x_ND.dtype)
+        return (self.neurons(v_ND, mask_NF, self.path) + self.get_buffer("bias")).to(x_ND.dtype)

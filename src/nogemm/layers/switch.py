@@ -20,13 +20,12 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers.all_neurons import dense_from, dense_us, rows_us
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.layers.neuron_store import NeuronStore
 
 # Of the published router: inputs are multiplied by a uniform number from 1 - JITTER to 1 + JITTER.
 JITTER = 0.01
-# Packed: above this many, tokens are sorted by expert. An expert's rows that are not float32 are widened for that.
-FEW_TOKENS = {"fp32": 16, "bf16": 32, "int8": 64}
 
 
 @register
@@ -247,8 +246,8 @@ def dispatch(experts: Sequence[Callable[[Tensor], Tensor]], routing: Routing, v_
 class PackedSwitch(PackedFFN):
     """Router in float32, the experts' neurons side by side in a `NeuronStore`; a `faithful` layer's jitter is left out.
 
-    Up to 16 tokens (64 of int8 rows), each reads its own expert's rows; more are sorted by expert, whose tokens then
-    share a product.
+    Of few tokens each reads its own expert's rows; more are sorted by expert, whose tokens then share a product. How
+    many are few says the machine (`nogemm.hardware.speeds`).
     """
 
     def __init__(self, layer: SwitchFFN, dtype: str) -> None:
@@ -268,12 +267,23 @@ class PackedSwitch(PackedFFN):
         biases = [none if expert.down.bias is None else expert.down.bias.detach().float() for expert in experts]
         self.register_buffer("biases", torch.stack(biases), persistent=False)
         self.requires_grad_(False)
+        self.fix_path("auto")
+
+    def fix_path(self, path: str) -> None:
+        super().fix_path(path)
+        numbers, experts = self.hidden * self.neurons.numbers, len(self.get_buffer("biases"))
+
+        def sorted_us(n: int) -> float:
+            hit = distinct_rows(n, experts)
+            return hit * dense_us(self.dtype, max(1, round(n / hit)), numbers)
+
+        self.sorted_from = dense_from(path, lambda n: rows_us(self.dtype, n, n * numbers), sorted_us)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
         routing = choose_experts(self.router(v_ND), self.capacity)
-        if self.neurons.native and len(v_ND) <= FEW_TOKENS[self.dtype]:
+        if self.neurons.native and len(v_ND) < self.sorted_from:
             y_ND = self._named(v_ND, routing)
         else:
             y_ND = dispatch(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops._library import native
+from nogemm.ops._library import LIBRARY, native
 from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows
 from nogemm.ops.sketch_and_select import KEYS
 
@@ -214,5 +214,27 @@ def packed_neurons(x: Tensor, packed: Tensor, d_out: int, mask: Tensor) -> Tenso
     return torch.ops.nogemm.packed_neurons(x, packed, d_out, mask)
 
 
+def packed_hire_chosen(x: Tensor, packed: Tensor, hidden: int, kept: bool) -> Tensor:
+    """Name the neurons that `packed_hire` would choose, without answering.
+
+    Args:
+        x, packed: as in `packed_hire`.
+        hidden: F; must be the packed layer's.
+        kept: the neurons that would answer; else the candidates, of which those are the strongest.
+    Returns:
+        bool [tokens, F]; of a token that is not finite, what a token of zeros would choose.
+    Raises:
+        ValueError: as for `packed_hire`.
+    Cost: the sketch, and for `kept` the exact selecting products, see `HireFFN.cost`.
+    """
+    return torch.ops.nogemm.packed_hire_chosen(x, packed, hidden, kept)
+
+
+def _chosen_fake(x: Tensor, packed: Tensor, hidden: int, kept: bool) -> Tensor:
+    return x.new_empty((x.numel() // x.shape[-1], hidden), dtype=torch.bool)
+
+
+LIBRARY.define("packed_hire_chosen(Tensor x, Tensor packed, int hidden, bool kept) -> Tensor")
+torch.library.register_fake("nogemm::packed_hire_chosen", _chosen_fake, lib=LIBRARY)
 define_packed("packed_hire")
 define_packed("packed_neurons", "Tensor mask")
