@@ -109,6 +109,9 @@ struct TreeKernels {
   int64_t (*workspace)(const TreeHeader* header, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
                   void* workspace, const NogemmHost* host);
+  // Paths alone.
+  void (*paths)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens, void* workspace,
+                const NogemmHost* host);
 };
 
 // Measures the machine; see kernels/roofline.h. Each returns the operations done or bytes read.
@@ -124,6 +127,9 @@ struct LookupKernels {
   int64_t (*workspace)(const LookupHeader* header, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
                   int64_t tokens, void* workspace, const NogemmHost* host);
+  // Codes and scores alone.
+  void (*hash)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens, void* workspace,
+               const NogemmHost* host);
 };
 
 // Sketch, select, and rows named by lists: the packed HireFFN (hire_run.h) and the ops of its training form.

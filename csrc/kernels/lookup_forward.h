@@ -69,6 +69,7 @@ struct Call {
   char* workers;
   int64_t worker_bytes;
   int64_t worker_count;
+  bool gather;            // false: stop after the lookups, for profiles
 };
 
 struct WorkerScratch {
@@ -155,7 +156,7 @@ static void run_rows_piece(const Call& c, int64_t start, int64_t tokens, const W
   for (; done + 4 <= tokens; done += 4) rows_hash<S, 4>(c.layer, c.x, start + done, w.hash, lookups + done);
   for (; done + 2 <= tokens; done += 2) rows_hash<S, 2>(c.layer, c.x, start + done, w.hash, lookups + done);
   for (; done < tokens; ++done) rows_hash<S, 1>(c.layer, c.x, start + done, w.hash, lookups + done);
-  for (int64_t n = 0; n < tokens; ++n) {
+  for (int64_t n = 0; n < tokens && c.gather; ++n) {
     fetch_rows(c.layer, lookups[n], 0);
     gather_all(c, lookups[n], start + n, 1, w.sums);
   }
@@ -201,7 +202,7 @@ static void run_fused(int64_t worker, void* arg) {
     }
     const Lookups lookups = tile_lookups(c, tokens, w.lookups);
     hash_tile<S>(c, start, tokens, w.hash, lookups);
-    gather_all(c, lookups, start, tokens, w.sums);
+    if (c.gather) gather_all(c, lookups, start, tokens, w.sums);
   }
 }
 
@@ -309,14 +310,15 @@ NOGEMM_INLINE void on_workers(const NogemmHost& host, Call& c, int64_t pieces, v
   }
 }
 
-static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
-                           void* workspace, const NogemmHost* host) {
+static void lookup_run(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                       void* workspace, const NogemmHost* host, bool gather) {
   const auto* h = static_cast<const LookupHeader*>(packed);
   Call c;
   c.layer = {h, static_cast<const char*>(packed)};
   c.x = {static_cast<const char*>(x), x_dtype, x_stride};
   c.y = {static_cast<char*>(y), x_dtype, h->d_out};
   c.lookups = static_cast<char*>(workspace);
+  c.gather = gather;
   for (c.start = 0; c.start < tokens; c.start += kChunkTokens) {
     c.tokens = tokens - c.start < kChunkTokens ? tokens - c.start : kChunkTokens;
     c.cut = cut_of(c.tokens);
@@ -328,10 +330,21 @@ static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, i
       continue;
     }
     on_workers(*host, c, c.cut.pieces, h->fixed_point ? run_hash<FixedStep> : run_hash<FloatStep>);
-    on_workers(*host, c, gather_plan(c).blocks * h->slices, run_gather);
+    if (gather) on_workers(*host, c, gather_plan(c).blocks * h->slices, run_gather);
   }
 }
 
-static constexpr nogemm::LookupKernels lookup_kernels() { return {lookup_workspace, lookup_forward}; }
+static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                           void* workspace, const NogemmHost* host) {
+  lookup_run(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true);
+}
+
+// Lookups alone; they are left in the workspace. Profiles time it: the gather is what the whole call takes longer.
+static void lookup_hash(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens,
+                        void* workspace, const NogemmHost* host) {
+  lookup_run(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false);
+}
+
+static constexpr nogemm::LookupKernels lookup_kernels() { return {lookup_workspace, lookup_forward, lookup_hash}; }
 
 }  // namespace nogemm::NOGEMM_NS

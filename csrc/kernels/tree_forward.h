@@ -53,6 +53,7 @@ struct TreeCall {
   int64_t tokens;
   char* scratch;
   int64_t parts;
+  bool sum;  // false: stop after the paths, for profiles
 };
 
 template <class T>
@@ -206,7 +207,7 @@ static void tree_tokens(int64_t worker, void* arg) {
       }
     }
     descend_lanes<In>(c, x, scratch, 0, count * h.trees);
-    for (int64_t g = 0; g < count; ++g) {
+    for (int64_t g = 0; g < count && c.sum; ++g) {
       const TokenPlan plan = plan_at(h, scratch, g);
       visit_core<In>(c, x[g], plan, 0, h.core);
       fire(c, plan);
@@ -243,6 +244,7 @@ static void tree_run(TreeCall& c, const NogemmHost* host) {
     c.parts = work / kShareWork < host->threads ? work / kShareWork : host->threads;
     for (c.tokens = 0; c.tokens < tokens; ++c.tokens) {
       host->run(host->self, c.parts, shared_descent<In>, &c);
+      if (!c.sum) continue;
       fire(c, plan_at(h, c.scratch, 0));
       host->run(host->self, c.parts, shared_sum<Out>, &c);
     }
@@ -261,8 +263,8 @@ static int64_t tree_workspace(const TreeHeader* h, int64_t, int64_t threads) {
   return (1 + threads) * group_bytes(*h) + 64;
 }
 
-static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
-                         int64_t tokens, void* workspace, const NogemmHost* host) {
+static void tree_call(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                      int64_t tokens, void* workspace, const NogemmHost* host, bool sum) {
   if (tokens == 0) return;
   TreeCall c{static_cast<const TreeHeader*>(packed),
              static_cast<const char*>(packed),
@@ -272,7 +274,8 @@ static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int
              static_cast<char*>(y),
              tokens,
              static_cast<char*>(workspace),
-             1};
+             1,
+             sum};
   switch (c.h->mode) {
     case NOGEMM_TREE_FP32:
       return tree_run<float, float>(c, host);
@@ -283,12 +286,24 @@ static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int
   }
 }
 
+static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                         int64_t tokens, void* workspace, const NogemmHost* host) {
+  tree_call(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true);
+}
+
+// Paths alone (a core, which every token visits, belongs to the sum unless workers share one token).
+static void tree_paths(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens,
+                       void* workspace, const NogemmHost* host) {
+  tree_call(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false);
+}
+
 static constexpr TreeKernels tree_kernels() {
   TreeKernels k{};
   k.descend[kF32] = tree_descend<float>;
   k.descend[kBF16] = tree_descend<bf16>;
   k.workspace = tree_workspace;
   k.forward = tree_forward;
+  k.paths = tree_paths;
   return k;
 }
 

@@ -8,6 +8,7 @@ void gather_tests();
 void hire_tests();
 void neuron_rows_tests();
 void tree_tests();
+void phases_tests();
 void conversion_tests();
 void dispatch_tests();
 int lookup_tests();  // walks the instruction sets itself
@@ -24,6 +25,7 @@ int main() {
     neuron_rows_tests();
     hire_tests();
     tree_tests();
+    phases_tests();
     std::printf("training kernels [%s]: %d failures so far\n", nogemm_isa(), check::failures);
   }
   nogemm_set_isa(nullptr);
