@@ -29,6 +29,8 @@ FLAGS = {
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
     "bench lsh": "--model --site --bits --tables --learned-tables --top --tokens --draws --steps --seed --json",
+    "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
+    "--project --threads --rounds --seconds --checkpoint --site --seed --json",
     "report": "--output -o --title --json",
 }
 
@@ -179,6 +181,8 @@ def test_wrong_input_elsewhere_is_one_line(tiny, tmp_path, capsys):
     assert "--batch" in failed(capsys, "bench", "layer", "--batch", "1,many")
     assert "--shape" in failed(capsys, "bench", "model", "--shape", "12")
     assert "nonsense" in failed(capsys, "bench", "layer", "--against", "nonsense")
+    assert "--counters" in failed(capsys, "profile", "--counters", "guess")
+    assert "--project" in failed(capsys, "profile", "--method", "tree", "--project")
 
 
 def test_a_misspelt_flag_is_refused(capsys):

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from nogemm.hardware import machine, machine_line
+from nogemm.hardware import roofline as roofline_module
 from nogemm.hardware.cpu import _count, caches, size
-from nogemm.hardware.roofline import Roofline, level_sizes, measure_roofline
-from nogemm.ops import native_available
+from nogemm.hardware.roofline import Roofline, level_sizes, measure_roofline, measure_rooflines
+from nogemm.ops import isa, native_available, supported_isas
 
 
 def test_machine_names_no_host_and_no_path() -> None:
@@ -46,6 +47,24 @@ def test_bound_is_the_slowest_part() -> None:
     assert roofline.bound({"fp32": 1e6}, {"L2": 1e6, "memory": 1e5}) == (pytest.approx(20.0), "L2")
     assert roofline.bound({"int8": 1e7}, {"L2": 1e6}) == (pytest.approx(25.0), "int8 compute")
     assert roofline.bound({"bf16": 1e7}, {}) == (pytest.approx(100.0), "bf16 compute")
+
+
+def test_a_caches_geometry_multiplies_to_its_size() -> None:
+    for cache in caches():
+        if cache["ways"] and cache["line"]:
+            assert cache["bytes"] % (cache["ways"] * cache["line"]) == 0
+
+
+def test_every_instruction_set_has_a_roofline_and_the_one_in_force_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline_module, "_SECONDS", 1e-4)
+    monkeypatch.setattr(roofline_module, "level_sizes", lambda threads: {"L1": 16 << 10, "memory": 1 << 20})
+    before = isa()
+    found = measure_rooflines(1)
+    assert isa() == before
+    assert tuple(found) == supported_isas()
+    for measured in found.values():
+        assert measured.gflops["fp32"] > 0
+        assert measured.gb_per_s["L1"] > 0
 
 
 def test_measured_roofline_is_ordered() -> None:

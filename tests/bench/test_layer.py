@@ -117,7 +117,7 @@ def test_a_contender_with_wrong_output_has_no_time(monkeypatch: pytest.MonkeyPat
 
 def test_absent_engines_stay_in_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench.peers, "missing", lambda name: "openvino not installed: pip install 'nogemm[peers]'")
-    args = bench._checked(LayerBenchArgs(**TINY, against=("openvino-int8",)))
+    args = bench.checked(LayerBenchArgs(**TINY, against=("openvino-int8",)))
     assert [spec.missing for spec in bench._specs(args, Path("pool"))] == [
         None,
         "openvino not installed: pip install 'nogemm[peers]'",
@@ -144,7 +144,7 @@ def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None
 
 def test_unknown_method_is_a_config_error() -> None:
     with pytest.raises(ConfigError):
-        bench._checked(LayerBenchArgs(method="magic"))
+        bench.checked(LayerBenchArgs(method="magic"))
 
 
 def test_dense_work_by_hand() -> None:

@@ -82,14 +82,14 @@ def run_layer_bench(
     Raises:
         ConfigError, ValueError: an unknown method, field, contender or cache, or fewer than seven rounds.
     """
-    args = _checked(args)
+    args = checked(args)
     ours = our_names(args.dtype)[0]
     head = origin(asdict(args) | {"ours": ours})
     roofline = measure_roofline(args.threads)
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
     with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
         pool = Path(folder) / "tokens"
-        write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=_source(args))
+        write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=token_source(args))
         codes = "uniform" if args.checkpoint is None else "trained"
         cases = [{"batch": b, "cache": cache, "codes": codes} for cache in args.cache for b in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
@@ -101,7 +101,8 @@ def run_layer_bench(
     return head | {"roofline": measured, "pool": size.to_dict(), "rows": rows}
 
 
-def _checked(args: LayerBenchArgs) -> LayerBenchArgs:
+def checked(args: LayerBenchArgs) -> LayerBenchArgs:
+    """Return the arguments with their defaults filled in; raise where one cannot be used."""
     our_names(args.dtype)
     unknown = [cache for cache in args.cache if cache not in ("fresh", "warm")]
     if unknown or not args.cache:
@@ -134,7 +135,7 @@ def _specs(args: LayerBenchArgs, pool: Path) -> list[Spec]:
     return specs
 
 
-def _source(args: LayerBenchArgs) -> Any:
+def token_source(args: LayerBenchArgs) -> Any:
     """Return activations that a trained layer really sees, or None for random tokens."""
     if args.checkpoint is None:
         return None

@@ -6,14 +6,16 @@ fits a phone. Reading order: `write_report`, then the sections in the order of t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from nogemm.bench.profile_tables import energy_table, profile_table, projection_table, shape_line
 from nogemm.bench.report_data import METRICS, QualityRow, Results, SpeedRow, read_results
 from nogemm.bench.report_page import PAGE
+from nogemm.bench.report_profile import profile_charts
 from nogemm.bench.report_svg import COLOURS, Bar, Point, bars, legend, lines, number, scatter
 from nogemm.bench.tables import TextTable
 from nogemm.files import write_atomically
@@ -47,6 +49,7 @@ def render(results: Results, *, title: str | None = None) -> str:
         _memory_section(results.quality),
         _sites_section(results),
         *(_table_section(table) for table in results.tables),
+        *(_profile_section(result) for result in results.profiles),
     ]
     machine = "".join(f"<p class='machine'>{escape(line)}</p>" for line in results.machines)
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in results.notes)
@@ -59,6 +62,13 @@ def _table_section(table: TextTable) -> str:
     body = [([escape(cell) for cell in row], False) for row in table.rows]
     hint = f"<p class='hint'>{escape(table.hint)}</p>"
     return f"<section><h2>{escape(table.title)}</h2>{_table(table.head, body)}{hint}</section>"
+
+
+def _profile_section(result: Mapping[str, Any]) -> str:
+    figures = "".join(_figure(caption, chart) for caption, chart in profile_charts(result))
+    tables = [profile_table(result), energy_table(result), projection_table(result)]
+    sections = "".join(_table_section(table) for table in tables if table.rows)
+    return f'<section><h2>{escape(shape_line(result))}</h2><div class="charts">{figures}</div></section>{sections}'
 
 
 def _tiles(results: Results) -> str:

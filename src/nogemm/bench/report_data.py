@@ -2,7 +2,7 @@
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
-table each). A file without a kind is told by its rows.
+table each), "profile". A file without a kind is told by its rows.
 Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
 """
 
@@ -98,6 +98,7 @@ class Results:
     training: list[SpeedRow] = field(default_factory=list)
     sites: list[SiteRow] = field(default_factory=list)
     tables: list[TextTable] = field(default_factory=list)
+    profiles: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -268,6 +269,12 @@ def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], settin
     )
 
 
+def _read_profile(data: Mapping[str, Any], results: Results) -> None:
+    for name in ("settings", "rooflines", "rows", "points", "counting", "energy"):
+        data[name]  # a file that lacks one is refused here, with its name
+    results.profiles.append(data)
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "layer": _read_layer,
     "model": _read_model,
@@ -277,6 +284,7 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "demo": _read_demo,
     "methods": lambda data, results: results.tables.append(methods_table(data)),
     "projections": lambda data, results: results.tables.append(projections_table(data)),
+    "profile": _read_profile,
     "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
     "lsh": lambda data, results: results.tables.append(lsh_table(data)),
 }

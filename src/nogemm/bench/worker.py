@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 LEAD_IN_SECONDS = 0.05
 
@@ -39,6 +39,15 @@ class Contender(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfTimed(Protocol):
+    """A contender that keeps the clock itself, where Python's would be part of what it measures."""
+
+    def timed(self, inputs: Any) -> float:
+        """Compute, and return the seconds that it took."""
+        ...
+
+
 def time_calls(contender: Contender, seconds: float, max_calls: int, layers: int) -> list[float]:
     """Time calls for about `seconds`: microseconds per layer, one number per call, at least one."""
     once = _once(contender)
@@ -54,6 +63,8 @@ def time_calls(contender: Contender, seconds: float, max_calls: int, layers: int
 
 def _once(contender: Contender) -> float:
     inputs = contender.draw()
+    if isinstance(contender, SelfTimed):
+        return contender.timed(inputs)
     start = time.perf_counter_ns()
     outputs = contender.run(inputs)
     elapsed = time.perf_counter_ns() - start

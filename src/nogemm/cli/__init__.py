@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
-from nogemm.cli import bench, info, models
+from nogemm.cli import bench, info, models, profile
 from nogemm.errors import NogemmError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("distil")(models.distil)
 app.command("eval")(models.evaluate)
 app.command("export")(models.export)
 app.add_typer(bench.app, name="bench")
+app.command("profile")(profile.profile)
 app.command("report")(info.report)
 
 

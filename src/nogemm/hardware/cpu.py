@@ -93,7 +93,10 @@ def versions() -> dict[str, str | None]:
 
 
 def caches() -> list[dict[str, Any]]:
-    """List the first core's caches: [{"level": "L1d" | "L1i" | "L2" | "L3", "bytes": B, "shared_by": cores}]."""
+    """List the first core's caches: [{"level": "L1d" | "L1i" | "L2" | "L3", "bytes": B, "shared_by": cores, ...}].
+
+    "ways" and "line" (bytes) are the cache's geometry, None where the system does not say.
+    """
     found = []
     for index in sorted((_CPU / "cpu0/cache").glob("index*")):
         level, kind, text = _read(index / "level"), _read(index / "type"), _read(index / "size")
@@ -101,7 +104,15 @@ def caches() -> list[dict[str, Any]]:
             continue
         suffix = {"Data": "d", "Instruction": "i"}.get(kind, "")
         shared = _count(_read(index / "shared_cpu_list") or "0")
-        found.append({"level": f"L{level}{suffix}", "bytes": _bytes(text), "shared_by": shared})
+        found.append(
+            {
+                "level": f"L{level}{suffix}",
+                "bytes": _bytes(text),
+                "shared_by": shared,
+                "ways": _number(_read(index / "ways_of_associativity")),
+                "line": _number(_read(index / "coherency_line_size")),
+            }
+        )
     return found
 
 

@@ -1,0 +1,220 @@
+"""`nogemm profile` end to end on a tiny shape: phases, sources of events, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nogemm.bench import profile as bench
+from nogemm.bench.counts import Counts
+from nogemm.bench.layer import LayerBenchArgs
+from nogemm.bench.layer_job import our_layer
+from nogemm.bench.pool import write_pool
+from nogemm.bench.profile import ProfileArgs, run_profile
+from nogemm.bench.profile_job import FIRST, WHOLE, PhaseContender, kind_of
+from nogemm.bench.profile_rows import phase_rows, roofline_points
+from nogemm.bench.profile_tables import energy_table, profile_table
+from nogemm.errors import ConfigError, NativeError
+from nogemm.hardware.roofline import Roofline
+
+TINY: dict[str, Any] = {
+    "d": 32,
+    "set": ("tables=16", "bits=3", "projection.block=8"),
+    "batch": (1, 300),
+    "threads": 1,
+    "rounds": 2,
+    "seconds": 0.01,
+    "against": ("torch-fp32",),
+    "pool_cap_bytes": 1 << 20,
+}
+COUNTS = Counts(
+    instructions=9e3,
+    multiply_adds=1e3,
+    accesses=2e3,
+    access_bytes=4e4,
+    l1_misses=100.0,
+    l2_misses=10.0,
+    llc_misses=1.0,
+    tlb_misses=5.0,
+)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Roofline(threads=1, gflops={"fp32": 100.0}, gb_per_s={"L1": 100.0, "L2": 50.0, "L3": 20.0, "memory": 5.0})
+    monkeypatch.setattr(bench, "measure_rooflines", lambda threads: {bench.origin({})["isa"]: machine})
+
+
+def profiled(**change: Any) -> dict[str, Any]:
+    counters, counts = change.pop("counters", "none"), change.pop("counts", None)
+    args = ProfileArgs(layer=LayerBenchArgs(**(TINY | change)), counters=counters, counts=counts)
+    return run_profile(args, _min_rounds=2)
+
+
+@pytest.mark.usefixtures("quick")
+def test_phases_add_up_to_the_call() -> None:
+    result = profiled()
+    assert json.loads(json.dumps(result))["rows"] == result["rows"]
+    assert result["phases"] == ["hash", "gather"]
+    for batch in (1, 300):
+        us = {
+            row["phase"]: row["us_median"]
+            for row in result["rows"]
+            if row["batch"] == batch and "nogemm" in row["contender"]
+        }
+        assert list(us) == ["whole", "kernel", "hash", "gather", "rest"]
+        assert 0 < us["hash"] < us["kernel"] < us["whole"]
+        assert us["hash"] + us["gather"] + us["rest"] == pytest.approx(us["whole"])
+    dense = [row for row in result["rows"] if row["contender"] == "torch-fp32"]
+    assert [row["us_median"] > 0 for row in dense] == [True, True]
+    assert result["counting"]["source"] is None
+    for row in result["rows"]:
+        assert row["why_not"] == "not asked for"
+        assert row["l1_miss_rate"] is None
+    assert len(profile_table(result).rows) == len(result["rows"])
+    assert energy_table(result).rows == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("method", "fields", "phases"),
+    [("tree", ("depth=4",), ["descent", "sum"]), ("hire", ("keep=0.25",), None), ("switch", ("experts=2",), None)],
+)
+def test_other_layers_have_their_own_phases(method: str, fields: tuple[str, ...], phases: list[str] | None) -> None:
+    result = profiled(method=method, set=fields, hidden=64, batch=(4,), against=())
+    assert result["phases"] == phases
+    found = [row["phase"] for row in result["rows"]]
+    if phases is not None:
+        assert found == ["whole", "kernel", *phases, "rest"]
+    else:
+        assert found == (["whole", "kernel", "rest"] if method == "hire" else ["whole"])
+    assert all(row["us_median"] is not None for row in result["rows"])
+
+
+@pytest.mark.usefixtures("quick")
+def test_counts_of_an_earlier_result_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "choose_source", lambda wanted: bench.Source("cachegrind", ""))
+    monkeypatch.setattr(bench.profile_counting, "simulate_phases", _no_simulation)
+    monkeypatch.setattr(bench.profile_counting, "simulate_dense", _no_simulation)
+    keys = [("nogemm-fp32", phase) for phase in ("kernel", "hash", "gather")] + [("dense-numpy-fp32", "kernel")]
+    counts = [
+        {"contender": name, "phase": phase, "batch": batch, **COUNTS.to_dict()}
+        for name, phase in keys
+        for batch in (1, 300)
+    ]
+    settings = json.loads(json.dumps(vars(LayerBenchArgs(**TINY)))) | {"hidden": 128}
+    earlier = {"kind": "profile", "counting": {"source": "cachegrind"}, "counts": counts, "settings": settings}
+    (tmp_path / "earlier.json").write_text(json.dumps(earlier))
+    result = profiled(counters="cachegrind", counts=str(tmp_path / "earlier.json"))
+    rows = {(row["contender"], row["phase"], row["batch"]): row for row in result["rows"]}
+    row = rows["nogemm-fp32", "hash", 300]
+    assert row["l1_miss_rate"] == 0.05
+    assert row["l1_gb_per_s"] == pytest.approx(4e4 / row["us_median"] * 1e-3)
+    assert rows["nogemm-fp32", "rest", 300]["why_not"].startswith("Python and torch")
+    assert {point["phase"] for point in result["points"]} == {"kernel", "hash", "gather"}
+    assert all("dense_ratio" in row for row in result["energy"]["rows"] if row["contender"] == "nogemm-fp32")
+
+    (tmp_path / "other.json").write_text(json.dumps(earlier | {"settings": settings | {"d": 64}}))
+    with pytest.raises(ConfigError, match="its d is 64, not 32"):
+        profiled(counters="cachegrind", counts=str(tmp_path / "other.json"))
+    (tmp_path / "none.json").write_text(json.dumps({"kind": "layer", "rows": []}))
+    with pytest.raises(ConfigError, match="not a profile"):
+        profiled(counters="cachegrind", counts=str(tmp_path / "none.json"))
+
+
+def _no_simulation(*_: Any, **__: Any) -> dict[Any, Any]:
+    raise AssertionError("everything was in the file")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"counters": "guess"}, "--counters must be one of auto, perf, cachegrind, none, got 'guess'"),
+        ({"dtype": "fp32,int8"}, "--dtype must be one of fp32, bf16, int8 for a profile"),
+        ({"method": "magic"}, "unknown layer kind 'magic'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        profiled(**change)
+
+
+def test_a_source_asked_for_by_name_must_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "why_no_counters", lambda: "this machine does not count it")
+    monkeypatch.setattr(bench, "why_no_simulator", lambda: "valgrind is not installed")
+    with pytest.raises(NativeError, match="--counters perf: this machine does not count it"):
+        bench.choose_source("perf")
+    nothing = bench.choose_source("auto")
+    assert nothing.name is None
+    assert nothing.why_not == "perf: this machine does not count it; cachegrind: valgrind is not installed"
+    monkeypatch.setattr(bench, "why_no_simulator", lambda: None)
+    assert bench.choose_source("auto").name == "cachegrind"
+
+
+def test_a_native_entry_that_differs_from_the_module_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pool(tmp_path / "tokens", 400, 32, seed=1)
+    settings = {"method": "lookup", "set": TINY["set"], "d": 32, "hidden": 128, "activation": "gelu", "seed": 0}
+    settings |= {"dtype": "fp32", "pool": str(tmp_path / "tokens"), "events": False, "phase": WHOLE}
+    contender = PhaseContender(settings)
+    case = {"batch": 16, "cache": "fresh"}
+    assert contender.prepare(case)["verified"] is True
+    assert contender.timed(contender.draw()) > 0
+    honest = contender.timed
+
+    def wrong(inputs: Any) -> float:
+        seconds = honest(inputs)
+        contender.outputs[0][3, 5] += 1.0
+        return seconds
+
+    monkeypatch.setattr(contender, "timed", wrong)
+    facts = contender.prepare(case)
+    assert facts["verified"] is False
+    assert facts["error"] == "the native entry does not match the module"
+
+
+def test_the_first_phase_writes_no_output(tmp_path: Path) -> None:
+    write_pool(tmp_path / "tokens", 1000, 32, seed=1)
+    settings = {"method": "tree", "set": ["depth=3"], "d": 32, "hidden": 64, "activation": "gelu", "seed": 0}
+    settings |= {"dtype": "bf16", "pool": str(tmp_path / "tokens"), "events": False, "phase": FIRST}
+    contender = PhaseContender(settings)
+    for batch in (1, 100):
+        assert contender.prepare({"batch": batch, "cache": "fresh"})["verified"] is True
+        contender.timed(contender.draw())
+        assert not any(y.any() for y in contender.outputs)
+
+
+def test_only_single_native_calls_have_a_kind() -> None:
+    shape = {"d": 32, "hidden": 64, "activation": "gelu", "seed": 0}
+    lookup = our_layer(shape | {"method": "lookup", "set": TINY["set"]}).pack("int8")
+    assert kind_of(lookup) == (0, ("hash", "gather"))
+    assert kind_of(our_layer(shape | {"method": "switch", "set": ["experts=2"]}).pack()) is None
+    assert kind_of(torch.nn.Identity()) is None
+
+
+def test_points_and_rows_by_hand() -> None:
+    machine = Roofline(threads=1, gflops={"fp32": 100.0}, gb_per_s={"L1": 100.0, "L2": 50.0, "L3": 20.0, "memory": 5.0})
+    timed = [
+        {"contender": name, "batch": 4, "us_median": us, "us_p10": us, "us_p90": us}
+        for name, us in (("ours", 5.0), ("ours kernel", 3.0), ("ours hash", 1.0))
+    ]
+    counted = {("ours", "gather", 4): COUNTS}
+    rows = phase_rows(timed, "ours", ("hash", "gather"), counted, machine, {"source": "cachegrind"})
+    assert [(row["phase"], row["us_median"]) for row in rows] == [
+        ("whole", 5.0),
+        ("kernel", 3.0),
+        ("hash", 1.0),
+        ("gather", 2.0),
+        ("rest", 2.0),
+    ]
+    (point,) = roofline_points(rows, counted, machine)
+    # 2000 FLOP in 2 us; L1 40000 bytes at 100 GB/s are 0.4 us, the longest of all parts.
+    assert point["gflops"] == pytest.approx(1.0)
+    assert (point["bound"], point["roofline_fraction"]) == ("L1", pytest.approx(0.2))
+    assert point["intensity"]["L1"] == pytest.approx(0.05)
+    assert roofline_points(rows, counted, None) == []
