@@ -136,3 +136,15 @@ def test_every_call_draws_its_own_input_and_short_ones_are_led_in() -> None:
     times = time_calls(contender, seconds=1.0, max_calls=5, layers=1)
     assert len(times) == 5
     assert contender.drawn == contender.ran == 7
+
+
+@pytest.mark.usefixtures("_importable")
+def test_a_call_that_takes_too_long_is_made_once(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    specs = [fake("slow", "Sleeper", log, seconds=0.2), fake("quick", "Sleeper", log, seconds=0.001)]
+    slow, quick = measure(specs, [{"batch": 1}], Plan(threads=1, seconds=0.001, longest_call=0.1, patience=120))
+    assert slow["skipped"] == "one call took 0.2 s, more than 0.1 s"
+    assert slow["verified"]
+    assert "us_median" not in slow
+    assert quick["us_median"] > 0
+    assert sum(line.startswith("slow") for line in log.read_text().splitlines()) <= 2

@@ -57,6 +57,7 @@ class Plan:
         seconds: aimed at per turn; at least one call is made whatever it takes.
         max_calls: per turn.
         patience: seconds a worker may take to answer before its row fails.
+        longest_call: seconds; a contender whose call takes longer is not called again, and its row says so.
     """
 
     threads: int
@@ -64,6 +65,7 @@ class Plan:
     seconds: float = 0.1
     max_calls: int = 200
     patience: float = 900.0
+    longest_call: float = float("inf")
 
 
 def measure(
@@ -82,7 +84,7 @@ def measure(
         note: called with a line of progress.
     Returns:
         One row per case and contender, in that order: {"contender", **case, "verified", ...facts the contender gave}
-        and, only if verified, "us_median", "us_p10", "us_p90", "calls"; otherwise "error" or "missing".
+        and, only if verified, "us_median", "us_p10", "us_p90", "calls"; otherwise "error", "missing" or "skipped".
     Raises:
         ValueError: fewer than seven rounds.
     """
@@ -144,13 +146,17 @@ def _measure_case(
     for turn in range(plan.rounds):
         for name in ready[turn % len(ready) :] + ready[: turn % len(ready)] if ready else ():
             answer = workers[name].ask({"do": "time", "seconds": plan.seconds, "max_calls": plan.max_calls})
-            if "us" in answer:
-                times[name] += answer["us"]
-            else:
+            if "us" not in answer:
                 rows[name] |= answer | {"verified": False}
+                continue
+            times[name] += answer["us"]
+            call = max(answer["us"]) * rows[name].get("layers", 1) * 1e-6
+            if call > plan.longest_call:
+                rows[name]["skipped"] = f"one call took {call:.1f} s, more than {plan.longest_call:g} s"
+                ready.remove(name)
         say(f"{_label(case)} round {turn + 1} of {plan.rounds}")
     for name, us in times.items():
-        if rows[name]["verified"]:
+        if rows[name]["verified"] and "skipped" not in rows[name]:
             rows[name] |= summary(us) | {"calls": len(us)}
     return list(rows.values())
 

@@ -29,7 +29,7 @@ _FLAGS = {
     "neon": "asimd",
     "sve": "sve",
 }
-_PACKAGES = ("torch", "numpy", "transformers", "onnxruntime", "openvino", "nncf")
+_PACKAGES = ("torch", "numpy", "transformers", "onnxruntime", "openvino", "nncf", "jax")
 
 
 @functools.cache

@@ -12,19 +12,21 @@ import importlib.util
 
 from nogemm.bench.peers._base import Engine, Runner
 
-__all__ = ["CONTENDERS", "Engine", "Runner", "engine", "missing"]
+__all__ = ["CONTENDERS", "LAYERS_ONLY", "Engine", "Runner", "engine", "missing"]
 
 _MODULES = {
     "torch": "nogemm.bench.peers.eager",
     "inductor": "nogemm.bench.peers.inductor",
     "onnxruntime": "nogemm.bench.peers.onnx_runtime",
     "openvino": "nogemm.bench.peers.openvino_engine",
+    "jax": "nogemm.bench.peers.jax_engine",
 }
 _REQUIRES = {
     "torch": (),
     "inductor": (),
     "onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
     "openvino": ("openvino",),
+    "jax": ("jax",),
 }
 CONTENDERS: tuple[str, ...] = (
     "torch-fp32",
@@ -38,13 +40,15 @@ CONTENDERS: tuple[str, ...] = (
     "openvino-bf16",
     "openvino-int8",
 )
+LAYERS_ONLY: tuple[str, ...] = ("jax-fp32",)
+"""Contenders that know a dense layer and no model; timed where they are asked for by name."""
 
 
 def missing(name: str) -> str | None:
     """Say how to install what engine `name` needs, or None if everything is there.
 
     Raises:
-        ValueError: if `name` is not one of `CONTENDERS`.
+        ValueError: if `name` is not one of `CONTENDERS` or `LAYERS_ONLY`.
     """
     family, precision = _split(name)
     packages = _REQUIRES[family] + (("nncf",) if (family, precision) == ("openvino", "int8") else ())
@@ -56,7 +60,7 @@ def engine(name: str) -> Engine:
     """Make the engine of that name; its packages are imported now and not before.
 
     Raises:
-        ValueError: if `name` is not one of `CONTENDERS`.
+        ValueError: if `name` is not one of `CONTENDERS` or `LAYERS_ONLY`.
         ModuleNotFoundError: if a package is absent; `missing` tells beforehand.
     """
     family, precision = _split(name)
@@ -67,7 +71,7 @@ def engine(name: str) -> Engine:
 
 
 def _split(name: str) -> tuple[str, str]:
-    if name not in CONTENDERS:
-        raise ValueError(f"unknown contender {name!r}; known: {', '.join(CONTENDERS)}")
+    if name not in (*CONTENDERS, *LAYERS_ONLY):
+        raise ValueError(f"unknown contender {name!r}; known: {', '.join((*CONTENDERS, *LAYERS_ONLY))}")
     family, _, precision = name.partition("-")
     return family, precision

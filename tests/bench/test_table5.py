@@ -1,0 +1,86 @@
+"""The command of the full table: its parts, what it leaves out and why, one small part for real, the summary."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nogemm.bench.gather_peer import EMBEDDING_BAG
+
+_FILE = Path(__file__).parents[2] / "benchmarks" / "table5.py"
+_SPEC = importlib.util.spec_from_file_location("table5", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+table5: Any = importlib.util.module_from_spec(_SPEC)
+sys.modules["table5"] = table5  # dataclasses look their module up
+_SPEC.loader.exec_module(table5)
+
+
+def test_parts_cover_the_paper_and_have_names_of_their_own() -> None:
+    parts = table5.all_parts(Path("somewhere"))
+    names = [part.name for part in parts]
+    assert len(set(names)) == len(names)
+    full = {part.d: part for part in parts if part.name in ("d512", "d768")}
+    assert set(full) == {512, 768}
+    for part in full.values():
+        assert part.batches == (1, 8, 64, 512, 4096, 32768)
+        assert {layer.method for layer in part.ours} >= {"lookup", "tree", "hire", "slide", "mongoose", "yoso"}
+        assert set(part.dense) >= {"torch-fp32", "inductor-bf16", "onnxruntime-int8", "openvino-int8", "jax-fp32"}
+    assert any(part.threads == 1 for part in parts)
+    assert any(part.cache == "warm" for part in parts)
+    assert [part.name for part in parts if part.checkpoint] == ["d384-trained"]
+    assert not any(part.checkpoint for part in table5.all_parts(None))
+
+
+def test_what_does_not_fit_is_left_out_with_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(table5, "machine", lambda: {"memory_bytes": 8 << 30})
+    part = table5.Part(name="wide", d=8192, hidden=32768, ours=(), dense=("torch-fp32",))
+    (spec,) = table5.specs(part, tmp_path)
+    assert spec.missing == "12 copies would take 48 GiB to prepare"
+    small = table5.Part(name="narrow", d=64, hidden=256, ours=(), dense=("torch-fp32",))
+    assert table5.specs(small, tmp_path)[0].missing is None
+
+
+def test_the_dense_layer_of_equal_flop() -> None:
+    part = table5.Part(name="p", d=512, hidden=2048, ours=table5.lookups(table5.LOOKUPS[512]))
+    # BH4 of blocks of 64 over 512, twice, its Hadamard transforms, and 128 rows of 512: 0.70 MFLOP.
+    assert 300 < table5.equal_width(part) < 400
+
+
+def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ours = table5.lookups(("tables=4", "bits=3", "projection.block=8"), "int8")
+    part = table5.Part(
+        name="small",
+        d=32,
+        hidden=64,
+        ours=ours,
+        dense=("torch-fp32", "jax-fp32"),
+        equal_flop=("torch-fp32",),
+        gather=True,
+        batches=(3,),
+        threads=1,
+    )
+    target = tmp_path / "table5" / "small.json"
+    table5.record(part, target, 0.001)
+    found = json.loads(target.read_text())
+    assert found["settings"]["threads"] == 1
+    rows = {row["contender"]: row for row in found["rows"]}
+    width = table5.equal_width(part)
+    names = {"nogemm-lookup-int8", EMBEDDING_BAG, "torch-fp32", "jax-fp32", f"torch-fp32, {width} wide"}
+    assert set(rows) == names
+    assert all(row["verified"] and row["us_median"] > 0 for row in rows.values()), rows
+    assert rows["nogemm-lookup-int8"]["ratio"] == 1.0
+    before = target.read_bytes()
+    table5.record(part, target, 0.001)
+    assert "recorded already" in capsys.readouterr().out
+    assert target.read_bytes() == before
+    table5.summarise(["small", "not there"], tmp_path)
+    (case,) = json.loads((tmp_path / "table5.json").read_text())["cases"]
+    assert case["fastest_dense"] in ("torch-fp32", "jax-fp32")
+    assert case["ratio"] == pytest.approx(case["fastest_dense_us"] / case["ours"]["nogemm-lookup-int8"])
+    assert "ours int8" in capsys.readouterr().out
