@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench import count_dense
+from nogemm.bench import count_dense, simulate
 from nogemm.bench.profile_counting import MOST_TOKENS, plan
 from nogemm.bench.simulate import geometry, parse_cachegrind, parse_lackey
 from nogemm.errors import NativeError
@@ -51,7 +51,13 @@ def test_totals_of_a_cachegrind_file() -> None:
 
 def test_bytes_and_multiply_adds_of_lackeys_table() -> None:
     moved = 131787 + 1048892 + 4 * (8925545 + 23506) + 4 * 2359296 + 16 * (5671 + 5294) + 32 * (5220560 + 778432)
-    assert parse_lackey(LACKEY) == {"bytes": moved, "multiply_adds": 138936832}
+    assert parse_lackey(LACKEY) == {"bytes": moved, "multiply_adds": 138936832, "lane_loads": 2359296}
+
+
+def test_the_lanes_of_a_multiply_add_are_one_access() -> None:
+    near = {"Ir": 9.0, "Dr": 20.0, "Dw": 2.0, "D1mr": 3.0, "D1mw": 1.0, "DLmr": 1.0, "DLmw": 0.0}
+    found = simulate._counts([near, near], {"bytes": 90.0, "multiply_adds": 16.0, "lane_loads": 16.0})
+    assert (found.accesses, found.l1_misses, found.l2_misses, found.tlb_misses) == (8.0, 4.0, 1.0, None)
 
 
 @pytest.mark.parametrize("text", ["", "events: Ir Dr\nsummary: 1 2\n", CACHEGRIND.replace("239110 50242", "239110")])

@@ -62,7 +62,7 @@ def _difference(
     name: str, phase: str, batch: int, longer: Mapping[str, Any], shorter: Mapping[str, Any]
 ) -> dict[str, Any]:
     a, b = longer.get("us_median"), shorter.get("us_median")
-    us = None if a is None or b is None else max(a - b, 0.0)
+    us = None if a is None or b is None else a - b  # below zero where noise is larger than the difference
     return {"contender": name, "phase": phase, "batch": batch, "us_median": us, "us_p10": None, "us_p90": None}
 
 
@@ -89,7 +89,9 @@ def roofline_points(
         counts = counted.get((row["contender"], row["phase"], row["batch"]))
         served = None if counts is None else counts.served()
         us = row["us_median"]
-        if counts is None or served is None or not counts.multiply_adds or not us or roofline is None:
+        if counts is None or served is None or not counts.multiply_adds or roofline is None:
+            continue
+        if us is None or us <= 0:
             continue
         flops = 2 * counts.multiply_adds
         least, bound = roofline.bound({"fp32": flops}, {k: v for k, v in served.items() if k in roofline.gb_per_s})

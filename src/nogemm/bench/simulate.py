@@ -30,6 +30,7 @@ from nogemm.errors import NativeError
 from nogemm.hardware.cpu import caches, machine, usable_cores
 
 ISA = "avx2"
+LANES = 8  # of float32 in its vectors
 _PAGE = 4096
 # First-level data TLB for loads and second-level TLB, 4 KiB pages, as (entries, ways); virtual machines hide them.
 # Source: Intel 64 and IA-32 Architectures Optimization Reference Manual, Golden Cove.
@@ -128,7 +129,8 @@ def _counts(cached: Sequence[Mapping[str, float]], moved: Mapping[str, float]) -
     return Counts(
         instructions=near["Ir"],
         multiply_adds=moved["multiply_adds"],
-        accesses=near["Dr"] + near["Dw"],
+        # A multiply-add of 8 lanes from memory is 8 loads to valgrind, and one to a processor.
+        accesses=near["Dr"] + near["Dw"] - moved["lane_loads"] * (LANES - 1) / LANES,
         access_bytes=moved["bytes"],
         l1_misses=near["D1mr"] + near["D1mw"],
         l2_misses=near["DLmr"] + near["DLmw"],
@@ -168,10 +170,11 @@ def parse_cachegrind(text: str) -> dict[str, float]:
 
 
 def parse_lackey(text: str) -> dict[str, float]:
-    """Read lackey's table of loads, stores and operations by type: {"bytes", "multiply_adds"}.
+    """Read lackey's table of loads, stores and operations by type: {"bytes", "multiply_adds", "lane_loads"}.
 
-    Valgrind executes a vector multiply-add as one operation of type F32 per lane; a vector addition has a type of its
-    own (V256), so what is counted are multiply-adds and the few scalar operations.
+    Valgrind executes a vector multiply-add as one operation of type F32 per lane, and its operand in memory as one load
+    of that type per lane; a vector addition or load has a type of its own (V256). So what is counted are multiply-adds,
+    with the few scalar operations.
 
     Raises:
         NativeError: no such table.
@@ -179,12 +182,12 @@ def parse_lackey(text: str) -> dict[str, float]:
     rows = re.findall(r"\s([IFV])(\d+)\s+([\d,]+)\s+([\d,]+)\s+([\d,]+)\s*$", text, re.MULTILINE)
     if not rows:
         raise NativeError("lackey wrote no table of loads and stores")
-    moved = operations = 0
+    moved = operations = lane_loads = 0
     for kind, bits, loads, stores, operated in rows:
         moved += max(int(bits) // 8, 1) * (int(loads.replace(",", "")) + int(stores.replace(",", "")))
         if (kind, bits) == ("F", "32"):
-            operations = int(operated.replace(",", ""))
-    return {"bytes": float(moved), "multiply_adds": float(operations)}
+            operations, lane_loads = int(operated.replace(",", "")), int(loads.replace(",", ""))
+    return {"bytes": float(moved), "multiply_adds": float(operations), "lane_loads": float(lane_loads)}
 
 
 def _valgrind(options: Sequence[str], command: Sequence[str]) -> str:
