@@ -181,26 +181,61 @@ def test_the_schedule_rebuilds_only_after_the_hashes_moved() -> None:
     assert every.rebuilds == 3
 
 
-def test_triplet_loss_by_hand() -> None:
-    layer = nogemm.MongooseConfig(bits=1, tables=2).build(2, hidden=4)
+def triplet_layer(**settings: Any) -> MongooseFFN:
+    """Two planes along the axes, four neurons without biases; the first is in no bucket that tokens look into."""
+    layer = nogemm.MongooseConfig(bits=1, tables=2, **settings).build(2, hidden=4)
     with torch.no_grad():
         layer.planes.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]))
-        layer.neurons.up.weight.copy_(torch.tensor([[3.0, 0.0], [-1.0, 1.0], [-2.0, 1.0], [0.5, -1.0]]))
+        layer.neurons.up.weight.copy_(torch.tensor([[4.0, -1.0], [-1.0, 1.0], [-2.0, 1.0], [-0.5, -1.0]]))
         layer.neurons.up.bias.zero_()
         layer.build_tables()
-        best = layer.hashed(torch.tensor([[1.0, 1.0]]))[0]
-        layer.get_buffer("codes")[0] = 1 - best  # as if the best neuron were missed
-    x = torch.tensor([[1.0, 1.0]])
-    # Products 3, 0, -1, -0.5: sorted -1, -0.5, 0, 3; wanted above 3 (none is): lower the bar by a second token.
-    y = torch.tensor([[1.0, 1.0], [0.1, 0.1]])
-    high, low = (3.0 + 0.3) / 2, (0.0 + 0.0) / 2
-    assert high < 3.0
-    near = 3.0 / (3.0 * 2**0.5)
-    far = [(-1.0) / 5**0.5 / 2**0.5, (-0.5) / 1.25**0.5 / 2**0.5]
-    found = [i for i in (2, 3) if [3.0, 0.0, -1.0, -0.5][i] < low]
-    expected = max(0.0, sum(far[i - 2] for i in found) / len(found) - near + 1.0)
-    assert float(layer.triplet_loss(y).detach()) == pytest.approx(expected, rel=1e-5)
-    assert float(layer.triplet_loss(x).detach()) == 0.0  # no product exceeds the largest
+        layer.get_buffer("codes").copy_(torch.tensor([[0, 0], [0, 1], [0, 1], [0, 0]]))
+    return layer
+
+
+# Token (1, 1), codes 1 1: products 3, 0, -1, -1.5; found are neurons 1 and 2, which share its second code.
+# Bars: int(0.999 * 4) = 3rd smallest: 0; int(0.5 * 4) = 2nd smallest: -1, which neuron 2 is not below.
+# Token (1, 2), codes 1 1: products 2, 1, 0, -2.5; bars 1 and 0.
+UP_RIGHT, STEEP = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, 2.0]])
+NEAR_UP_RIGHT = 3 / (2**0.5 * 17**0.5)  # of neuron 0
+FAR_UP_RIGHT = -1 / (2**0.5 * 5**0.5)  # of neuron 2
+NEAR_STEEP = 2 / (5**0.5 * 17**0.5)
+
+
+def test_triplet_loss_by_hand() -> None:
+    layer = triplet_layer()
+    assert float(layer.triplet_loss(UP_RIGHT).detach()) == 0.0  # a positive without a negative is no pair
+    # Bars over both: (0 + 1) / 2 and (-1 + 0) / 2. Positive: neuron 0 for both. Negative: neuron 2 for the first.
+    expected = FAR_UP_RIGHT - NEAR_UP_RIGHT + 1
+    both = torch.cat((UP_RIGHT, STEEP))
+    assert float(layer.triplet_loss(both).detach()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_lone_token_has_its_pair() -> None:
+    layer = triplet_layer()
+    with torch.no_grad():
+        layer.neurons.up.weight[3] = torch.tensor([-6.0, 4.0])
+    layer.get_buffer("codes")[3] = torch.tensor([0, 1])
+    # Products 3, 0, -1, -2: neuron 3 is found and below the 2nd smallest, neuron 0 missed and above the 3rd.
+    far = -2 / (2**0.5 * 52**0.5)
+    assert float(layer.triplet_loss(UP_RIGHT).detach()) == pytest.approx(far - NEAR_UP_RIGHT + 1, rel=1e-5)
+    one = nogemm.MongooseConfig(bits=1, tables=1).build(2, hidden=1)
+    assert float(one.triplet_loss(UP_RIGHT).detach()) == 0.0  # of one neuron neither bar is passed
+
+
+def test_faithful_triplet_loss_is_the_mean_over_chunks() -> None:
+    both = torch.cat((UP_RIGHT, STEEP))
+    # One chunk of two: positives neuron 0 of both tokens, one negative; a random positive is paired with it.
+    shared = triplet_layer(faithful=True, chunk=2)
+    expected = {round(FAR_UP_RIGHT - near + 1, 3) for near in (NEAR_UP_RIGHT, NEAR_STEEP)}
+    assert {round(float(shared.triplet_loss(both).detach()), 3) for _ in range(40)} == expected
+    # Two chunks of one: neither has a negative of its own.
+    apart = triplet_layer(faithful=True, chunk=1)
+    assert float(apart.triplet_loss(both).detach()) == 0.0
+    # Chunks (first, second), (first): the one without a pair counts as 0.
+    three = torch.cat((both, UP_RIGHT))
+    halves = {round(2 * float(shared.triplet_loss(three).detach()), 3) for _ in range(40)}
+    assert halves == expected
 
 
 def test_learning_finds_more_of_the_large_products() -> None:
@@ -231,16 +266,38 @@ def test_learning_finds_more_of_the_large_products() -> None:
     assert sum(selectivity() for _ in range(5)) > 1.05 * before
 
 
-def test_faithful_quirks() -> None:
+@both
+def test_faithful_layers_drop_once_more(make: Any) -> None:
     x = torch.randn(50, 12)
-    slide = nogemm.SlideConfig(bits=2, tables=4, faithful=True).build(12, hidden=37).train()
-    dropped = float((slide(x) == 0).float().mean())
+    layer = make(bits=2, tables=4, faithful=True).build(12, hidden=37).train()
+    dropped = float((layer(x) == 0).float().mean())
     assert dropped == pytest.approx(0.1, abs=0.04)
-    assert torch.equal(slide.eval()(x), slide(x))
-    mongoose = nogemm.MongooseConfig(bits=2, tables=2, faithful=True).build(12, hidden=37)
+    assert torch.equal(layer.eval()(x), layer(x))
+    assert int((make(bits=2, tables=4).build(12, hidden=37).train()(x) == 0).sum()) == 0
+
+
+@both
+@pytest.mark.parametrize("gated", [False, True])
+def test_faithful_start(make: Any, gated: bool) -> None:
+    neurons = make(faithful=True).build(128, hidden=400, gated=gated).neurons
+    for linear in (neurons.up, *([neurons.gate] if gated else [])):
+        assert float(linear.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
+        assert float(linear.weight.detach().abs().max()) > 0.06  # not uniform
+        assert not bool(linear.bias.any())
+    for parameter in neurons.down.parameters():
+        assert float(parameter.detach().abs().max()) == pytest.approx(0.05, rel=0.05)
+        assert float(parameter.detach().std()) == pytest.approx(0.05 / 3**0.5, rel=0.1)
+    plain = make().build(128, hidden=400, gated=gated).neurons
+    assert bool(plain.up.bias.any())
+
+
+def test_faithful_hashes_learn() -> None:
+    x = torch.randn(50, 12)
+    mongoose = nogemm.MongooseConfig(bits=2, tables=2, chunk=50, faithful=True).build(12, hidden=37)
     assert float(mongoose.triplet_loss(x).detach()) > 0
     mongoose(x).sum().backward()
     assert mongoose.planes.grad is not None
+    assert bool(mongoose.planes.grad.any())
 
 
 @both

@@ -20,6 +20,9 @@ from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.ops import bucket_union, hash_codes
 
+# Of the published code: it drops outputs once more than the network around it does.
+PUBLISHED_DROPOUT = 0.1
+
 
 @dataclass(frozen=True, kw_only=True)
 class HashedConfig(LayerConfig[LayerT]):
@@ -32,6 +35,7 @@ class HashedConfig(LayerConfig[LayerT]):
         hidden: F (None: that of the layer that is replaced).
         activation: None: that of the layer that is replaced.
         norm: LayerNorm inside the layer.
+        faithful: as published, see the layer; also the start, N(0, 0.02^2) and +-1/sqrt(F) for the second matrix.
     """
 
     bits: int = 6
@@ -40,6 +44,7 @@ class HashedConfig(LayerConfig[LayerT]):
     hidden: int | None = None
     activation: str | None = None
     norm: bool = False
+    faithful: bool = False
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -80,6 +85,8 @@ class HashedNeurons(FFN):
         self.norm = nn.LayerNorm(d_model) if config.norm else None
         dense = DenseConfig(hidden=hidden, activation=activation)
         self.neurons = DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
+        if config.faithful:
+            start_as_published(self.neurons)
 
     @abstractmethod
     def neuron_codes(self) -> Tensor:
@@ -135,6 +142,16 @@ class HashedNeurons(FFN):
         from nogemm.layers.hashed_packed import PackedHashedNeurons
 
         return PackedHashedNeurons(self, dtype)
+
+
+def start_as_published(neurons: DenseFFN) -> None:
+    """Draw N(0, 0.02^2) for what reads the token, without biases, and +-1/sqrt(F) uniformly for what writes."""
+    for linear in (neurons.up, neurons.gate):
+        if linear is not None:
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+    for parameter in neurons.down.parameters():
+        nn.init.uniform_(parameter, -(neurons.hidden**-0.5), neurons.hidden**-0.5)
 
 
 def hash_extended(v_ND: Tensor, last_N: Tensor | None, planes: Tensor, bits: int) -> Tensor:

@@ -17,11 +17,11 @@ from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons
+from nogemm.layers.hashed_neurons import PUBLISHED_DROPOUT, HashedConfig, HashedNeurons
 from nogemm.layers.slide import draw_planes
 from nogemm.ops import bucket_union
 
-TOP, MIDDLE = 0.999, 0.5  # neurons above the first quantile should be found, those below the second should not
+TOP, MIDDLE = 0.999, 0.5  # neurons above the first share of all should be found, those below the second should not
 
 
 @register
@@ -33,13 +33,13 @@ class MongooseConfig(HashedConfig["MongooseFFN"]):
         bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
         rebuild: tables are rebuilt in training once this share of the neurons' hash bits has changed; 0: every time.
         triplet_weight: of the loss that teaches the hashes, in every gradient.
-        faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random.
+        faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random
+            in each chunk by itself, a dropout of its own in training, the published start.
     """
 
     kind: ClassVar[str] = "mongoose"
     rebuild: float = 0.01
     triplet_weight: float = 0.1
-    faithful: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,9 +62,10 @@ class MongooseConfig(HashedConfig["MongooseFFN"]):
 class MongooseFFN(HashedNeurons):
     """A dense layer of which each token computes the neurons in its buckets of T learned hash tables.
 
-    The planes P are trained by a triplet loss: for each token, neurons with a product above the 0.999 quantile that the
-    tables missed should come closer in the hashed space [v; 1] P, those below the median that were retrieved should
-    move away; margin 1 in cosine. Weights and tokens get no gradient from it. It joins every gradient with
+    The planes P are trained by a triplet loss: for each token, neurons that the tables missed although their product
+    exceeds the int(0.999 F)-th smallest should come closer in the hashed space [v; 1] P, those that were retrieved
+    although it is below the int(0.5 F)-th should move away; margin 1 in cosine. Both bars are means over the tokens
+    of a call (`faithful`: of a chunk). Weights and tokens get no gradient from it. It joins every gradient with
     `triplet_weight`, so that no trainer has to know of it. A chunk that retrieves nothing computes its tokens' best
     neurons.
 
@@ -73,8 +74,8 @@ class MongooseFFN(HashedNeurons):
     `build_tables`.
 
     Source: MONGOOSE (Chen et al., 2021) as the baseline of LookupFFN (Zeng et al., 2023). Differs, unless `faithful`,
-    in pairs that share their token, where the published code pairs positions of two lists, and in the scheduler, which
-    the published code has and never reaches.
+    in pairs that share their token, where the published code pairs positions of two lists, in the scheduler, which
+    the published code has and never reaches, and in no second dropout.
     """
 
     falls_back = True
@@ -122,32 +123,42 @@ class MongooseFFN(HashedNeurons):
             self.rebuild_if_moved()
         y_ND = self.masked(v_ND, self.retrieved(v_ND))
         if learning and self.config.triplet_weight > 0 and v_ND.shape[0]:
-            return attach_loss(y_ND, self.config.triplet_weight * self.triplet_loss(v_ND))
-        return y_ND
+            y_ND = attach_loss(y_ND, self.config.triplet_weight * self.triplet_loss(v_ND))
+        return F.dropout(y_ND, PUBLISHED_DROPOUT, self.training) if self.config.faithful else y_ND
 
     def triplet_loss(self, v_ND: Tensor) -> Tensor:
-        """Return mean max(0, cos(token, negative) - cos(token, positive) + 1) over pairs, 0 without pairs."""
-        linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
-        v_ND, weight_FD, bias_F = v_ND.detach(), linear.weight.detach(), linear.bias.detach()
-        product_NF = v_ND @ weight_FD.T
-        found_NF = bucket_union(self.hashed(v_ND), self.neuron_codes().T)  # of each token's own hashes
-        ordered_NF = product_NF.sort(1).values
-        last = self.hidden - 1
-        high = ordered_NF[:, min(int(TOP * self.hidden), last)].mean().clamp_min(0.0)
-        low = ordered_NF[:, min(int(MIDDLE * self.hidden), last)].mean()
-        positive_NF = (product_NF > high) & ~found_NF
-        negative_NF = (product_NF < low) & found_NF
-        tokens_NM = v_ND @ self.planes[:-1] + self.planes[-1]
-        neurons_FM = weight_FD @ self.planes[:-1] + bias_F.unsqueeze(1) * self.planes[-1]
-        cosine_NF = F.normalize(tokens_NM, dim=1) @ F.normalize(neurons_FM, dim=1).T
+        """Return mean max(0, cos(token, negative) - cos(token, positive) + 1) over pairs, 0 without pairs.
+
+        `faithful`: the mean over chunks of that, bars and pairs of each chunk by itself.
+        """
         if self.config.faithful:
-            return _paired_at_random(cosine_NF[positive_NF], cosine_NF[negative_NF])
+            losses = [_paired_at_random(*self._near_and_far(part_mD)) for part_mD in v_ND.split(self.chunk)]
+            return torch.stack(losses).mean()
+        cosine_NF, positive_NF, negative_NF = self._pairs(v_ND)
         wanted_N, unwanted_N = positive_NF.sum(1), negative_NF.sum(1)
         both_N = (wanted_N > 0) & (unwanted_N > 0)
         near_N = (cosine_NF * positive_NF).sum(1) / wanted_N.clamp_min(1)
         far_N = (cosine_NF * negative_NF).sum(1) / unwanted_N.clamp_min(1)
         loss_N = (far_N - near_N + 1.0).clamp_min(0.0) * both_N
         return loss_N.sum() / both_N.sum().clamp_min(1)
+
+    def _pairs(self, v_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return cosines in the hashed space, and which neurons each token should have found or not, all [N, F]."""
+        linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
+        v_ND, weight_FD, bias_F = v_ND.detach(), linear.weight.detach(), linear.bias.detach()
+        product_NF = v_ND @ weight_FD.T
+        found_NF = bucket_union(self.hashed(v_ND), self.neuron_codes().T)  # of each token's own hashes
+        ordered_NF = product_NF.sort(1).values
+        high, low = (ordered_NF[:, max(int(share * self.hidden), 1) - 1].mean() for share in (TOP, MIDDLE))
+        tokens_NM = v_ND @ self.planes[:-1] + self.planes[-1]
+        neurons_FM = weight_FD @ self.planes[:-1] + bias_F.unsqueeze(1) * self.planes[-1]
+        cosine_NF = F.normalize(tokens_NM, dim=1) @ F.normalize(neurons_FM, dim=1).T
+        return cosine_NF, (product_NF > high.clamp_min(0.0)) & ~found_NF, (product_NF < low) & found_NF
+
+    def _near_and_far(self, v_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """List the cosines that should be larger, and those that should be smaller."""
+        cosine_NF, positive_NF, negative_NF = self._pairs(v_ND)
+        return cosine_NF[positive_NF], cosine_NF[negative_NF]
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the planes, an optimiser group of their own."""

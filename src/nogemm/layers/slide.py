@@ -15,12 +15,10 @@ from torch import Tensor
 
 from nogemm.config import Replaced, register
 from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons
+from nogemm.layers.hashed_neurons import PUBLISHED_DROPOUT, HashedConfig, HashedNeurons
 
-# Of the published code: every layer draws the same signs from this seed, and drops hidden activations once more than
-# the network around it does.
+# Of the published code: every layer draws the same signs from this seed.
 PUBLISHED_SEED = 8191
-PUBLISHED_DROPOUT = 0.1
 
 
 @register
@@ -30,11 +28,10 @@ class SlideConfig(HashedConfig["SlideFFN"]):
 
     Attributes:
         bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
-        faithful: as published: the same signs in every layer, and a dropout of its own in training.
+        faithful: as published: the same signs in every layer, a dropout of its own in training, the published start.
     """
 
     kind: ClassVar[str] = "slide"
-    faithful: bool = False
 
     def make(self, dense: Replaced) -> SlideFFN:
         return SlideFFN(
