@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,38 @@ def test_convert_only_some_layers_and_store_int8(tiny, tmp_path):
     layers = nogemm.converted(AutoModel.from_pretrained(target))
     assert len(layers) == 1
     assert layers["encoder.layer.1"].state_dict()["tables"].dtype == torch.int8
+
+
+def test_sentence_transformers_files_belong_to_the_same_replacement(tiny, tmp_path, capsys):
+    target, words = tmp_path / "converted", ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
+    (tiny / "modules.json").write_text("[]")
+    (tiny / "1_Pooling").mkdir()
+    (tiny / "1_Pooling" / "config.json").write_text("{}")
+
+    def convert() -> int:
+        with pytest.warns(UserWarning, match="random"):
+            return run("convert", tiny, target, *words)
+
+    def content() -> dict[str, bytes]:
+        return {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    assert convert() == 0
+    before = content()
+    assert before.keys() >= {"modules.json", "1_Pooling/config.json", "model.safetensors", "config.json"}
+
+    # The disk is full after the weights, within the pooling configuration.
+    (tiny / "1_Pooling" / "config.json").write_text("{}" + " " * 1_000_000)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        assert convert() == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "untouched" in capsys.readouterr().err
+    assert content() == before
+    assert [path.name for path in tmp_path.glob(".converted*")] == []
+    assert convert() == 0  # with room for it, the same conversion goes through
+    assert len(content()["1_Pooling/config.json"]) > 1_000_000
 
 
 def test_export_writes_a_directory_for_openvino(tiny, tmp_path, capsys):

@@ -36,16 +36,21 @@ def load_model(path: str) -> Any:
     return cls.from_pretrained(path, local_files_only=True).eval()
 
 
-def carry_over(source: str | Path, target: str | Path) -> None:
-    """Bring sentence-transformers' own files along, so that it loads `target` as it loaded `source`."""
-    source = model_directory(source)
-    for pattern in ("modules.json", "*sentence*.json", "*_Pooling", "*_Normalize"):
-        for item in Path(source).glob(pattern):
-            place = Path(target) / item.name
-            if item.is_dir():
-                shutil.copytree(item, place, dirs_exist_ok=True)
-            else:
-                shutil.copyfile(item, place)
+def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
+    """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
+    from nogemm.convert.save import save_with
+
+    found = Path(model_directory(source))
+
+    def extra(folder: Path) -> None:
+        for pattern in ("modules.json", "*sentence*.json", "*_Pooling", "*_Normalize"):
+            for item in found.glob(pattern):
+                if item.is_dir():
+                    shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
+                else:
+                    shutil.copyfile(item, folder / item.name)
+
+    save_with(model, target, tokenizer, extra)
 
 
 def progress(line: str) -> None:

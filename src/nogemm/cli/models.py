@@ -11,12 +11,12 @@ import typer
 
 from nogemm.cli.common import (
     Json,
-    carry_over,
     clear_progress,
     finish,
     load_model,
     print_table,
     progress,
+    save_like,
 )
 from nogemm.errors import ConfigError
 
@@ -54,8 +54,7 @@ def convert(
     report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
     if tables is not None:
         nogemm.compress(loaded, tables)
-    nogemm.save(loaded, output, tokenizer=tokenizer)
-    carry_over(model, output)
+    save_like(loaded, model, output, tokenizer)
     print(report)
     result = report.to_dict()
     if speed is not None:
@@ -100,8 +99,7 @@ def distil(
     except KeyboardInterrupt as stopped:  # its message says how to go on, which the command line would swallow
         print(f"nogemm: {stopped}", file=sys.stderr)
         raise
-    nogemm.save(loaded, output, tokenizer=tokenizer)
-    carry_over(model, output)
+    save_like(loaded, model, output, tokenizer)
     agreement = "" if report.agreement is None else f", agreement {report.agreement:.4f}"
     print(f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.stopped}){agreement}")
     print(output)

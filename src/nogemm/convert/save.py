@@ -46,10 +46,20 @@ def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
         CheckpointError: another process saves to `path` now, or writing failed; the old checkpoint is untouched.
         PackedError: the model is packed.
     """
+    save_with(model, path, tokenizer, lambda folder: None)
+
+
+def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callable[[Path], None]) -> None:
+    """Save as `save` does; `extra` adds files to the new directory before it takes the place of the old one."""
     if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
         raise PackedError("save: the model is packed, for evaluation only; save before packing, or unpack it first")
     needed = sum(value.numel() * value.element_size() for value in inner_model(model).state_dict().values())
-    replace_directory(path, lambda folder: _write(model, tokenizer, folder), caller="save", needed=needed)
+
+    def write(folder: Path) -> None:
+        _write(model, tokenizer, folder)
+        extra(folder)
+
+    replace_directory(path, write, caller="save", needed=needed)
 
 
 def replace_directory(
