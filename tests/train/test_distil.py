@@ -179,7 +179,87 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     monkeypatch.setattr(Run, "_step", step)
 
 
-def test_a_finished_run_resumes_to_itself_and_other_options_are_refused(tmp_path: Path) -> None:
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError("power cut")
+
+
+def test_a_finished_run_that_is_resumed_does_nothing_and_reports_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nogemm.train.distil import Run
+
+    pair, again = make_pair(), make_pair()
+    common: dict[str, Any] = {"output_dir": tmp_path, "tokens": 2_000, "validation": make_texts(30, seed=9)}
+    report = run(pair, **common)
+    assert report.agreement is not None
+    monkeypatch.setattr(Run, "_train_stage", fail)
+    assert run(again, resume=True, **common).to_dict() == report.to_dict()
+    assert same(weights(pair.model), weights(again.model))
+    assert all(layer.fitted == "distilled" for layer in converted(again.model).values())
+
+
+def test_the_end_of_a_stage_is_saved_with_its_solved_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nogemm.train.stages import LayerStage, ModelStage
+
+    options: dict[str, Any] = {"tokens": 3_000, "solve_tokens": 500}
+    whole, cut, resumed = make_pair(), make_pair(), make_pair()
+    report = run(whole, **options)
+    monkeypatch.setattr(ModelStage, "steps", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(cut, output_dir=tmp_path, **options)
+    monkeypatch.undo()
+    monkeypatch.setattr(LayerStage, "steps", fail)
+    monkeypatch.setattr(LayerStage, "solve", fail)
+    resumed_report = run(resumed, output_dir=tmp_path, resume=True, **options)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert resumed_report.tokens == report.tokens
+    assert [stage.last for stage in resumed_report.stages] == [stage.last for stage in report.stages]
+
+
+def test_an_early_stop_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nogemm.train.distil import Run
+
+    common: dict[str, Any] = {"validate_tokens": 500, "validation": make_texts(30, seed=9), "target": -1.0}
+    monkeypatch.setattr(Run, "finish", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(make_pair(), output_dir=tmp_path, **common)
+    monkeypatch.undo()
+    report = run(make_pair(), output_dir=tmp_path, resume=True, **common)
+    assert report.stopped == "target"
+    assert report.tokens < 1_500
+
+
+def test_a_checkpoint_without_marks_of_the_end_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nogemm.train.distil import Run
+
+    plain = Run.save
+
+    def save(self: Run, index: int, inside: Any = None, finished: Any = None) -> None:
+        if inside is not None:  # as versions did that saved within stages alone
+            plain(self, index, inside)
+
+    monkeypatch.setattr(Run, "save", save)
+    pair, again = make_pair(), make_pair()
+    report = run(pair, output_dir=tmp_path, tokens=2_000, checkpoint_seconds=0.0)
+    monkeypatch.undo()
+    (file,) = tmp_path.glob("step-*/state.json")
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in state.items() if k not in ("between", "stopped", "finished")}))
+    assert run(again, output_dir=tmp_path, tokens=2_000, resume=True).tokens == report.tokens
+    assert same(weights(pair.model), weights(again.model))
+
+
+def test_a_new_run_does_not_replace_an_earlier_one(tmp_path: Path) -> None:
+    run(make_pair(), output_dir=tmp_path, tokens=500)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(TrainingError, match=r"holds an earlier run.*resume=True.*another directory"):
+        run(make_pair(), output_dir=tmp_path, tokens=500)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != "lock"} == {
+        path: time for path, time in before.items() if path.name != "lock"
+    }
+
+
+def test_a_finished_run_refuses_other_options_and_other_models(tmp_path: Path) -> None:
     pair = make_pair()
     run(pair, output_dir=tmp_path, checkpoint_seconds=0.0)
     with pytest.raises(TrainingError, match=r"other options: .*lr_tables"):

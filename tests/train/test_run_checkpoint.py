@@ -50,6 +50,27 @@ def test_the_same_step_can_be_written_again(tmp_path: Path) -> None:
     assert read_value(tmp_path) == 2
 
 
+def test_until_the_pointer_moves_the_old_checkpoint_of_the_same_step_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ckpt.write_checkpoint(tmp_path, 1, example(1))
+    plain = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target.name == "latest.json":
+            raise OSError("power cut")
+        plain(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="power cut"):
+        ckpt.write_checkpoint(tmp_path, 1, example(2))
+    monkeypatch.undo()
+    assert read_value(tmp_path) == 1
+    ckpt.write_checkpoint(tmp_path, 1, example(3))
+    assert read_value(tmp_path) == 3
+    assert len(list(tmp_path.iterdir())) == 2  # the pointer and what it names
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "optimiser.safetensors", "state.json"])
 def test_damage_is_found(tmp_path: Path, name: str) -> None:
     path = ckpt.write_checkpoint(tmp_path, 1, example(1))
@@ -110,14 +131,15 @@ from pathlib import Path
 from test_run_checkpoint import example
 from nogemm.train import checkpoint as ckpt
 for step in range(1, 100000):
-    ckpt.write_checkpoint(Path(sys.argv[2]), step, example(step))
+    ckpt.write_checkpoint(Path(sys.argv[2]), 7 if sys.argv[3] == "same" else step, example(step))
     print(step, flush=True)
 """
 
 
-def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", ["same", "rising"])
+def test_killed_at_any_moment_a_whole_checkpoint_remains(tmp_path: Path, steps: str) -> None:
     for round_number in range(3):
-        command = [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path)]
+        command = [sys.executable, "-c", WRITER, str(Path(__file__).parent), str(tmp_path), steps]
         writer = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert writer.stdout is not None
         writer.stdout.readline()

@@ -4,7 +4,9 @@
     output_dir/latest.json                  {"checkpoint": "step-00000120"}: replaced last
 
 A checkpoint is written into a temporary sibling, synced, renamed; then `latest.json` is replaced; then older ones go.
-Killed at any moment, a run finds either the old or the new checkpoint whole. `Lock` keeps a second writer out.
+A second checkpoint of the same step gets a name of its own (`step-00000120.2`), so that what `latest.json` names is
+never touched. Killed at any moment, a run finds either the old or the new checkpoint whole. `Lock` keeps a second
+writer out.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class Lock:
 
 def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, make it the latest, remove the others; return its directory."""
-    final = directory / f"step-{step:08d}"
+    final = _free_name(directory / f"step-{step:08d}")
     temporary = directory / f"{final.name}.tmp-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -76,11 +78,10 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path
             }
             save_file(tensors, temporary / f"{name}.safetensors")
         _write_json(temporary / "state.json", {"version": VERSION, **checkpoint.state})
-        for file in temporary.iterdir():
+        for file in (*temporary.iterdir(), temporary):
             _sync(file)
-        if final.exists():
-            shutil.rmtree(final)
         os.replace(temporary, final)
+        _sync(directory)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     pointer = directory / f"latest.json.tmp-{os.getpid()}"
@@ -91,6 +92,8 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path
     for old in directory.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
+    for leftover in directory.glob("latest.json.tmp-*"):
+        leftover.unlink(missing_ok=True)
     return final
 
 
@@ -104,6 +107,15 @@ def latest(directory: Path) -> Path | None:
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error}") from error
     return path
+
+
+def refuse_earlier_run(directory: Path) -> None:
+    """Raise TrainingError if the directory holds a checkpoint: a new run would replace it."""
+    if latest(directory) is not None:
+        raise TrainingError(
+            f"{directory} holds an earlier run: continue it with resume=True (--resume on the command line), "
+            "or choose another directory (--run)"
+        )
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
@@ -134,6 +146,15 @@ def unflatten(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         outer, _, inner = key.rpartition("|")
         out.setdefault(outer, {})[inner] = value
     return out
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or the first of path.2, path.3, ... that does not exist."""
+    name, number = path, 1
+    while name.exists():
+        number += 1
+        name = path.with_name(f"{path.name}.{number}")
+    return name
 
 
 def _contiguous():

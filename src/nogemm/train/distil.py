@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
@@ -58,13 +58,15 @@ def distil(
         tokenizer: the models' tokenizer; by default the one saved with the teacher.
         validation: texts to measure agreement on; the validation split when `data` is "sample".
         output_dir: where tokens and checkpoints go; without it nothing can be resumed.
-        resume: continue from the last checkpoint in `output_dir`, if there is one.
+        resume: continue from the last checkpoint in `output_dir`, if there is one. A finished run does nothing more
+            and gives its report again.
         bar: show a progress bar; by default on a terminal.
         options, changes: `DistilOptions`, or single fields of it as keywords.
     Returns:
         DistilReport: tokens, seconds, losses of every stage, agreement before and after.
     Raises:
-        TrainingError: a loss or gradient is not finite (the last checkpoint stays), or a directory in use.
+        TrainingError: a loss or gradient is not finite (the last checkpoint stays), a directory in use, or one that
+            holds an earlier run without `resume`.
         TrainingInterrupted: Ctrl-C; the state was saved, and the message says how to resume.
         DataError: no text, an unreadable file, or a directory with other data.
     Example:
@@ -77,6 +79,8 @@ def distil(
     assert directory is not None
     try:
         with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
+            if not resume:
+                ckpt.refuse_earlier_run(directory)
             job = Run(model, teacher, options, directory, start, keep=scratch is None)
             job.load_data(data, validation, tokenizer)
             if resume and scratch is None:
@@ -172,8 +176,14 @@ class Run:
         progress.begin(self.fraction(), self.tokens)
         first = 0 if self.resumed is None else int(self.resumed.state["stage"])
         for index in range(first, len(self.plan)):
-            if not self.stopped:
+            if not self.stopped or self._inside(index):
                 self._train_stage(index, progress, stop)
+                self.save(index + 1)
+
+    def _inside(self, index: int) -> bool:
+        """Say whether the checkpoint that the run goes on from lies within this stage."""
+        state = None if self.resumed is None else self.resumed.state
+        return state is not None and state["stage"] == index and not state["between"]
 
     def _train_stage(self, index: int, progress: Progress, stop: threading.Event) -> None:
         name, low, high = self.plan[index]
@@ -182,7 +192,7 @@ class Run:
         # A model without a first stage learns its new layers in the second, at their full rates.
         factor = self.options.stage2_rate if low > 0 else 1.0
         optimiser, rates = make_optimiser(stage.groups, self.options, factor)
-        if self.resumed is not None and self.resumed.state["stage"] == index:
+        if self.resumed is not None and self._inside(index):
             load_optimiser_tensors(optimiser, self.resumed.parts["optimiser"])
             if isinstance(stage, LayerStage):
                 stage.fresh.clear()
@@ -200,8 +210,8 @@ class Run:
                 progress.update(name, min(self.fraction(), 1.0), self.tokens, losses["loss"])
                 self._validate_when_due()
                 due = time.monotonic() - saved >= self.options.checkpoint_seconds
-                if self.keep and (stop.is_set() or due):
-                    self.save(index, optimiser, stage)
+                if stop.is_set() or due:
+                    self.save(index, (optimiser, stage))
                     saved = time.monotonic()
                 if stop.is_set():
                     raise TrainingInterrupted(self._how_to_resume())
@@ -248,22 +258,38 @@ class Run:
 
     # -- saving
 
-    def save(self, stage_index: int, optimiser: torch.optim.Optimizer, stage: Stage) -> None:
-        """Write everything that a resumed run needs."""
+    def save(
+        self,
+        index: int,
+        inside: tuple[torch.optim.Optimizer, Stage] | None = None,
+        finished: dict[str, Any] | None = None,
+    ) -> None:
+        """Write everything that a resumed run needs.
+
+        Args:
+            index: of the stage to go on with; the number of stages when all have ended.
+            inside: the optimiser and the stage if it has begun.
+            finished: {"seconds", "agreement"} of the report, once the run has ended.
+        """
+        if not self.keep:
+            return
         state = {
-            "stage": stage_index,
+            "stage": index,
+            "between": inside is None,
             "tokens": self.tokens,
             "seconds": self.seconds(),
+            "stopped": self.stopped,
             "position": self.batches.state(),
             "history": self.history,
             "reports": [asdict(report) for report in self.reports],
             "options": self.options.to_dict(),
+            "finished": finished,
         }
-        parts = {
-            "model": self.model.state_dict(),
-            "optimiser": optimiser_tensors(optimiser),
-            "spread": ckpt.flatten({name: spread.state() for name, spread in stage.spreads.items()}),
-        }
+        parts: dict[str, dict[str, Tensor]] = {"model": self.model.state_dict(), "optimiser": {}, "spread": {}}
+        if inside is not None:
+            optimiser, stage = inside
+            parts["optimiser"] = optimiser_tensors(optimiser)
+            parts["spread"] = ckpt.flatten({name: spread.state() for name, spread in stage.spreads.items()})
         ckpt.write_checkpoint(self.directory, sum(r.steps for r in self.reports), ckpt.Checkpoint(parts, state))
 
     def restore(self) -> None:
@@ -273,6 +299,9 @@ class Run:
             return
         self.resumed = ckpt.read_checkpoint(path)
         state = self.resumed.state
+        # Absent from checkpoints of versions that wrote none at the end of a stage.
+        for name, value in (("between", False), ("stopped", ""), ("finished", None)):
+            state.setdefault(name, value)
         different = changed_options(state["options"], self.options.to_dict())
         if different:
             raise TrainingError(f"cannot resume {path}: it was started with other options: {'; '.join(different)}")
@@ -284,6 +313,7 @@ class Run:
         self.start = time.monotonic() - state["seconds"]
         self.batches.load_state(state["position"])
         self.history = state["history"]
+        self.stopped = state["stopped"]
         self.reports = [StageReport(**report) for report in state["reports"]]
 
     def _how_to_resume(self) -> str:
@@ -298,12 +328,18 @@ class Run:
         """Mark the layers as trained, measure agreement, and report."""
         for layer in converted(self.model).values():
             layer.fitted = "distilled"
+        ended: dict[str, Any] | None = None if self.resumed is None else self.resumed.state["finished"]
+        if ended is None:
+            ended = {"seconds": self.seconds(), "agreement": None}
+            if self.validation is not None:
+                ended["agreement"] = self.validation.agreement(self.model)
+            self.save(len(self.plan), finished=ended)
         return DistilReport(
             stages=self.reports,
             tokens=self.tokens,
-            seconds=self.seconds(),
+            seconds=ended["seconds"],
             stopped=self.stopped or "budget",
-            agreement=self.validation.agreement(self.model) if self.validation is not None else None,
+            agreement=ended["agreement"],
             history=self.history,
             options=self.options.to_dict(),
             data=data,

@@ -39,7 +39,8 @@ class DistilOptions:
             hidden states (1 = after its first layer) it should reproduce.
         solve_tokens: tokens over whose activations the tables are solved for at the end of stage 1 (0: not at all).
         log_seconds: time between two lines of the log or table of losses.
-        checkpoint_seconds: time between two checkpoints; one is also written at the end of a stage and on Ctrl-C.
+        checkpoint_seconds: time between two checkpoints; one is also written at the end of a stage, at the end
+            of the run and on Ctrl-C.
         validate_tokens: tokens between two measurements of agreement on the validation texts; 0 measures at the end.
         patience: stop when this many measurements in a row brought no better agreement; 0 never does.
         target: stop when the agreement reaches this.
