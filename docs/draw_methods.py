@@ -38,6 +38,7 @@ METHODS: Sequence[tuple[str, LayerConfig]] = (
     ("Tree, 2 trees of depth 3", nogemm.TreeConfig(trees=2, depth=3, branch="bias", routing="straight_through")),
     ("LeafTree, 8 leaves of 2", nogemm.LeafTreeConfig(depth=3, leaf_width=2, routing="straight_through")),
     ("Switch, 4 experts of 3", nogemm.SwitchConfig(experts=4, hidden=3)),
+    ("Shuffle, 2 groups", nogemm.ShuffleConfig(block=2)),
     ("no FFN", nogemm.NoConfig()),
 )
 
@@ -56,15 +57,17 @@ def main() -> None:
             error = (layer(test_ND) - truth(test_ND)).square().mean() / truth(test_ND).var()
         panels.append((name, layer, float(error)))
         print(f"{name:32s} {error:.3f}")
-    figure, axes = plt.subplots(3, 4, figsize=(10, 8.1), layout="constrained")
+    figure, axes = plt.subplots(3, 5, figsize=(12.5, 8.1), layout="constrained")
     with torch.no_grad():
         limit = float(truth(view_GD).abs().max())
-        for axis, (name, layer, error) in zip(axes.flat, panels, strict=True):
+        for axis, (name, layer, error) in zip(axes.flat, panels, strict=False):  # fewer panels than places
             image = torch.full((GRID * GRID,), float("nan"))
             image[inside_G] = layer(view_GD[inside_G]).squeeze(1)
             look = {"origin": "lower", "extent": (-1, 1, -1, 1), "cmap": "RdBu", "vmin": -limit, "vmax": limit}
             axis.imshow(image.view(GRID, GRID), **look)
             axis.set_title(name if layer is truth else f"{name}\nerror {error:.2f}", fontsize=9)
+            axis.axis("off")
+        for axis in axes.flat[len(panels) :]:
             axis.axis("off")
         rows_FD = torch.nn.functional.normalize(truth.up.weight, dim=1)
         front_F = rows_FD[:, 2] > 0

@@ -66,3 +66,22 @@ def test_packed_dense(dtype: str, tolerance: float) -> None:
     assert float(error) < tolerance
     nothing = nogemm.NoConfig().build(16).eval()
     assert torch.equal(nothing.pack(dtype)(x), nothing(x))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_not_finite_tokens_stay_alone(broken: float, activation: str) -> None:
+    plain, gated = dense(activation=activation), dense(True, activation)
+    constant = nogemm.NoConfig().build(16)
+    with torch.no_grad():
+        constant.bias.normal_()
+    for layer in (plain.eval(), gated.eval(), constant.eval()):
+        for module in (layer, *(layer.pack(dtype) for dtype in ("fp32", "bf16", "int8"))):
+            x = torch.randn(5, 16)
+            x[2] = 0.0
+            clean = module(x)
+            x[2, -1] = broken
+            y = module(x)
+            assert y[2].isnan().all()
+            assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+            assert clean.isfinite().all()

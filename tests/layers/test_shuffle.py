@@ -109,16 +109,18 @@ def test_packed(
         check_equal("two threads", packed(x), one)
 
 
-def test_not_finite_tokens_stay_alone() -> None:
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_tokens_stay_alone(broken: float) -> None:
     for case in CASES[:4]:
         layer = build(*case)
-        for module in (layer, layer.pack("fp32")):
+        for module in (layer, layer.pack("fp32"), layer.pack("bf16"), layer.pack("int8")):
             x = torch.randn(5, case[1])
+            x[2] = 0.0
             clean = module(x)
-            x[2] = float("nan")
+            x[2, -1] = broken
             y = module(x)
             assert y[2].isnan().all()
-            torch.testing.assert_close(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
+            assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
 
 
 def test_faithful_has_no_norm_and_the_published_scale() -> None:

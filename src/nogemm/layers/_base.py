@@ -8,6 +8,7 @@ Legend: N tokens (all leading dimensions flattened), D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from nogemm.config import LayerConfig
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
+from nogemm.ops.neurons_at_indices import finite_tokens
 
 if TYPE_CHECKING:
     from nogemm.layers.dense import DenseFFN
@@ -30,6 +32,14 @@ def flatten_tokens(owner: str, config: LayerConfig, x: Tensor, width: int) -> Te
     if not x.is_floating_point():
         raise DtypeError(f"{owner}: expected a floating-point x, got {x.dtype}")
     return x.reshape(-1, width)
+
+
+def each_alone(answer: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
+    """Answer tokens that hold NaN or infinity with NaN, and keep them away from the others."""
+    finite_N1 = finite_tokens(x_ND)
+    if finite_N1 is None:
+        return answer(x_ND)
+    return torch.where(finite_N1, answer(torch.where(finite_N1, x_ND, 0.0)), float("nan"))
 
 
 class FFN(nn.Module, ABC):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost
-from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers._base import FFN, PackedFFN, each_alone
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class DenseFFN(FFN):
         return act(self.gate(x_ND)) * self.up(x_ND)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
-        return self.down(self.hidden_activations(x_ND))
+        return each_alone(lambda x: self.down(self.hidden_activations(x)), x_ND)
 
     def cost(self, n_tokens: int = 1) -> Cost:
         stored = sum(p.numel() for p in self.parameters())
@@ -216,7 +216,10 @@ def forward_selection(gram_FF: Tensor, cross_FD: Tensor, count: int) -> Tensor:
 
 
 class PackedDense(PackedFFN):
-    """The dense layer in another precision, by torch's own kernels: fp32, bf16, or dynamic int8."""
+    """The dense layer in another precision, by torch's own kernels: fp32, bf16, or dynamic int8.
+
+    Dynamic int8 has one step for the activations of a whole call, so there a token's rounding depends on its batch.
+    """
 
     def __init__(self, layer: DenseFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
@@ -262,8 +265,7 @@ class NoFFN(FFN):
         self.bias = nn.Parameter(torch.zeros(self.d_out))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
-        # x * 0 keeps the contract that a token with NaN answers with NaN.
-        return self.bias + (x_ND[:, :1] * 0.0)
+        return each_alone(lambda x: self.bias.expand(len(x), -1) + x[:, :1] * 0.0, x_ND)  # x * 0: a gradient of zeros
 
     def cost(self, n_tokens: int = 1) -> Cost:
         touched = self.bias.numel() * self.bias.element_size() if n_tokens else 0
@@ -289,4 +291,4 @@ class PackedNo(PackedFFN):
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         bias: Tensor = self.get_buffer("bias")
-        return (bias + x_ND[:, :1].to(bias.dtype) * 0.0).to(x_ND.dtype)
+        return each_alone(lambda x: bias.to(x.dtype).expand(len(x), -1).clone(), x_ND)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
-from nogemm.layers._base import FFN, PackedFFN
+from nogemm.layers._base import FFN, PackedFFN, each_alone
 from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.ops import block_product
 
@@ -122,6 +122,9 @@ class ShuffleFFN(FFN):
         return ACTIVATIONS[self.activation](shuffle(u_NF, self.groups) + self.up_bias)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
+        return each_alone(self._finite, x_ND)
+
+    def _finite(self, x_ND: Tensor) -> Tensor:
         y = block_product(self.hidden_activations(x_ND), self.down)
         return y[:, : self.d_out] + self.bias
 
@@ -207,6 +210,9 @@ class PackedShuffle(PackedFFN):
         self.register_buffer("bias", layer.bias.detach().float().clone(), persistent=False)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
+        return each_alone(self._finite, x_ND)
+
+    def _finite(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
         v_ND = F.pad(v_ND, (0, self.groups * self.block - self.d_model)).to(self.compute)

@@ -23,6 +23,7 @@ from nogemm.train.data import Batch, Batches, tokenise
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
 from nogemm.train.losses import Spread
+from nogemm.train.masking import Masking
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
@@ -128,6 +129,7 @@ class Run:
         """Tokenise what is not yet tokenised, and open it."""
         options = self.options
         tokenizer = tokenizer or default_tokenizer(self.teacher)
+        self.masking = Masking.of(tokenizer, options.seed) if options.output == "mlm" else None
         key = {
             "data": describe(data),
             "tokenizer": type(tokenizer).__name__,
@@ -187,8 +189,11 @@ class Run:
 
     def _train_stage(self, index: int, progress: Progress, stop: threading.Event) -> None:
         name, low, high = self.plan[index]
-        kind = LayerStage if name == "layers" else ModelStage
-        stage: Stage = kind(self.model, self.teacher, self.options)
+        stage: Stage
+        if name == "layers":
+            stage = LayerStage(self.model, self.teacher, self.options)
+        else:
+            stage = ModelStage(self.model, self.teacher, self.options, self.masking)
         # A model without a first stage learns its new layers in the second, at their full rates.
         factor = self.options.stage2_rate if low > 0 else 1.0
         optimiser, rates = make_optimiser(stage.groups, self.options, factor)

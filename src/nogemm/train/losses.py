@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nogemm.errors import ConfigError
+
 FLOOR = 1e-2
 """Dimensions that hardly vary count as if they had this share of the median variance: noise must not dominate."""
 
@@ -64,19 +66,27 @@ def embedding_loss(hidden_SLD: Tensor, target_SLD: Tensor, mask_SL: Tensor) -> T
 
 
 def logits_loss(logits: Tensor, target: Tensor, mask_SL: Tensor) -> Tensor:
-    """Mean Kullback-Leibler divergence from the teacher's distribution, over tokens [S, L, V] or sequences [S, V]."""
+    """Mean Kullback-Leibler divergence from the teacher's distribution, over tokens [S, L, V] or sequences [S, V].
+
+    0 where the mask leaves no token.
+    """
     if logits.dim() == 3 and logits.shape[:2] == mask_SL.shape:
         logits, target = logits[mask_SL.bool()], target[mask_SL.bool()]
+    if not logits.numel():
+        return logits.sum()
     student = F.log_softmax(logits.float(), dim=-1)
     teacher = F.log_softmax(target.float(), dim=-1)
     return F.kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
 def output_kind(output: Any, wanted: str) -> str:
-    """Resolve "auto": logits where the model's output has them, the pooled embedding otherwise."""
-    if wanted != "auto":
-        return wanted
-    return "logits" if getattr(output, "logits", None) is not None else "embedding"
+    """Resolve "auto": logits where the model's output has them, the pooled embedding otherwise; "mlm" is of logits."""
+    has_logits = getattr(output, "logits", None) is not None
+    if wanted in ("mlm", "logits") and not has_logits:
+        raise ConfigError(f'distil: output="{wanted}" needs a model with a head that gives logits')
+    if wanted == "auto":
+        return "logits" if has_logits else "embedding"
+    return "logits" if wanted == "mlm" else wanted
 
 
 def task_loss(kind: str, output: Any, target: Any, mask_SL: Tensor) -> Tensor:

@@ -33,8 +33,8 @@ class DistilOptions:
         clip: largest gradient norm, for each new layer in stage 1 and for the model in stage 2.
         hidden_weight: weight of the hidden states' loss in stage 2.
         output_weight: weight of the task output's loss in stage 2.
-        output: "embedding" (mean-pooled, normalised), "logits", "none" (hidden states alone), or "auto": logits where
-            the model has them, the embedding otherwise.
+        output: "embedding" (mean-pooled, normalised), "logits", "mlm" (logits of tokens that teacher and model see
+            masked), "none" (hidden states alone), or "auto": logits where the model has them, the embedding otherwise.
         hidden_map: for a model with fewer layers than the teacher: for every layer of the model, which of the teacher's
             hidden states (1 = after its first layer) it should reproduce.
         solve_tokens: tokens over whose activations the tables are solved for at the end of stage 1 (0: not at all).
@@ -92,7 +92,7 @@ class DistilOptions:
         return asdict(self)
 
 
-OUTPUTS = ("auto", "embedding", "logits", "none")
+OUTPUTS = ("auto", "embedding", "logits", "mlm", "none")
 _LARGE = float("inf")
 _RANGES = (
     ("tokens", 1, _LARGE),

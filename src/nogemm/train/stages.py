@@ -23,6 +23,7 @@ from nogemm.layers.lookup_fit import fit_tables
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
 from nogemm.train.losses import Spread, hidden_states, output_kind, relative_error, task_loss
+from nogemm.train.masking import Masking
 from nogemm.train.optim import backbone_parameters, clip_gradients, layer_groups
 from nogemm.train.options import DistilOptions
 
@@ -103,12 +104,16 @@ class ModelStage:
 
         loss = hidden_weight * mean over layers of relative_error(h_l, teacher's h_l) + output_weight * task loss
 
-    The task loss is 1 - cosine of the pooled embeddings, or the divergence of the logits.
+    The task loss is 1 - cosine of the pooled embeddings, or the divergence of the logits; with `masking`, of the logits
+    at the hidden tokens alone, and both models see the text with those hidden.
     """
 
     name = "model"
 
-    def __init__(self, model: nn.Module, teacher: nn.Module, options: DistilOptions) -> None:
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, options: DistilOptions, masking: Masking | None = None
+    ) -> None:
+        self.masking = masking
         self.model = model
         self.teacher = teacher
         self.options = options
@@ -120,6 +125,9 @@ class ModelStage:
         self.spreads: dict[str, Spread] = {}
 
     def steps(self, batch: Batch) -> Iterator[dict[str, float]]:
+        spoken = batch.mask
+        if self.masking is not None:
+            batch, spoken = self.masking.apply(batch)
         with torch.no_grad():
             target = run(self.teacher, batch, hidden=True)
         output = run(self.model, batch, hidden=True)
@@ -132,7 +140,7 @@ class ModelStage:
             spread.update(goal_ND)
             errors.append(relative_error(tokens_of(state, keep), goal_ND, spread.weights()))
         hidden = torch.stack(errors).mean()
-        task = task_loss(output_kind(output, self.options.output), output, target, batch.mask)
+        task = task_loss(output_kind(output, self.options.output), output, target, spoken)
         loss = self.options.hidden_weight * hidden + self.options.output_weight * task
         value = finite(loss, "the loss")
         loss.backward()
