@@ -4,15 +4,16 @@
     python benchmarks/study.py --rows lookup-0     # one row
     python benchmarks/study.py --table             # only the table, from the rows recorded so far
 
-A row is one model: choose its learning rates (three factors, short runs, validation split), train it on the full
-budget, score it once on the test split and on WordNet's glosses. Every step leaves a file, so the command may be
-stopped and called again at any time. Rows go to `benchmarks/results/study/`, the table to
+A row is one model: choose its learning rates and the share of its first stage (short runs, validation split), train it
+on the full budget, score it once on the test split and on WordNet's glosses. Every step leaves a file, so the command
+may be stopped and called again at any time. Rows go to `benchmarks/results/study/`, the table to
 `benchmarks/results/study-minilm.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import time
@@ -24,7 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import nn
 
 import nogemm
@@ -34,7 +35,7 @@ from nogemm.bench.models import load_encoder, load_tokenizer
 from nogemm.bench.peers import Runner
 from nogemm.bench.peers.openvino_engine import OpenVinoEngine
 from nogemm.bench.quality import bootstrap_difference, compare_search, cosines, reciprocal_ranks, search_ranks
-from nogemm.files import write_json
+from nogemm.files import write_atomically, write_json
 from nogemm.hardware import machine, machine_line
 from nogemm.train.sources import load_split, texts
 
@@ -44,7 +45,11 @@ CORPUS = "data/debian-packages.jsonl.gz"
 OTHER_DOMAIN = "data/wordnet-glosses.jsonl.gz"
 TOKENS, SHORT_TOKENS = 4_000_000, 300_000
 BATCH_TOKENS = 512  # twice the updates of the default, for every row: the budget is in tokens, not in time
-FACTORS = (0.5, 1.0, 2.0)
+LADDERS = {  # what short runs choose, knob after knob: up and down from the default for as long as a step agrees better
+    "factor": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),  # on all learning rates
+    "stage1_share": (0.0, 0.1, 0.3, 0.5),
+    "stage2_rate": (0.05, 0.1, 0.2, 0.4),
+}
 RATES = ("lr_projection", "lr_tables", "lr_other", "lr_backbone")
 FITTING_TEXTS = 1_000
 LOOKUP = nogemm.LookupConfig(tables=56, bits=9, neighbours=4, projection=nogemm.BHConfig(rounds=2, block=64))
@@ -63,6 +68,7 @@ class Row:
     seed: int = 0
     trained: bool = True
     tuned_as: str = ""
+    knobs: tuple[str, ...] = tuple(LADDERS)
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -93,7 +99,13 @@ def all_rows() -> list[Row]:
         *(Row(f"lookup-{s}", lookup, seed=s, tuned_as="lookup") for s in (0, 1)),
         *(Row(f"dense{EQUAL_FLOP_WIDTH}-{s}", narrow, seed=s, tuned_as="dense") for s in (0, 1)),
         Row("no-ffn", removed, tuned_as="no-ffn"),
-        Row("three-layers", three_layers, tuned_as="three", options={"hidden_map": tuple(k + 1 for k in KEPT_LAYERS)}),
+        Row(
+            "three-layers",
+            three_layers,
+            tuned_as="three",
+            knobs=("factor",),  # no new layer, so no first stage
+            options={"hidden_map": tuple(k + 1 for k in KEPT_LAYERS)},
+        ),
         Row("dense-int8", dynamic_int8, trained=False),
         Row("dense-int8-openvino", calibrated_int8, trained=False),
     ]
@@ -175,9 +187,9 @@ def record(row: Row, args: argparse.Namespace) -> None:
         return
     facts: dict[str, Any] = {"name": row.name, "seed": row.seed}
     if row.trained:
-        factor, trials = tuned(row, args)
-        facts |= {"rate_factor": factor, "trials": trials}
-        model, report = train(row, factor, args.tokens, row.seed, args.work / row.name)
+        choice, trials = tuned(row, args)
+        facts |= {"choice": choice, "trials": trials}
+        model, report = train(row, choice, args.tokens, row.seed, args.work / row.name)
         facts |= {"tokens": report["tokens"], "seconds": report["seconds"], "options": report["options"]}
     else:
         model = row.make()
@@ -193,26 +205,48 @@ def record(row: Row, args: argparse.Namespace) -> None:
     write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
 
 
-def tuned(row: Row, args: argparse.Namespace) -> tuple[float, list[dict[str, float]]]:
-    """Choose the factor on all learning rates whose short run agrees best on the validation split."""
-    trials = []
-    for factor in FACTORS:
-        folder = args.work / f"tune-{row.tuned_as}-{factor}"
-        done = folder / "agreement.json"
-        if not done.exists():
-            say(f"{row.name}: trying learning rates times {factor}")
-            _, report = train(row, factor, min(SHORT_TOKENS, args.tokens), 100, folder)
-            write_json(done, {"factor": factor, "agreement": report["agreement"], "tokens": report["tokens"]})
-        trials.append(read_json(done))
-    return max(trials, key=lambda trial: trial["agreement"])["factor"], trials
+def tuned(row: Row, args: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """Climb every ladder to the step whose short run agrees best on the validation split; return it and all trials."""
+    options = nogemm.DistilOptions()
+    best = {"factor": 1.0, "stage1_share": options.stage1_share, "stage2_rate": options.stage2_rate}
+    trials: dict[str, dict[str, float]] = {}
+
+    def agreement(choice: dict[str, float]) -> float:
+        name = f"tune-{row.tuned_as}-" + "-".join(f"{value:g}" for value in choice.values())
+        if name not in trials:
+            trials[name] = trial(row, choice, args, args.work / name)
+        return trials[name]["agreement"]
+
+    for knob in row.knobs:
+        if knob == "stage2_rate" and best["stage1_share"] == 0:
+            continue  # the only stage runs at full rates
+        ladder, at = LADDERS[knob], LADDERS[knob].index(best[knob])
+        for direction in (-1, 1):
+            while 0 <= at + direction < len(ladder):
+                higher = best | {knob: ladder[at + direction]}
+                if agreement(higher) <= agreement(best):
+                    break
+                best, at = higher, at + direction
+    return best, list(trials.values())
 
 
-def train(row: Row, factor: float, tokens: int, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def trial(row: Row, choice: dict[str, float], args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Return the agreement of a short run, from its file if it ran before."""
+    done = folder / "agreement.json"
+    if not done.exists():
+        say(f"{row.name}: trying {choice}")
+        _, report = train(row, choice, min(SHORT_TOKENS, args.tokens), 100, folder)
+        write_json(done, choice | {"agreement": report["agreement"], "tokens": report["tokens"]})
+    return read_json(done)
+
+
+def train(row: Row, choice: dict[str, float], tokens: int, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Make a row's model and distil it; goes on from its last checkpoint."""
     torch.manual_seed(seed)
     model = row.make()
     defaults = nogemm.DistilOptions()
-    rates = {name: factor * getattr(defaults, name) for name in RATES}
+    changes: dict[str, Any] = {name: choice["factor"] * getattr(defaults, name) for name in RATES}
+    changes |= {name: value for name, value in choice.items() if name != "factor"} | row.options
     report = nogemm.distil(
         model,
         load_encoder(TEACHER),
@@ -221,9 +255,7 @@ def train(row: Row, factor: float, tokens: int, seed: int, folder: Path) -> tupl
         validation=[*load_split(CORPUS, "validation").queries, *load_split(CORPUS, "validation").documents],
         output_dir=folder,
         resume=True,
-        options=nogemm.DistilOptions(
-            tokens=tokens, seed=seed, batch_tokens=BATCH_TOKENS, log_seconds=60.0, **rates, **row.options
-        ),
+        options=nogemm.DistilOptions(tokens=tokens, seed=seed, batch_tokens=BATCH_TOKENS, log_seconds=60.0, **changes),
     )
     return model.eval(), report.to_dict()
 
@@ -242,10 +274,9 @@ def score(model: nn.Module, queries: list[str], documents: list[str], file: Path
     theirs = teacher_embeddings(queries, documents, teacher)
     ours = embed(model, tokenizer(), [*queries, *documents])
     count = len(queries)
-    file.parent.mkdir(parents=True, exist_ok=True)
     own = reciprocal_ranks(search_ranks(ours[:count], ours[count:]))
     figures_of_texts = {"agreement": cosines(ours, theirs), "mrr_at_10": own}
-    save_file({name: values.astype(np.float32) for name, values in figures_of_texts.items()}, file)
+    write_atomically(file, save({name: values.astype(np.float32) for name, values in figures_of_texts.items()}))
     figures = compare_search(ours[:count], ours[count:], theirs[:count], theirs[count:])
     plain = {group: {name: f.to_dict() for name, f in values.items()} for group, values in figures.items()}
     return {group: plain[group] for group in ("ours", "teacher", "kept")}
@@ -254,8 +285,7 @@ def score(model: nn.Module, queries: list[str], documents: list[str], file: Path
 def teacher_embeddings(queries: list[str], documents: list[str], file: Path) -> Any:
     """Embed with the teacher, once for all rows."""
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"embeddings": embed(load_encoder(TEACHER), tokenizer(), [*queries, *documents])}, file)
+        write_atomically(file, save({"embeddings": embed(load_encoder(TEACHER), tokenizer(), [*queries, *documents])}))
     return load_file(file)["embeddings"]
 
 
@@ -270,26 +300,53 @@ def cost(model: nn.Module) -> dict[str, Any]:
 
 
 def table(rows: list[Row], args: argparse.Namespace) -> None:
-    """Write the recorded rows as one file, with paired differences from the first row, and print them."""
+    """Write the recorded rows as one file, with the paired differences of all pairs of models, and print them."""
     found = [read_json(file) for row in rows if (file := args.results / "study" / f"{row.name}.json").exists()]
     if not found:
         say("no row is recorded yet")
         return
-    texts_of = {
-        entry["name"]: load_file(args.results / "study" / f"{entry['name']}-test.safetensors") for entry in found
-    }
-    first = texts_of[found[0]["name"]]
-    for entry in found[1:]:
-        this = texts_of[entry["name"]]
-        differences = {key: bootstrap_difference(first[key], this[key]).to_dict() for key in first}
-        for difference in differences.values():
-            difference["exceeds_interval"] = not difference["low"] <= 0.0 <= difference["high"]
-        entry["first_row_minus_this"] = differences
-    write_json(args.results / "study-minilm.json", {"kind": "study", "command": COMMAND, "rows": found})
+    folder = args.results / "study"
+    texts_of = {entry["name"]: load_file(folder / f"{entry['name']}-test.safetensors") for entry in found}
+    pairs = differences(texts_of)
+    note = beyond(pairs, "agreement") + " " + beyond(pairs, "mrr_at_10")
+    result = {"kind": "study", "command": COMMAND, "rows": found, "differences": pairs, "note": note}
+    write_json(args.results / "study-minilm.json", result)
     for entry in found:
         agreement, kept = entry["scores"]["agreement"]["value"], entry["kept"]["mrr_at_10"]["value"]
         other = entry["other_domain"]["kept"]["mrr_at_10"]["value"]
         say(f"{entry['name']:14s} agreement {agreement:.4f}  MRR@10 kept {kept:.4f}  WordNet kept {other:.4f}")
+    say(note)
+
+
+def differences(texts_of: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """Compare every two models on the same texts; seeds of one model count as their mean."""
+    seeds: dict[str, list[str]] = {}
+    for name in texts_of:
+        model, _, seed = name.rpartition("-")
+        seeds.setdefault(model if seed.isdigit() else name, []).append(name)
+    mean = {
+        model: {key: np.mean([texts_of[name][key] for name in names], axis=0) for key in texts_of[names[0]]}
+        for model, names in seeds.items()
+    }
+    pairs = []
+    for first, second in itertools.combinations(mean, 2):
+        pair: dict[str, Any] = {"first": first, "second": second}
+        for key in mean[first]:
+            figure = bootstrap_difference(mean[first][key], mean[second][key]).to_dict()
+            pair[key] = figure | {"exceeds_interval": not figure["low"] <= 0.0 <= figure["high"]}
+        pairs.append(pair)
+    return pairs
+
+
+def beyond(pairs: list[dict[str, Any]], key: str) -> str:
+    """Say in a sentence which differences are larger than their interval and which are not."""
+    within = [f"{pair['first']} and {pair['second']}" for pair in pairs if not pair[key]["exceeds_interval"]]
+    word = {"agreement": "agreement", "mrr_at_10": "MRR@10"}[key]
+    if not within:
+        return f"All differences of {word} exceed their 95 % interval."
+    if len(within) == len(pairs):
+        return f"No difference of {word} exceeds its 95 % interval."
+    return f"Differences of {word} exceed their 95 % interval, but for {', '.join(within)}."
 
 
 def read_json(file: Path) -> Any:

@@ -174,7 +174,10 @@ def _study_note(row: Mapping[str, Any]) -> str:
     """Say what a recorded row was trained on, and how it does on texts of another kind."""
     parts = [f"{row['tokens'] / 1e6:g} M tokens"] if row.get("tokens") else []
     if "other_domain" in row:
-        parts.append(f"kept on WordNet glosses {100 * row['other_domain']['kept']['mrr_at_10']['value']:.1f} %")
+        other = row["other_domain"]
+        kept = f"{100 * other['kept']['mrr_at_10']['value']:.1f} %"
+        agreement = other.get("ours", {}).get("agreement", {}).get("value")
+        parts.append(f"on WordNet glosses kept {kept}" + (f", agreement {agreement:.3f}" if agreement else ""))
     return ", ".join(parts)
 
 
