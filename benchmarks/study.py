@@ -59,11 +59,12 @@ INPUTS = ("input_ids", "attention_mask")
 KEPT_LAYERS = (0, 2, 5)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One model of the table: how it is made from the teacher, and what training it gets."""
 
     name: str
+    title: str
     make: Callable[[], nn.Module]
     seed: int = 0
     trained: bool = True
@@ -96,18 +97,28 @@ def main() -> None:
 def all_rows() -> list[Row]:
     """List the study: two seeds of ours and of the nearest rival, the other rivals once."""
     return [
-        *(Row(f"lookup-{s}", lookup, seed=s, tuned_as="lookup") for s in (0, 1)),
-        *(Row(f"dense{EQUAL_FLOP_WIDTH}-{s}", narrow, seed=s, tuned_as="dense") for s in (0, 1)),
-        Row("no-ffn", removed, tuned_as="no-ffn"),
+        *(Row(f"lookup-{s}", f"LookupFFN, seed {s}", lookup, seed=s, tuned_as="lookup") for s in (0, 1)),
+        *(
+            Row(
+                f"dense{EQUAL_FLOP_WIDTH}-{s}",
+                f"dense, {EQUAL_FLOP_WIDTH} best neurons, seed {s}",
+                narrow,
+                seed=s,
+                tuned_as="dense",
+            )
+            for s in (0, 1)
+        ),
+        Row("no-ffn", "no FFN", removed, tuned_as="no-ffn"),
         Row(
             "three-layers",
+            "three of six layers",
             three_layers,
             tuned_as="three",
             knobs=("factor",),  # no new layer, so no first stage
             options={"hidden_map": tuple(k + 1 for k in KEPT_LAYERS)},
         ),
-        Row("dense-int8", dynamic_int8, trained=False),
-        Row("dense-int8-openvino", calibrated_int8, trained=False),
+        Row("dense-int8", "dense, torch int8, no training", dynamic_int8, trained=False),
+        Row("dense-int8-openvino", "dense, OpenVINO int8, no training", calibrated_int8, trained=False),
     ]
 
 
@@ -301,7 +312,8 @@ def cost(model: nn.Module) -> dict[str, Any]:
 
 def table(rows: list[Row], args: argparse.Namespace) -> None:
     """Write the recorded rows as one file, with the paired differences of all pairs of models, and print them."""
-    found = [read_json(file) for row in rows if (file := args.results / "study" / f"{row.name}.json").exists()]
+    files = {row: args.results / "study" / f"{row.name}.json" for row in rows}
+    found = [read_json(file) | {"title": row.title} for row, file in files.items() if file.exists()]
     if not found:
         say("no row is recorded yet")
         return

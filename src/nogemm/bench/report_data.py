@@ -157,7 +157,7 @@ def _scores(figures: Mapping[str, Any]) -> dict[str, Score]:
 def _quality_row(row: Mapping[str, Any], recorded: bool) -> QualityRow:
     kept = {"kept": row["kept"]["mrr_at_10"]} if "kept" in row else {}
     return QualityRow(
-        name=row["name"],
+        name=row.get("title", row["name"]),
         scores=_scores({**row["scores"], **kept}),
         ours=bool(row.get("ours", row["name"].startswith("lookup"))),
         recorded=recorded,

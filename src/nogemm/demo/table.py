@@ -40,7 +40,7 @@ def quality_line(row: Mapping[str, Any], mark: str) -> list[str]:
         ("peak_bytes", MIB, "{:.0f} MiB"),
     )
     cells += ["" if row.get(name) is None else form.format(row[name] / unit) for name, unit, form in figures]
-    return [row["name"] + mark, *cells]
+    return [row.get("title", row["name"]) + mark, *cells]
 
 
 def milliseconds(us: float | None) -> str:
