@@ -213,9 +213,9 @@ def _read_counts(path: Path, settings: Mapping[str, Any]) -> dict[Key, Counts]:
     if data.get("kind") != "profile" or data["counting"]["source"] != "cachegrind":
         raise ConfigError(f"--counts {path}: not a profile with simulated counts")
     for name in ("method", "set", "d", "hidden", "activation", "gated", "dtype", "checkpoint", "site", "seed"):
-        wanted = json.loads(json.dumps(settings[name]))
-        if data["settings"][name] != wanted:
-            raise ConfigError(f"--counts {path}: its {name} is {data['settings'][name]!r}, not {wanted!r}")
+        wanted, its = json.loads(json.dumps(settings[name])), data["settings"][name]
+        if (sorted(its) != sorted(wanted)) if name == "set" else (its != wanted):
+            raise ConfigError(f"--counts {path}: its {name} is {its!r}, not {wanted!r}")
     found: dict[Key, Counts] = {}
     for entry in data["counts"]:
         values = {name: value for name, value in entry.items() if name not in _KEY}
