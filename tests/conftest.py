@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nogemm import ops
+from nogemm.bench import peers
 from nogemm.hardware.speeds import Speeds
 
 # What a test measures about the machine is not kept for the user who runs it.
@@ -35,6 +36,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
     if before != "reference":
         ops.set_isa(before)
+
+
+@pytest.fixture
+def compiler() -> str:
+    """Name torch.compile's backend: inductor where it can build its modules, else the tracing alone."""
+    return "inductor" if peers.missing("inductor-fp32") is None else "aot_eager"
 
 
 @pytest.fixture(autouse=True)

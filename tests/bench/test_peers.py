@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +19,10 @@ def test_engine_matches_the_dense_layer(name: str) -> None:
     stack = DenseStack(24, 48, "gelu", copies=2, seed=0)
     tokens = tuple(torch.randn(5, 24) for _ in range(2))
     samples = [tuple(torch.randn(32, 24) for _ in range(2)) for _ in range(4)]
+    if name.startswith("inductor") and peers.missing(name) is not None:  # ./run installs all that pip can
+        with pytest.raises(ModuleNotFoundError, match="install the package python3-dev"):
+            peers.engine(name)
+        return
     engine = peers.engine(name)
     runner = engine.compile(stack, tokens, samples)
     outputs = runner.result(runner.run(runner.prepare(tokens)))
@@ -60,6 +65,15 @@ def test_hidden_states_that_are_not_finite_are_refused() -> None:
 def test_unknown_engines_are_named() -> None:
     with pytest.raises(ValueError, match="unknown contender 'torch-fp8'; known: torch-fp32"):
         peers.engine("torch-fp8")
+
+
+def test_inductor_needs_pythons_headers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert peers.missing("inductor-bf16") == (
+        "Python.h, which inductor compiles against, not found: install the package python3-dev"
+    )
+    (tmp_path / "Python.h").write_text("")
+    assert peers.missing("inductor-bf16") is None
 
 
 def test_absent_packages_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

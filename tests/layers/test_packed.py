@@ -141,11 +141,11 @@ def test_portable_form_agrees_with_the_native_one(monkeypatch: pytest.MonkeyPatc
     check_lookup("native", layer, native(x), x)
 
 
-def test_compile_and_export() -> None:
+def test_compile_and_export(compiler: str) -> None:
     layer = build(LOOKUP_CASES[0])
     packed = layer.pack("fp32")
     x = torch.randn(6, layer.d_model)
-    check_equal("compiled", torch.compile(packed, fullgraph=True)(x), packed(x))
+    check_equal("compiled", torch.compile(packed, fullgraph=True, backend=compiler)(x), packed(x))
     exported = torch.export.export(packed, (x,), dynamic_shapes=({0: torch.export.Dim("n")},))
     y = torch.randn(11, layer.d_model)
     check_equal("exported", exported.module()(y), packed(y))
@@ -153,10 +153,10 @@ def test_compile_and_export() -> None:
     torch.library.opcheck(torch.ops.nogemm.packed_lookup, (x, buffer, layer.d_out))
 
 
-def test_unpacked_layer_compiles_and_exports() -> None:
+def test_unpacked_layer_compiles_and_exports(compiler: str) -> None:
     layer = build(LOOKUP_CASES[0])
     x = torch.randn(6, layer.d_model)
-    check_lookup("compiled", layer, torch.compile(layer, fullgraph=True)(x), x)
+    check_lookup("compiled", layer, torch.compile(layer, fullgraph=True, backend=compiler)(x), x)
     check_equal("exported", torch.export.export(layer, (x,)).module()(x), layer(x))
 
 

@@ -259,8 +259,8 @@ def test_more_bits_than_width() -> None:
         nogemm.YosoConfig(bits=9).build(5)
 
 
-def test_unpacked_and_packed_compile() -> None:
+def test_unpacked_and_packed_compile(compiler: str) -> None:
     layer = build(*CASES[0])
     packed = copy.deepcopy(layer).requires_grad_(False).pack()
     x = torch.randn(6, 32)
-    torch.testing.assert_close(torch.compile(packed, fullgraph=True)(x), packed(x))
+    torch.testing.assert_close(torch.compile(packed, fullgraph=True, backend=compiler)(x), packed(x))

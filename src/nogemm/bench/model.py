@@ -117,6 +117,7 @@ def _specs(args: ModelBenchArgs) -> list[Spec]:
             name=f"{name}{COMPILED if compiled else ''}",
             factory=factory,
             settings=ours | {"compiled": compiled, "dtype": name.partition("-")[2]},
+            missing=peers.missing("inductor-fp32") if compiled else None,
         )
         for name in our_names(args.dtype)
         for compiled in ((False, True) if args.compiled else (False,))

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sysconfig
+from pathlib import Path
 
 from nogemm.bench.peers._base import Engine, Runner
 
@@ -51,6 +53,8 @@ def missing(name: str) -> str | None:
         ValueError: if `name` is not one of `CONTENDERS` or `LAYERS_ONLY`.
     """
     family, precision = _split(name)
+    if family == "inductor" and not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h, which inductor compiles against, not found: install the package python3-dev"
     packages = _REQUIRES[family] + (("nncf",) if (family, precision) == ("openvino", "int8") else ())
     absent = [package for package in packages if importlib.util.find_spec(package) is None]
     return f"{', '.join(absent)} not installed: pip install 'nogemm[peers]'" if absent else None
