@@ -1,6 +1,6 @@
 """Distil a converted model from its dense teacher: layer by layer, then end to end; interruptible and resumable.
 
-Reading order: `distil`, `Run.train`, `Run.save` and `Run.restore`; steps are in `stages.py`, data in `data.py`.
+Reading order: `distil`, `Run.train`, `Run.save` and `Run.restore`; steps are in `stages.py`, data in `feed.py`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
-from nogemm.train.data import Batch, Batches, tokenise
+from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError, TrainingInterrupted
+from nogemm.train.feed import Feed, open_feed
 from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
 from nogemm.train.losses import Spread
-from nogemm.train.masking import Masking
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.progress import Progress, logger
-from nogemm.train.sources import describe, texts
+from nogemm.train.sources import describe
 from nogemm.train.stages import LayerStage, ModelStage, Stage, fittable
-from nogemm.train.validation import VALIDATION_TOKENS, Validation, reason_to_stop
+from nogemm.train.validation import reason_to_stop
 
 
 def distil(
@@ -82,8 +82,8 @@ def distil(
         with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
             if not resume:
                 ckpt.refuse_earlier_run(directory)
-            job = Run(model, teacher, options, directory, start, keep=scratch is None)
-            job.load_data(data, validation, tokenizer)
+            feed = open_feed(inner_model(teacher), options, directory, data, validation, tokenizer)
+            job = Run(model, teacher, options, feed, directory, start, keep=scratch is None)
             if resume and scratch is None:
                 job.restore()
             with Progress(options.log_seconds, bar) as progress, interrupts() as stop:
@@ -102,17 +102,17 @@ class Run:
         model: nn.Module,
         teacher: nn.Module,
         options: DistilOptions,
+        feed: Feed,
         directory: Path,
         start: float,
         keep: bool,
     ) -> None:
         self.model, self.teacher = inner_model(model), inner_model(teacher)
-        self.options, self.directory, self.keep = options, directory, keep
+        self.options, self.feed, self.directory, self.keep = options, feed, directory, keep
         self.start = start
         self.tokens = 0
         self.stopped = ""
         self.history: list[dict[str, float]] = []
-        self.validation: Validation | None = None
         self.resumed: ckpt.Checkpoint | None = None
         self.plan = self._plan()
         self.reports = [StageReport(stage) for stage, _, _ in self.plan]
@@ -124,40 +124,6 @@ class Run:
             share = 0.0
         stages = [("layers", 0.0, share), ("model", share, 1.0)]
         return [entry for entry in stages if entry[2] > entry[1]]
-
-    def load_data(self, data: Any, validation: Any, tokenizer: Any) -> None:
-        """Tokenise what is not yet tokenised, and open it."""
-        options = self.options
-        tokenizer = tokenizer or default_tokenizer(self.teacher)
-        self.masking = Masking.of(tokenizer, options.seed) if options.output == "mlm" else None
-        key = {
-            "data": describe(data),
-            "tokenizer": type(tokenizer).__name__,
-            "vocabulary": len(tokenizer),
-            "field": options.field,
-        }
-        common = {"tokenizer": tokenizer, "max_length": options.max_length}
-        file = tokenise(
-            texts(data, options.field),
-            directory=self.directory / "tokens",
-            key=key,
-            max_tokens=options.tokens,
-            **common,
-        )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.batches = Batches(file, batch_tokens=options.batch_tokens, seed=options.seed, pad_id=pad)
-        split: str | None = None
-        if validation is None and isinstance(data, str) and data == "sample":
-            validation, split = "sample", "validation"
-        if validation is not None:
-            held_out = tokenise(
-                texts(validation, options.field, split),
-                directory=self.directory / "validation",
-                key={**key, "data": f"{describe(validation)} {split}"},
-                max_tokens=VALIDATION_TOKENS,
-                **common,
-            )
-            self.validation = Validation(self.teacher, held_out, 2 * options.batch_tokens, pad)
 
     # -- time and budget
 
@@ -193,7 +159,7 @@ class Run:
         if name == "layers":
             stage = LayerStage(self.model, self.teacher, self.options)
         else:
-            stage = ModelStage(self.model, self.teacher, self.options, self.masking)
+            stage = ModelStage(self.model, self.teacher, self.options, self.feed.masking)
         # A model without a first stage learns its new layers in the second, at their full rates.
         factor = self.options.stage2_rate if low > 0 else 1.0
         optimiser, rates = make_optimiser(stage.groups, self.options, factor)
@@ -210,7 +176,7 @@ class Run:
             while self.fraction() < high and not self.stopped:
                 part = (self.fraction() - low) / (high - low)
                 set_rates(optimiser, rates, rate_factor(part, self.options.warmup))
-                losses = self._step(stage, optimiser, next(self.batches))
+                losses = self._step(stage, optimiser, next(self.feed.batches))
                 report.add(losses, seconds_before + time.monotonic() - begun, self.tokens)
                 progress.update(name, min(self.fraction(), 1.0), self.tokens, losses["loss"])
                 self._validate_when_due()
@@ -221,7 +187,9 @@ class Run:
                 if stop.is_set():
                     raise TrainingInterrupted(self._how_to_resume())
         if isinstance(stage, LayerStage) and self.options.solve_tokens:
-            report.last |= stage.solve(self._take(self.options.solve_tokens))
+            taken = self.feed.take(self.options.solve_tokens)
+            self.tokens += sum(batch.tokens for batch in taken)
+            report.last |= stage.solve(taken)
         self.resumed = None
 
     def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, batch: Batch) -> dict[str, float]:
@@ -241,22 +209,14 @@ class Run:
         self.tokens += batch.tokens
         return mean
 
-    def _take(self, tokens: int) -> list[Batch]:
-        """Return the next batches that hold about this many tokens; they count towards the budget."""
-        taken: list[Batch] = []
-        while sum(batch.tokens for batch in taken) < tokens:
-            taken.append(next(self.batches))
-        self.tokens += sum(batch.tokens for batch in taken)
-        return taken
-
     def _validate_when_due(self) -> None:
         """Measure agreement every `validate_tokens` tokens; stop at the target, or when it no longer rises."""
         options = self.options
         measured = int(self.history[-1]["tokens"]) if self.history else 0
         due = options.validate_tokens and self.tokens >= measured + options.validate_tokens
-        if self.validation is None or not due:
+        if self.feed.validation is None or not due:
             return
-        value = self.validation.agreement(self.model)
+        value = self.feed.validation.agreement(self.model)
         self.history.append({"tokens": self.tokens, "seconds": self.seconds(), "agreement": value})
         logger.info("agreement on the validation texts after %s tokens: %.4f", f"{self.tokens:,}", value)
         self.stopped = reason_to_stop([entry["agreement"] for entry in self.history], options)
@@ -284,7 +244,7 @@ class Run:
             "tokens": self.tokens,
             "seconds": self.seconds(),
             "stopped": self.stopped,
-            "position": self.batches.state(),
+            "position": self.feed.batches.state(),
             "history": self.history,
             "reports": [asdict(report) for report in self.reports],
             "options": self.options.to_dict(),
@@ -316,7 +276,7 @@ class Run:
             raise TrainingError(f"cannot resume {path}: it holds another model ({error})") from error
         self.tokens = state["tokens"]
         self.start = time.monotonic() - state["seconds"]
-        self.batches.load_state(state["position"])
+        self.feed.batches.load_state(state["position"])
         self.history = state["history"]
         self.stopped = state["stopped"]
         self.reports = [StageReport(**report) for report in state["reports"]]
@@ -336,8 +296,8 @@ class Run:
         ended: dict[str, Any] | None = None if self.resumed is None else self.resumed.state["finished"]
         if ended is None:
             ended = {"seconds": self.seconds(), "agreement": None}
-            if self.validation is not None:
-                ended["agreement"] = self.validation.agreement(self.model)
+            if self.feed.validation is not None:
+                ended["agreement"] = self.feed.validation.agreement(self.model)
             self.save(len(self.plan), finished=ended)
         return DistilReport(
             stages=self.reports,
@@ -349,13 +309,3 @@ class Run:
             options=self.options.to_dict(),
             data=data,
         )
-
-
-def default_tokenizer(teacher: nn.Module) -> Any:
-    """Load the tokenizer that was saved with the teacher."""
-    name = getattr(getattr(teacher, "config", None), "_name_or_path", "")
-    if not name:
-        raise TrainingError("distil needs a tokenizer: the teacher does not say where it was loaded from")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
