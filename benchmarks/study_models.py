@@ -1,0 +1,142 @@
+"""The models of the study: how each is made from the teacher, and what of its training may be chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+import nogemm
+from nogemm.bench.model_job import Encoder
+from nogemm.bench.models import load_encoder, load_tokenizer
+from nogemm.bench.peers import Runner
+from nogemm.bench.peers.openvino_engine import OpenVinoEngine
+from nogemm.train.sources import texts
+
+TEACHER = "all-MiniLM-L6-v2"
+CORPUS = "data/debian-packages.jsonl.gz"
+LADDERS = {  # what short runs choose, knob after knob: up and down from the default for as long as a step agrees better
+    "factor": (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),  # on all learning rates
+    "stage1_share": (0.0, 0.1, 0.3, 0.5),
+    "stage2_rate": (0.05, 0.1, 0.2, 0.4),
+}
+FITTING_TEXTS = 1_000
+LOOKUP = nogemm.LookupConfig(tables=56, bits=9, neighbours=4, projection=nogemm.BHConfig(rounds=2, block=64))
+EQUAL_FLOP_WIDTH = 213  # 203 would be equal to ours: the rival gets 5 % more
+CALIBRATION_TEXTS = 128
+INPUTS = ("input_ids", "attention_mask")
+KEPT_LAYERS = (0, 2, 5)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One model of the table: how it is made from the teacher, and what training it gets."""
+
+    name: str
+    title: str
+    make: Callable[[], nn.Module]
+    seed: int = 0
+    trained: bool = True
+    tuned_as: str = ""
+    knobs: tuple[str, ...] = tuple(LADDERS)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def all_rows() -> list[Row]:
+    """List the study: two seeds of ours and of the nearest rival, the other rivals once."""
+    return [
+        *(Row(f"lookup-{s}", f"LookupFFN, seed {s}", lookup, seed=s, tuned_as="lookup") for s in (0, 1)),
+        *(
+            Row(
+                f"dense{EQUAL_FLOP_WIDTH}-{s}",
+                f"dense, {EQUAL_FLOP_WIDTH} best neurons, seed {s}",
+                narrow,
+                seed=s,
+                tuned_as="dense",
+            )
+            for s in (0, 1)
+        ),
+        Row("no-ffn", "no FFN", removed, tuned_as="no-ffn"),
+        Row(
+            "three-layers",
+            "three of six layers",
+            three_layers,
+            tuned_as="three",
+            knobs=("factor",),  # no new layer, so no first stage
+            options={"hidden_map": tuple(k + 1 for k in KEPT_LAYERS)},
+        ),
+        Row("dense-int8", "dense, torch int8, no training", dynamic_int8, trained=False),
+        Row("dense-int8-openvino", "dense, OpenVINO int8, no training", calibrated_int8, trained=False),
+    ]
+
+
+def lookup() -> nn.Module:
+    """Ours: every FFN a LookupFFN."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, LOOKUP)
+    return model
+
+
+def narrow() -> nn.Module:
+    """Rival (b): the best neurons of every FFN at equal FLOP, the second matrix refitted by least squares."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, nogemm.DenseConfig(hidden=EQUAL_FLOP_WIDTH), data=fitting_texts(), tokenizer=tokenizer())
+    return model
+
+
+def removed() -> nn.Module:
+    """Rival (a): every FFN replaced by the mean of its outputs."""
+    model = load_encoder(TEACHER)
+    nogemm.convert(model, nogemm.NoConfig(), data=fitting_texts(), tokenizer=tokenizer())
+    return model
+
+
+def three_layers() -> nn.Module:
+    """Rival (c): three of the six layers, FFNs and all."""
+    model: Any = load_encoder(TEACHER)
+    model.encoder.layer = nn.ModuleList(model.encoder.layer[k] for k in KEPT_LAYERS)
+    model.config.num_hidden_layers = len(KEPT_LAYERS)
+    return model
+
+
+def dynamic_int8() -> nn.Module:
+    """Rival (d): the dense model with every linear layer in dynamic int8, untrained."""
+    return torch.ao.quantization.quantize_dynamic(load_encoder(TEACHER), {nn.Linear}, dtype=torch.qint8)
+
+
+def calibrated_int8() -> nn.Module:
+    """Rival (d), the other engine: OpenVINO int8, calibrated on training texts."""
+    samples = [
+        tuple(tokenizer()([text], return_tensors="pt", truncation=True, max_length=128)[name] for name in INPUTS)
+        for text in fitting_texts()[:CALIBRATION_TEXTS]
+    ]
+    model = Encoder(load_encoder(TEACHER)).eval().requires_grad_(False)
+    return EngineEncoder(OpenVinoEngine("int8", static=False).compile(model, samples[0], samples))
+
+
+class EngineEncoder(nn.Module):
+    """An engine's runner behind the interface that `embed` calls."""
+
+    def __init__(self, runner: Runner) -> None:
+        super().__init__()
+        self.runner = runner
+
+    def forward(self, **inputs: torch.Tensor) -> SimpleNamespace:
+        """Return an output with `last_hidden_state` [S, L, D]."""
+        prepared = self.runner.prepare(tuple(inputs[name] for name in INPUTS))
+        return SimpleNamespace(last_hidden_state=self.runner.result(self.runner.run(prepared))[0])
+
+
+def fitting_texts() -> list[str]:
+    """Return the training texts that closed-form starts are fitted on."""
+    source = texts(CORPUS)
+    return [next(source) for _ in range(FITTING_TEXTS)]
+
+
+def tokenizer() -> Any:
+    """Load the teacher's tokenizer."""
+    return load_tokenizer(TEACHER)
