@@ -82,6 +82,10 @@ class LayerConfig(Config, Generic[LayerT]):
         """Make the layer that takes the place of `dense`; called by `build`."""
 
 
+# Metadata of a field `projection: ProjectionConfig | None = None`: `--set projection.block=64` means this kind.
+OPTIONAL_PROJECTION = {"kind": "bh"}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProjectionConfig(Config):
     """Describes a linear map; `build` makes the module."""
@@ -175,17 +179,31 @@ def _from_dict(family: str, data: Any, default_kind: str | None = None) -> Confi
             continue
         if name not in fields:
             raise ConfigError(f"{cls.__name__} has no field {name!r}; it has: {', '.join(fields)}")
-        default = _default_of(fields[name])
-        if isinstance(default, ProjectionConfig):
-            value = _from_dict("projection", value, default.kind)
+        nested = _nested_kind(fields[name])
+        if nested is not None and value is not None:
+            value = _from_dict("projection", value, nested)
         values[name] = value
     return cls(**values)
 
 
-def _default_of(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return None if field.default is dataclasses.MISSING else field.default
+def _nested_kind(field: dataclasses.Field[Any]) -> str | None:
+    """Return the kind of projection that a field starts from where only its fields are given; None: a plain field."""
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return default.kind if isinstance(default, ProjectionConfig) else field.metadata.get("kind")
+
+
+def check_projection(owner: str, value: object, *, faithful: bool, trained: bool) -> None:
+    """Raise ConfigError unless `value` is None, or a projection that the layer `owner` describes can use."""
+    if value is None:
+        return
+    if not isinstance(value, ProjectionConfig):
+        raise ConfigError(f"{owner}: projection must be a projection config or None, got projection={value!r}")
+    if faithful:
+        raise ConfigError(
+            f"{owner}: projection={value.kind!r} with faithful=True: the published layer has a map of its own"
+        )
+    if not trained and getattr(value, "learnable", False):
+        raise ConfigError(f"{owner}: projection.learnable=True: this layer's hashes are random and never trained")
 
 
 def check_int(owner: str, name: str, value: object, low: int, high: int | None = None) -> None:

@@ -29,6 +29,10 @@ CONFIGS: list[LayerConfig] = [
     nogemm.LeafTreeConfig(depth=2, leaf_width=3, master=2, routing="straight_through", balance=0.1),
     nogemm.SlideConfig(bits=3, tables=4),
     nogemm.MongooseConfig(bits=3, tables=4),
+    nogemm.SlideConfig(bits=3, tables=4, projection=nogemm.RandomHadamardConfig()),
+    nogemm.MongooseConfig(bits=3, tables=4, projection=nogemm.BHConfig(block=8)),
+    nogemm.YosoConfig(hashes=16, bits=3, projection=nogemm.AcdcConfig(depth=2)),
+    nogemm.SwitchConfig(experts=3, hidden=12, projection=nogemm.ShuffleProjectionConfig(block=8)),
 ]
 methods = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
 families = pytest.mark.parametrize("family", [FAMILIES["bert"], FAMILIES["llama"]], ids=["bert", "llama"])

@@ -40,7 +40,8 @@ def test_each_token_by_hand(config: nogemm.SwitchConfig, d_model: int, d_out: in
     y = layer(x)
     for token, answer in zip(x, y, strict=True):
         v = token if layer.norm is None else token / math.sqrt(float(token.square().mean()) + 1e-6) * layer.norm.weight
-        logits = [float(w @ v + b) for w, b in zip(layer.router.weight, layer.router.bias, strict=True)]
+        bias = layer.router.get_parameter("bias")
+        logits = [float(w @ v + b) for w, b in zip(layer.router.weight, bias, strict=True)]
         best = max(range(len(logits)), key=lambda e: (logits[e], -e))
         gate = math.exp(logits[best]) / sum(math.exp(z) for z in logits)
         torch.testing.assert_close(answer, gate * layer.experts[best](v), rtol=1e-9, atol=1e-9)
@@ -49,7 +50,7 @@ def test_each_token_by_hand(config: nogemm.SwitchConfig, d_model: int, d_out: in
 def test_ties_go_to_the_first_expert_and_one_expert_may_take_all() -> None:
     layer = build(*CASES[0])
     torch.nn.init.zeros_(layer.router.weight)
-    torch.nn.init.zeros_(layer.router.bias)
+    torch.nn.init.zeros_(layer.router.get_parameter("bias"))
     x = torch.randn(9, 16)
     assert layer.route(x).expert_N.tolist() == [0] * 9
     torch.testing.assert_close(layer(x), layer.experts[0](x) / 4)
@@ -106,7 +107,7 @@ def test_balance_loss_evens_out_the_experts() -> None:
         torch.manual_seed(3)
         layer = nogemm.SwitchConfig(experts=4, balance_weight=weight, z_weight=0.0).build(8, hidden=8)
         with torch.no_grad():
-            layer.router.bias[0] += 3.0  # everything crowds into one expert
+            layer.router.get_parameter("bias")[0] += 3.0  # everything crowds into one expert
         x = torch.randn(512, 8)
         optimiser = torch.optim.Adam(layer.router.parameters(), lr=0.05)
         for _ in range(60):

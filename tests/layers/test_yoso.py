@@ -11,6 +11,7 @@ import nogemm
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, YosoFFN
 from nogemm.layers.yoso_fit import collision_shares
+from nogemm.projections import DiagonalChain
 from nogemm.testing.compare import check_equal
 
 CASES = [
@@ -35,6 +36,7 @@ def written_out(layer: YosoFFN, x: torch.Tensor) -> torch.Tensor:
     """Compute the sample neuron by neuron from the definition: count equal codes, weigh the values."""
     config = layer.config
     q = x if layer.norm is None else layer.norm(x)
+    assert isinstance(layer.hash, DiagonalChain)
     width, groups = layer.hash.width, layer.hash.width // config.bits
     signs = layer.hash.weight.view(layer.hash.repeats, 3, width)
 

@@ -1,24 +1,35 @@
 """What SLIDE and MONGOOSE share: neurons in hash tables, of which a token computes those it collides with.
 
-Legend: N tokens, D width, F neurons, T tables, K bits per table, m tokens in a chunk, C chunks, J chosen neurons.
+Legend: N tokens, D width, F neurons, T tables, K bits per table, M = T K, m tokens in a chunk, C chunks, J chosen
+neurons.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, LayerT, check_choice, check_int
+from nogemm.config import (
+    OPTIONAL_PROJECTION,
+    LayerConfig,
+    LayerT,
+    ProjectionConfig,
+    check_choice,
+    check_int,
+    check_projection,
+)
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.ops import bucket_union, hash_codes
+from nogemm.projections import Projection
+from nogemm.projections._padded import random_signs
 
 # Of the published code: it drops outputs once more than the network around it does.
 PUBLISHED_DROPOUT = 0.1
@@ -35,6 +46,8 @@ class HashedConfig(LayerConfig[LayerT]):
         hidden: F (None: that of the layer that is replaced).
         activation: None: that of the layer that is replaced.
         norm: LayerNorm inside the layer.
+        projection: what hashes in place of the planes, M = T K outputs; its bias stands for the last plane, without one
+            hashes leave the neurons' biases out. None: planes.
         faithful: as published, see the layer; also the start, N(0, 0.02^2) and +-1/sqrt(F) for the second matrix.
     """
 
@@ -44,7 +57,9 @@ class HashedConfig(LayerConfig[LayerT]):
     hidden: int | None = None
     activation: str | None = None
     norm: bool = False
+    projection: ProjectionConfig | None = field(default=None, metadata=OPTIONAL_PROJECTION)
     faithful: bool = False
+    learned: ClassVar[bool] = False  # whether the hashes are
 
     def __post_init__(self) -> None:
         owner = type(self).__name__
@@ -55,6 +70,7 @@ class HashedConfig(LayerConfig[LayerT]):
             check_int(owner, "hidden", self.hidden, 1)
         if self.activation is not None:
             check_choice(owner, "activation", self.activation, tuple(ACTIVATIONS))
+        check_projection(owner, self.projection, faithful=self.faithful, trained=self.learned)
 
 
 class HashedNeurons(FFN):
@@ -64,10 +80,11 @@ class HashedNeurons(FFN):
         S(chunk) = neurons that share a code with a token of the chunk in at least one table
         y = sum over i in S of act(w_i v + b_i) down_i + bias
 
-    While a gradient is computed, every neuron is computed and masked, so each update moves retrieved neurons only.
+    P is a matrix, or a projection of v with its bias for the last row. While a gradient is computed, every neuron is
+    computed and masked, so each update moves retrieved neurons only.
     """
 
-    planes: Tensor
+    planes: Tensor  # without a projection
     falls_back: ClassVar[bool] = False  # whether a chunk without any neuron computes its tokens' best ones
 
     def __init__(
@@ -83,6 +100,12 @@ class HashedNeurons(FFN):
         super().__init__(config, d_model, d_out)
         self.bits, self.tables, self.chunk, self.hidden = config.bits, config.tables, config.chunk, hidden
         self.norm = nn.LayerNorm(d_model) if config.norm else None
+        self.projection = None
+        if config.projection is not None:
+            self.projection = config.projection.build(d_model, config.bits * config.tables)
+            if self.projection.bias is not None:  # what a plane of signs has there, at a projection's scale
+                with torch.no_grad():
+                    self.projection.bias.copy_(random_signs(self.projection.bias) * d_model**-0.5)
         dense = DenseConfig(hidden=hidden, activation=activation)
         self.neurons = DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
         if config.faithful:
@@ -92,10 +115,15 @@ class HashedNeurons(FFN):
     def neuron_codes(self) -> Tensor:
         """Return the bucket of each neuron in each table, int32 [F, T]."""
 
+    @property
+    def hashing(self) -> Tensor | Projection:
+        """Return what hashes: the planes [D + 1, M], or the projection in their place."""
+        return self.planes if self.projection is None else self.projection
+
     def hashed(self, v_ND: Tensor, last_N: Tensor | None = None) -> Tensor:
         """Return codes int32 [N, T] of vectors extended by one number (1 for tokens)."""
         with torch.no_grad():
-            return hash_extended(v_ND, last_N, self.planes, self.bits)
+            return hash_extended(v_ND, last_N, self.hashing, self.bits)
 
     def hash_neurons(self) -> Tensor:
         """Hash the neurons as they are now, [F, T]."""
@@ -128,15 +156,23 @@ class HashedNeurons(FFN):
     def cost(self, n_tokens: int = 1) -> Cost:
         """Count hashing and the expected neurons under uniform codes; real codes are skewed, see `active`."""
         per_neuron = self.neurons.cost(1).flops / self.hidden
-        hashing = 2.0 * (self.d_model + 1) * self.bits * self.tables
+        hashing, read, trained = self._hashing_cost()
         computed = self.expected_active(min(self.chunk, max(n_tokens, 1)))
         itemsize = self.neurons.up.weight.element_size()
         stored = sum(p.numel() for p in self.parameters())
         rows = sum(p.numel() for p in self.neurons.parameters()) - self.d_out
-        others = stored - rows - (self.planes.numel() if isinstance(self.planes, nn.Parameter) else 0)
-        fixed = (others + self.planes.numel()) * itemsize + 4.0 * self.hidden * self.tables
+        fixed = (stored - rows - trained) * itemsize + read + 4.0 * self.hidden * self.tables
         touched = self.expected_active(n_tokens) / self.hidden * rows * itemsize
         return Cost(n_tokens * (hashing + per_neuron * computed), touched + fixed if n_tokens else 0.0, stored)
+
+    def _hashing_cost(self) -> tuple[float, float, int]:
+        """Return FLOP of hashing one token, bytes of what hashes, and how many of its numbers are parameters."""
+        itemsize = self.neurons.up.weight.element_size()
+        if self.projection is not None:
+            cost = self.projection.cost(itemsize)
+            return cost.flops, cost.bytes_read, sum(p.numel() for p in self.projection.parameters())
+        count = self.planes.numel()
+        return 2.0 * count, float(count * itemsize), count if isinstance(self.planes, nn.Parameter) else 0
 
     def _pack(self, dtype: str) -> PackedFFN:
         from nogemm.layers.hashed_packed import PackedHashedNeurons
@@ -154,14 +190,20 @@ def start_as_published(neurons: DenseFFN) -> None:
         nn.init.uniform_(parameter, -(neurons.hidden**-0.5), neurons.hidden**-0.5)
 
 
-def hash_extended(v_ND: Tensor, last_N: Tensor | None, planes: Tensor, bits: int) -> Tensor:
-    """Return the codes of [v; last], int32 [N, T]; `last` is 1 where none is given."""
-    planes = planes.to(v_ND.dtype)
+def extended_product(v_ND: Tensor, last_N: Tensor | None, hashing: Tensor | Projection) -> Tensor:
+    """Return what is hashed of [v; last], [N, M]; `last` is 1 where none is given."""
+    if isinstance(hashing, Projection):
+        z_NM = hashing(v_ND)
+        return z_NM if last_N is None or hashing.bias is None else z_NM + (last_N - 1.0).unsqueeze(1) * hashing.bias
+    planes = hashing.to(v_ND.dtype)
     if last_N is None:
-        z_NM = torch.addmm(planes[-1], v_ND, planes[:-1])
-    else:
-        z_NM = v_ND @ planes[:-1] + last_N.unsqueeze(1) * planes[-1]
-    return hash_codes(z_NM, bits, 1, False)[0].squeeze(-1)
+        return torch.addmm(planes[-1], v_ND, planes[:-1])
+    return v_ND @ planes[:-1] + last_N.unsqueeze(1) * planes[-1]
+
+
+def hash_extended(v_ND: Tensor, last_N: Tensor | None, hashing: Tensor | Projection, bits: int) -> Tensor:
+    """Return the codes of [v; last], int32 [N, T]; `last` is 1 where none is given."""
+    return hash_codes(extended_product(v_ND, last_N, hashing).contiguous(), bits, 1, False)[0].squeeze(-1)
 
 
 def union_of_chunks(own_NF: Tensor, v_ND: Tensor, chunk: int) -> Tensor:

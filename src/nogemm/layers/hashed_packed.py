@@ -5,6 +5,8 @@ Legend: N tokens, D width, F neurons, T tables.
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -28,7 +30,11 @@ class PackedHashedNeurons(PackedFFN):
             self.norm = nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
             self.norm.load_state_dict(layer.norm.state_dict())
             self.norm.requires_grad_(False)
-        self.register_buffer("planes", layer.planes.detach().float().clone(), persistent=False)
+        self.projection = None
+        if layer.projection is None:
+            self.register_buffer("planes", layer.planes.detach().float().clone(), persistent=False)
+        else:
+            self.projection = copy.deepcopy(layer.projection).float().requires_grad_(False)
         self.register_buffer(
             "codes", layer.neuron_codes().T.clone(memory_format=torch.contiguous_format), persistent=False
         )
@@ -38,7 +44,8 @@ class PackedHashedNeurons(PackedFFN):
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
-        codes_NT = hash_extended(v_ND, None, self.get_buffer("planes"), self.bits)
+        hashing = self.get_buffer("planes") if self.projection is None else self.projection
+        codes_NT = hash_extended(v_ND, None, hashing, self.bits)
         mask_NF = union_of_chunks(bucket_union(codes_NT, self.get_buffer("codes")), v_ND, self.chunk)
         if self.fallback:
             mask_NF = with_best(mask_NF, v_ND, self.chunk, self.neurons.selector)

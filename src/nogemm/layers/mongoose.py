@@ -17,7 +17,7 @@ from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import PUBLISHED_DROPOUT, HashedConfig, HashedNeurons
+from nogemm.layers.hashed_neurons import PUBLISHED_DROPOUT, HashedConfig, HashedNeurons, extended_product
 from nogemm.layers.slide import draw_planes
 from nogemm.ops import bucket_union
 
@@ -30,7 +30,7 @@ class MongooseConfig(HashedConfig["MongooseFFN"]):
     """Describes a MONGOOSE layer.
 
     Attributes:
-        bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
+        bits, tables, chunk, hidden, activation, norm, projection: see `HashedConfig`.
         rebuild: tables are rebuilt in training once this share of the neurons' hash bits has changed; 0: every time.
         triplet_weight: of the loss that teaches the hashes, in every gradient.
         faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random
@@ -38,6 +38,7 @@ class MongooseConfig(HashedConfig["MongooseFFN"]):
     """
 
     kind: ClassVar[str] = "mongoose"
+    learned: ClassVar[bool] = True
     rebuild: float = 0.01
     triplet_weight: float = 0.1
 
@@ -92,7 +93,12 @@ class MongooseFFN(HashedNeurons):
     ) -> None:
         super().__init__(config, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
         self.config: MongooseConfig = config
-        self.planes = nn.Parameter(draw_planes(d_model, config.bits * config.tables, config.faithful))
+        if self.projection is None:
+            self.planes = nn.Parameter(draw_planes(d_model, config.bits * config.tables, config.faithful))
+        elif not list(self.projection.parameters()):
+            raise ConfigError(
+                f"MongooseConfig: projection={config.projection} has nothing to train; choose learnable=True, or SLIDE"
+            )
         self.register_buffer("codes", torch.zeros(hidden, config.tables, dtype=torch.int32))
         self.rebuilds = 0
         self.build_tables()
@@ -118,7 +124,7 @@ class MongooseFFN(HashedNeurons):
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         v_ND = x_ND if self.norm is None else self.norm(x_ND)
-        learning = torch.is_grad_enabled() and self.planes.requires_grad
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._hash_parameters())
         if learning:
             self.rebuild_if_moved()
         y_ND = self.masked(v_ND, self.retrieved(v_ND))
@@ -150,8 +156,8 @@ class MongooseFFN(HashedNeurons):
         found_NF = bucket_union(self.hashed(v_ND), self.neuron_codes().T)  # of each token's own hashes
         ordered_NF = product_NF.sort(1).values
         high, low = (ordered_NF[:, max(int(share * self.hidden), 1) - 1].mean() for share in (TOP, MIDDLE))
-        tokens_NM = v_ND @ self.planes[:-1] + self.planes[-1]
-        neurons_FM = weight_FD @ self.planes[:-1] + bias_F.unsqueeze(1) * self.planes[-1]
+        tokens_NM = extended_product(v_ND, None, self.hashing)
+        neurons_FM = extended_product(weight_FD, bias_F, self.hashing)
         cosine_NF = F.normalize(tokens_NM, dim=1) @ F.normalize(neurons_FM, dim=1).T
         return cosine_NF, (product_NF > high.clamp_min(0.0)) & ~found_NF, (product_NF < low) & found_NF
 
@@ -161,8 +167,11 @@ class MongooseFFN(HashedNeurons):
         return cosine_NF[positive_NF], cosine_NF[negative_NF]
 
     def projection_parameters(self) -> list[nn.Parameter]:
-        """Return the planes, an optimiser group of their own."""
-        return [self.get_parameter("planes")]
+        """Return the planes, or the projection's weights, an optimiser group of their own."""
+        return [self.get_parameter("planes")] if self.projection is None else self.projection.weights()
+
+    def _hash_parameters(self) -> list[nn.Parameter]:
+        return [self.get_parameter("planes")] if self.projection is None else list(self.projection.parameters())
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Take the dense layer's neurons and rebuild the tables: exact up to those that the hashes miss."""

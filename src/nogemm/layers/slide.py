@@ -27,7 +27,7 @@ class SlideConfig(HashedConfig["SlideFFN"]):
     """Describes a SLIDE layer.
 
     Attributes:
-        bits, tables, chunk, hidden, activation, norm: see `HashedConfig`.
+        bits, tables, chunk, hidden, activation, norm, projection: see `HashedConfig`.
         faithful: as published: the same signs in every layer, a dropout of its own in training, the published start.
     """
 
@@ -48,8 +48,8 @@ class SlideFFN(HashedNeurons):
     """A dense layer of which each token computes the neurons in its buckets of T random hash tables.
 
     Angular hashing: signs of [v; 1] P with P of random signs, the neurons hashed as [w_i; b_i] (gates, in a gated
-    layer). Neurons are hashed anew in every call, so the tables always fit the weights; P is part of the state. Packed,
-    the tables are fixed and only retrieved rows are read.
+    layer); or, with `projection`, signs of a projection as it was drawn. Neurons are hashed anew in every call, so the
+    tables always fit the weights; P is part of the state. Packed, tables are fixed and only retrieved rows are read.
 
     Wins where a few neurons carry the output and hashes find them: rarely. Loses because angular hashing finds large
     products slowly, buckets are skewed, and a chunk of tokens soon retrieves most neurons: look at `active`.
@@ -70,7 +70,10 @@ class SlideFFN(HashedNeurons):
     ) -> None:
         super().__init__(config, d_model, d_out, hidden=hidden, activation=activation, gated=gated)
         self.config: SlideConfig = config
-        self.register_buffer("planes", draw_planes(d_model, config.bits * config.tables, config.faithful))
+        if self.projection is None:
+            self.register_buffer("planes", draw_planes(d_model, config.bits * config.tables, config.faithful))
+        else:
+            self.projection.freeze()
 
     def neuron_codes(self) -> Tensor:
         return self.hash_neurons()

@@ -6,16 +6,26 @@ Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; the fit from dense w
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, Replaced, check_choice, check_int, register
+from nogemm.config import (
+    OPTIONAL_PROJECTION,
+    LayerConfig,
+    ProjectionConfig,
+    Replaced,
+    check_choice,
+    check_int,
+    check_projection,
+    register,
+)
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
@@ -23,6 +33,7 @@ from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.all_neurons import dense_from, dense_us, rows_us
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.layers.neuron_store import NeuronStore
+from nogemm.projections import Projection
 
 # Of the published router: inputs are multiplied by a uniform number from 1 - JITTER to 1 + JITTER.
 JITTER = 0.01
@@ -41,6 +52,7 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
             get 0 and pass through the residual. 1.25 is customary; None: no limit.
         evaluation_capacity: the same in evaluation, where a limit makes a token's answer depend on its neighbours.
         norm: RMSNorm inside the layer, before router and experts.
+        projection: the router, E outputs. None: one matrix.
         balance_weight, z_weight: of the load-balancing loss and of the router's z-loss in every gradient.
         faithful: as in the published baseline: RMSNorm, ReLU experts and router without biases, inputs jittered in
             evaluation too, no auxiliary loss, no limit, and the input added to the output although the model adds it,
@@ -54,6 +66,7 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
     capacity: float | None = None
     evaluation_capacity: float | None = None
     norm: bool = False
+    projection: ProjectionConfig | None = field(default=None, metadata=OPTIONAL_PROJECTION)
     balance_weight: float = 0.01
     z_weight: float = 0.001
     faithful: bool = False
@@ -74,6 +87,7 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
                 raise ConfigError(f"SwitchConfig: {name} must be at least 0, got {name}={value!r}")
+        check_projection("SwitchConfig", self.projection, faithful=self.faithful, trained=True)
 
     def make(self, dense: Replaced) -> SwitchFFN:
         return SwitchFFN(
@@ -116,7 +130,7 @@ class SwitchFFN(FFN):
 
     | parameter | shape |
     |---|---|
-    | router.weight, router.bias | [E, D], [E] |
+    | router.weight, router.bias | [E, D], [E], or the projection's |
     | experts.e.up, .down (.gate) | as in `DenseFFN` |
     | norm.weight | [D], if `norm` |
 
@@ -148,7 +162,11 @@ class SwitchFFN(FFN):
             activation, gated = "relu", False
         self.hidden = hidden
         self.norm = nn.RMSNorm(d_model, eps=1e-6) if config.norm or config.faithful else None
-        self.router = nn.Linear(d_model, config.experts, bias=not config.faithful)
+        self.router: nn.Linear | Projection
+        if config.projection is None:
+            self.router = nn.Linear(d_model, config.experts, bias=not config.faithful)
+        else:
+            self.router = config.projection.build(d_model, config.experts)
         dense = DenseConfig(hidden=hidden, activation=activation)
         self.experts = nn.ModuleList(
             DenseFFN(dense, d_model, d_out, hidden=hidden, activation=activation, gated=gated, bias=not config.faithful)
@@ -178,18 +196,25 @@ class SwitchFFN(FFN):
         first = self.experts[0]
         assert isinstance(first, DenseFFN)
         one = first.cost(1)
-        others = sum(p.numel() for p in self.parameters()) - self.config.experts * one.parameters
-        itemsize = self.router.weight.element_size()
-        touched = distinct_rows(n_tokens, self.config.experts)
+        routing = self._router_cost()
+        small = 0 if self.norm is None else sum(p.numel() for p in self.norm.parameters())
+        fixed = small * self.router.weight.element_size() + routing.bytes_read
         return Cost(
-            n_tokens * (one.flops + 2.0 * self.d_model * self.config.experts),
-            touched * one.bytes_read + (others * itemsize if n_tokens else 0.0),
-            self.config.experts * one.parameters + others,
+            n_tokens * (one.flops + routing.flops),
+            distinct_rows(n_tokens, self.config.experts) * one.bytes_read + (fixed if n_tokens else 0.0),
+            self.config.experts * one.parameters + small + routing.parameters,
         )
+
+    def _router_cost(self) -> Cost:
+        itemsize = self.router.weight.element_size()
+        if isinstance(self.router, Projection):
+            return self.router.cost(itemsize)
+        stored = sum(p.numel() for p in self.router.parameters())
+        return Cost(2.0 * self.d_model * self.config.experts, float(stored * itemsize), stored)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the router's weights, an optimiser group of their own."""
-        return [self.router.get_parameter("weight")]
+        return self.router.weights() if isinstance(self.router, Projection) else [self.router.get_parameter("weight")]
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Start every expert as a copy of the dense layer, if the widths are equal (see `switch_fit`)."""
@@ -258,8 +283,7 @@ class PackedSwitch(PackedFFN):
         if layer.norm is not None:
             self.norm = nn.RMSNorm(layer.d_model, eps=1e-6)
             self.norm.load_state_dict(layer.norm.state_dict())
-        self.router = nn.Linear(layer.d_model, layer.config.experts, bias=layer.router.bias is not None)
-        self.router.load_state_dict(layer.router.state_dict())
+        self.router = copy.deepcopy(layer.router).float()
         experts = [expert for expert in layer.experts if isinstance(expert, DenseFFN)]
         self.hidden = layer.hidden
         self.neurons = NeuronStore(experts, dtype)

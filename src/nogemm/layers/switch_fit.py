@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nogemm.layers.dense import DenseFFN
+from nogemm.projections import BHProjection, DiagonalChain, Projection
 
 if TYPE_CHECKING:
     from nogemm.layers.switch import SwitchFFN
@@ -28,21 +29,35 @@ def upcycle(layer: SwitchFFN, dense: DenseFFN) -> bool:
     experts = _experts(layer)
     if not _alike(experts[0], dense) or layer.hidden != dense.hidden or layer.norm is not None:
         return False
+    if isinstance(layer.router, BHProjection) and layer.router.residual is not None:
+        return False  # such a router cannot be made nearly constant
     with torch.no_grad():
         for expert in experts:
             expert.fit_dense(dense)
             expert.down.weight.mul_(len(experts))
             expert.down.bias.mul_(len(experts))
-        layer.router.weight.mul_(1e-2)
-        layer.router.bias.zero_()
+        _quieten(layer.router)
     return True
+
+
+def _quieten(router: nn.Linear | Projection) -> None:
+    """Make a fresh router's logits a hundred times smaller by its last factor."""
+    weight = router.weight
+    if isinstance(router, DiagonalChain):
+        weight = weight.view(router.repeats, router.diagonals, router.width)[:, -1]
+    elif isinstance(router, BHProjection):
+        weight = weight[:, -1]
+    weight.mul_(1e-2)
+    if router.bias is not None:
+        router.bias.zero_()
 
 
 def carve(layer: SwitchFFN, dense: DenseFFN, x_ND: Tensor) -> bool:
     """Cluster the tokens, and give each cluster's expert the neurons that carry most of its output.
 
     The router separates the clusters, logits proportional to v.c_e - |c_e|^2 / 2; the experts' second matrices are
-    refitted on their own tokens by ridge regression towards the dense weights. Wider experts than the dense layer keep
+    refitted on their own tokens by ridge regression towards the dense weights. A router that is a projection stays as
+    it was drawn, and experts are fitted to the tokens that it sends. Wider experts than the dense layer keep
     their surplus neurons, silenced.
     """
     experts = _experts(layer)
@@ -50,12 +65,8 @@ def carve(layer: SwitchFFN, dense: DenseFFN, x_ND: Tensor) -> bool:
         return False
     with torch.no_grad():
         v_ND = x_ND if layer.norm is None else layer.norm(x_ND)
-        centre_ED = cluster(v_ND, len(experts))
-        logits_NE = v_ND @ centre_ED.T - 0.5 * centre_ED.square().sum(1)
-        best = logits_NE.topk(min(2, len(experts)), dim=1).values
-        sharpness = MARGIN / (best[:, 0] - best[:, -1]).mean().clamp_min(1e-6)
-        layer.router.weight.copy_(sharpness * centre_ED)
-        layer.router.bias.copy_(-0.5 * sharpness * centre_ED.square().sum(1))
+        if isinstance(layer.router, nn.Linear):
+            _separate(layer.router, v_ND)
         routing = layer.route(v_ND)
         for index, expert in enumerate(experts):
             mine = routing.expert_N == index
@@ -64,6 +75,16 @@ def carve(layer: SwitchFFN, dense: DenseFFN, x_ND: Tensor) -> bool:
             expert.down.weight.div_(gate)
             expert.down.bias.div_(gate)
     return True
+
+
+def _separate(router: nn.Linear, v_ND: Tensor) -> None:
+    """Let the router tell clusters of the tokens apart."""
+    centre_ED = cluster(v_ND, router.out_features)
+    logits_NE = v_ND @ centre_ED.T - 0.5 * centre_ED.square().sum(1)
+    best = logits_NE.topk(min(2, router.out_features), dim=1).values
+    sharpness = MARGIN / (best[:, 0] - best[:, -1]).mean().clamp_min(1e-6)
+    router.weight.copy_(sharpness * centre_ED)
+    router.bias.copy_(-0.5 * sharpness * centre_ED.square().sum(1))
 
 
 def cluster(v_ND: Tensor, count: int) -> Tensor:

@@ -7,20 +7,28 @@ Reading order: `YosoConfig`, `YosoFFN.tokens`, `expected`, `hashed`; the fits fr
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig, Replaced, check_int, register
+from nogemm.config import (
+    OPTIONAL_PROJECTION,
+    LayerConfig,
+    ProjectionConfig,
+    Replaced,
+    check_int,
+    check_projection,
+    register,
+)
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import DenseFFN
 from nogemm.ops import bucket_sum, gather_accumulate, hash_codes
-from nogemm.projections import DiagonalChain, RandomHadamardConfig
+from nogemm.projections import DiagonalChain, Projection, RandomHadamardConfig
 from nogemm.projections._padded import random_signs
 
 # Numbers in the tables that exist at a time while an unpacked layer runs: 64 MB in float32.
@@ -44,6 +52,8 @@ class YosoConfig(LayerConfig["YosoFFN"]):
         norm_eps: added to its variance.
         unit: scale every output to length one, as published.
         gain: a trainable factor per output dimension, for `unit`.
+        projection: what hashes, as it is drawn and without its bias, in place of D1 H D2 H D3 H; the expectation then
+            holds as far as its outputs are those of random directions. None: D1 H D2 H D3 H.
         faithful: as published: `unit`, fresh random signs in every forward pass, also in evaluation, and a gradient
             through colliding neurons only.
     """
@@ -56,6 +66,7 @@ class YosoConfig(LayerConfig["YosoFFN"]):
     norm_eps: float = 1e-5
     unit: bool = False
     gain: bool = False
+    projection: ProjectionConfig | None = field(default=None, metadata=OPTIONAL_PROJECTION)
     faithful: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +76,7 @@ class YosoConfig(LayerConfig["YosoFFN"]):
             check_int("YosoConfig", "hidden", self.hidden, 1)
         if self.faithful and self.gain:
             raise ConfigError("YosoConfig: gain=True with faithful=True: the published layer has no gain")
+        check_projection("YosoConfig", self.projection, faithful=self.faithful, trained=False)
 
     def make(self, dense: Replaced) -> YosoFFN:
         return YosoFFN(self, dense.d_model, dense.d_out, hidden=dense.neurons(self.hidden))
@@ -89,7 +101,7 @@ class YosoFFN(FFN):
     | values | [F, d_out] | |
     | gain | [d_out] | if `gain` |
     | bias | [d_out] | |
-    | hash.weight | random signs, see `DiagonalChain` | not trained |
+    | hash.weight | random signs, see `DiagonalChain`, or the projection's | not trained |
 
     Packed, the tables are built once: T R d_out numbers, and the layer costs what a LookupFFN with signs for a
     projection costs. Wins where that memory is affordable and a rough sum suffices; loses accuracy to sampling noise.
@@ -109,7 +121,7 @@ class YosoFFN(FFN):
         self.values = nn.Parameter(torch.empty(hidden, self.d_out))
         self.gain = nn.Parameter(torch.ones(self.d_out)) if config.gain else None
         self.bias = nn.Parameter(torch.empty(self.d_out))
-        self.hash, self.groups = build_hash(d_model, config.hashes, config.bits)
+        self.hash, self.groups = build_hash(d_model, config.hashes, config.bits, config.projection)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -117,7 +129,7 @@ class YosoFFN(FFN):
         nn.init.normal_(self.keys, std=0.02)
         nn.init.normal_(self.values, std=0.02)
         nn.init.normal_(self.bias, std=0.001)
-        self.hash.reset_parameters("reference")
+        self.hash.reset_parameters("reference" if self.config.projection is None else "scaled")
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         q_ND = x_ND if self.norm is None else self.norm(x_ND)
@@ -221,11 +233,17 @@ class YosoFFN(FFN):
         return PackedYoso(self, dtype)
 
 
-def build_hash(d_model: int, hashes: int, bits: int) -> tuple[DiagonalChain, int]:
+def build_hash(d_model: int, hashes: int, bits: int, projection: ProjectionConfig | None) -> tuple[Projection, int]:
     """Make the sign transform for `hashes` codes of `bits` bits, and say how many codes one transform gives.
 
-    As published, a code never straddles two transforms, so floor(D / K) codes come from each.
+    As published, a code never straddles two transforms, so floor(D / K) codes come from each. A projection in its place
+    gives all codes; that is said by 0.
     """
+    if projection is not None:
+        own = projection.build(d_model, hashes * bits)
+        own.bias = None  # keys and queries have different lengths: an offset would turn their angle
+        own.freeze()
+        return own, 0
     width = 1 << max(d_model - 1, 0).bit_length()
     if bits > width:
         raise ConfigError(f"YosoConfig: bits={bits} needs a width of at least {bits}, got d_model={d_model}")
@@ -235,15 +253,19 @@ def build_hash(d_model: int, hashes: int, bits: int) -> tuple[DiagonalChain, int
 
 
 def hash_vectors(
-    hashing: DiagonalChain, v_ND: Tensor, signs: Tensor, groups: int, hashes: int, bits: int
+    hashing: Projection, v_ND: Tensor, signs: Tensor, groups: int, hashes: int, bits: int
 ) -> tuple[Tensor, Tensor]:
     """Return codes int32 [N, T] of vectors, and which vectors are finite [N, 1]."""
     if v_ND.shape[0] > HASH_CHUNK:
         parts = [hash_vectors(hashing, part, signs, groups, hashes, bits) for part in v_ND.split(HASH_CHUNK)]
         return torch.cat([codes for codes, _ in parts]), torch.cat([finite for _, finite in parts])
-    z = hashing.chain(F.pad(v_ND, (0, hashing.width - hashing.d_in)), signs)
-    z_NPD = z.view(v_ND.shape[0], hashing.repeats, hashing.width)[:, :, : groups * bits]
-    codes_NTF, scores_NTF = hash_codes(z_NPD.flatten(1)[:, : hashes * bits].contiguous(), bits, 1, False)
+    if groups == 0:
+        z_NM = hashing(v_ND)
+    else:
+        assert isinstance(hashing, DiagonalChain)
+        z = hashing.chain(F.pad(v_ND, (0, hashing.width - hashing.d_in)), signs)
+        z_NM = z.view(v_ND.shape[0], hashing.repeats, hashing.width)[:, :, : groups * bits].flatten(1)
+    codes_NTF, scores_NTF = hash_codes(z_NM[:, : hashes * bits].contiguous(), bits, 1, False)
     return codes_NTF.squeeze(-1), scores_NTF.isfinite().all(1)
 
 

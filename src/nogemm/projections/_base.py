@@ -20,7 +20,7 @@ class Projection(nn.Module, ABC):
 
     config: ProjectionConfig
     weight: Tensor
-    bias: nn.Parameter | None
+    bias: Tensor | None
 
     def __init__(self, config: ProjectionConfig, d_in: int, d_out: int) -> None:
         super().__init__()
@@ -43,6 +43,12 @@ class Projection(nn.Module, ABC):
     def weights(self) -> list[nn.Parameter]:
         """Return the trainable parameters except the bias."""
         return [parameter for name, parameter in self.named_parameters() if name != "bias"]
+
+    def freeze(self) -> None:
+        """Turn the weights and the bias into buffers: part of the state, never trained."""
+        for name, parameter in list(self.named_parameters()):
+            delattr(self, name)
+            self.register_buffer(name, parameter.detach())
 
     def dense_matrix(self) -> Tensor:
         """Return the [d_out, d_in] matrix that this projection multiplies by (for tests and studies)."""
