@@ -89,7 +89,7 @@ def test_learned_hashes_find_more_than_they_start_with(case: Case) -> None:
     found = []
     for steps in (0, 60):
         torch.manual_seed(0)
-        layer = learn_hashes(case, 6, 2, LshBenchArgs(steps=steps, rate=0.05, batch=64))
+        layer = learn_hashes(case, 6, 2, LshBenchArgs(steps=steps, rate=0.2, batch=64))
         codes = layer.hashed(case.x_ND), layer.neuron_codes()
         assert torch.equal(layer.neuron_codes(), layer.hash_neurons())
         (search,) = found_by_hashes(*codes, top_of(case), (1,), (2,))
