@@ -252,7 +252,20 @@ def test_ties_go_to_the_lowest_neuron() -> None:
 @pytest.mark.parametrize("group", [1, 7, 200])
 def test_any_number_of_candidates(oversample: float, group: int) -> None:
     layer = build(HireConfig(keep=0.3, oversample=oversample, group=group), "relu", False)
-    assert layer(torch.randn(5, 40)).isfinite().all()
+    x = torch.randn(5, 40)
+    y = layer(x)
+    assert y.isfinite().all()
+    groups = -(-layer.hidden // group)
+    if layer.candidates < groups:
+        return
+    # All are candidates: the strongest groups answer, by exact values.
+    weight, bias = layer.selector
+    keys = torch.relu(torch.nn.functional.linear(x, weight, bias))
+    keys = torch.nn.functional.pad(keys, (0, -layer.hidden % group)).unflatten(1, (groups, group)).sum(-1)
+    best = keys.topk(min(layer.kept, groups), dim=1).indices
+    members = (best.unsqueeze(-1) * group + torch.arange(group)).flatten(1)
+    members = torch.where(members < layer.hidden, members, -1).sort(1).values.to(torch.int32)
+    torch.testing.assert_close(y, layer.at(x, members), rtol=1e-4, atol=1e-5)
 
 
 def test_bad_configs_say_why() -> None:
