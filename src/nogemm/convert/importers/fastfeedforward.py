@@ -23,13 +23,13 @@ def fastfeedforward(
 ) -> LeafTreeFFN:
     """Import one FFF of the package fastfeedforward.
 
-    | key | shape |
-    |---|---|
-    | depth | integer scalar D |
-    | node_weights, node_biases | [2^D - 1, I], [2^D - 1, 1] |
-    | w1s, b1s | [2^D, I, W], [2^D, W] |
-    | w2s, b2s | [2^D, W, O], [2^D, O] |
-    | node_usage, leaf_usage | counters, left out |
+    Keys and shapes::
+
+        depth                       integer scalar D
+        node_weights, node_biases   [2^D - 1, I], [2^D - 1, 1]
+        w1s, b1s                    [2^D, I, W], [2^D, W]
+        w2s, b2s                    [2^D, W, O], [2^D, O]
+        node_usage, leaf_usage      counters, left out
 
     The reference turns right at z >= 0 in evaluation, ours at z > 0: a token exactly on a boundary differs.
 

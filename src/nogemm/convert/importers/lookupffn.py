@@ -31,13 +31,13 @@ _KEYS = (
 def lookupffn(state_dict: Mapping[str, Tensor], *, eps: float = 1e-5, mix: float = 0.7) -> LookupFFN:
     """Import one LookupFFN of the reference code (mlpen/LookupFFN), with the semantics of its GPU kernels.
 
-    | key | shape |
-    |---|---|
-    | LayerNorm.weight, LayerNorm.bias | [d] |
-    | hash.projection.weight | BH4 [r, 4, n, B, B], blocks [out, in]; or dense [T K, d] |
-    | hash.projection.bias | [T K] |
-    | tables | [T, 2^K, d_out] |
-    | bias | [d_out] |
+    Keys and shapes::
+
+        LayerNorm.weight, LayerNorm.bias   [d]
+        hash.projection.weight             BH4 [r, 4, n, B, B], blocks [out, in]; or dense [T K, d]
+        hash.projection.bias               [T K]
+        tables                             [T, 2^K, d_out]
+        bias                               [d_out]
 
     The reference's Hadamard transform is not normalised; ours is, so each of the four rounds takes a factor sqrt(D).
 

@@ -20,10 +20,10 @@ _KEYS = ("linear_in.weight", "linear_in.bias", "linear_out.weight")
 def ultrafastbert(state_dict: Mapping[str, Tensor], *, trees: int, activation: str = "gelu") -> TreeFFN:
     """Import one FFF layer of UltraFastBERT: what it computes by masking all neurons, at the cost of those on the way.
 
-    | key | shape |
-    |---|---|
-    | linear_in.weight, linear_in.bias | [K M, d], [K M], tree after tree, heap order inside, M = 2^(D+1) - 1 |
-    | linear_out.weight | [d_out, K M] |
+    Keys and shapes::
+
+        linear_in.weight, linear_in.bias   [K M, d], [K M], tree after tree, heap order inside, M = 2^(D+1) - 1
+        linear_out.weight                  [d_out, K M]
 
     Args:
         state_dict: the layer's tensors, prefix stripped (`encoder.layers.{i}.ffn.` in a whole model).
