@@ -12,7 +12,8 @@ import torch
 from nogemm.bench import layer as bench
 from nogemm.bench.check import token_errors
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
-from nogemm.bench.layer_job import dense_work, our_bound, our_layer, rounded, row_bytes
+from nogemm.bench.layer_job import dense_work, our_bound, our_layer, rounded, row_bytes, runs_native
+from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
 from nogemm.layers import LookupFFN
 
@@ -88,6 +89,43 @@ def test_the_file_says_where_it_comes_from(result: dict[str, Any]) -> None:
     assert result["settings"]["hidden"] == 128
     assert result["machine"]["versions"]["torch"]
     assert result["pool"]["note"].startswith("capped")
+
+
+def test_a_layer_without_its_kernel_says_so(
+    result: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert {row["native"] for row in result["rows"] if row["contender"] == "nogemm-fp32"} == {True}
+    assert all("native" not in row for row in result["rows"] if row["contender"] != "nogemm-fp32")
+    bench_cli._print_rows(result, ("batch",), "us", 1.0)
+    assert "not native" not in capsys.readouterr().out
+
+    monkeypatch.setenv("NOGEMM_DISABLE_NATIVE", "1")  # for the worker; this process has loaded the kernels
+    tiny: dict[str, Any] = TINY | {"batch": (16,), "against": ()}
+    without = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)
+    (row,) = without["rows"]
+    assert row["native"] is False
+    assert row["verified"] is True
+    bench_cli._print_rows(without, ("batch",), "us", 1.0)
+    out = capsys.readouterr().out
+    assert "nogemm-fp32, not native" in out
+    assert "not the kernel's times" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "choices", "native"),
+    [
+        ("lookup", ("neighbours=3",), False),
+        ("lookup", ("neighbours=1",), True),
+        ("switch", ("experts=2", "hidden=8"), True),
+        ("leaf_tree", ("depth=2", "leaf_width=4"), True),
+        ("dense", (), None),
+        ("no", (), None),
+    ],
+)
+def test_which_packed_layers_run_their_kernel(method: str, choices: tuple[str, ...], native: bool | None) -> None:
+    fields = (*TINY["set"], *choices) if method == "lookup" else choices
+    layer = our_layer({"method": method, "set": fields, "d": 32, "hidden": 64, "activation": "gelu", "seed": 0})
+    assert runs_native(layer.pack("fp32")) is native
 
 
 @pytest.mark.parametrize("fake", ["OneWrongRow", "SwappedTables"])

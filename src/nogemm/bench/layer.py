@@ -76,9 +76,10 @@ def run_layer_bench(
     Returns:
         `nogemm.bench.result.origin` and {"roofline", "pool", "rows"}; a row has "contender", "batch",
         "cache", "codes", "verified", "max_error", "us_median", "us_p10", "us_p90" (per call of one layer),
-        "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". A contender
-        that is not installed has "missing", one that failed or does not match its reference has "error"; neither has a
-        time.
+        "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". Ours also has
+        "native": false where PyTorch operators stood in for the kernel, null where there is none by design. A
+        contender that is not installed has "missing", one that failed or does not match its reference has "error";
+        neither has a time.
     Raises:
         ConfigError, ValueError: an unknown method, field, contender or cache, or fewer than seven rounds.
     """

@@ -18,8 +18,10 @@ from nogemm.bench.pool import TokenPool
 from nogemm.config import layer_class, parse_set
 from nogemm.convert import pack
 from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
-from nogemm.layers.dense import ACTIVATIONS
+from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
+from nogemm.layers.shuffle import PackedShuffle
 from nogemm.layers.tree_packed import round_tree
+from nogemm.ops import native_available
 
 # As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
 COPIES = 12
@@ -162,6 +164,7 @@ class OurContender(LayerContender):
             "weight_bytes": weight_bytes * self.copies * share,
             "computes_in": "fp32",
             "token_bytes": 4 * self.settings["d"],
+            "native": runs_native(self.packed[0]),
         }
         if isinstance(self.layer, HireFFN):
             facts |= self._hire_facts(self.layer)
@@ -202,6 +205,17 @@ class OurContender(LayerContender):
     def run(self, inputs: Any) -> Any:
         with torch.inference_mode():
             return [layer(x) for layer, x in zip(self.packed, inputs, strict=True)]
+
+
+def runs_native(packed: nn.Module) -> bool | None:
+    """Say whether a packed layer's compiled kernel runs, or PyTorch operators stand in for it (False).
+
+    None for layers that consist of torch's own kernels by design.
+    """
+    if isinstance(packed, (PackedDense, PackedNo, PackedShuffle)):
+        return None
+    stated = [part.native for part in packed.modules() if isinstance(getattr(part, "native", None), bool)]
+    return native_available() and all(stated)
 
 
 def our_layer(settings: dict[str, Any]) -> FFN:

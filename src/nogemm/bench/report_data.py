@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nogemm.bench.result import shown_name
 from nogemm.bench.tables import TextTable, hire_recall_table, lsh_table, methods_table, projections_table
 from nogemm.errors import ConfigError
 
@@ -259,7 +260,7 @@ def _read_train_step(data: Mapping[str, Any], results: Results) -> None:
 def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], setting: str) -> SpeedRow:
     return SpeedRow(
         shape=shape,
-        contender=row["contender"],
+        contender=shown_name(row),
         ours=row["contender"].startswith("nogemm"),
         size=size,
         us=row.get("us_median"),

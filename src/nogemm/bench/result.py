@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -48,3 +49,8 @@ def our_names(dtypes: str) -> list[str]:
         if word not in DTYPES:
             raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, or several with commas, got {word!r}")
     return [f"nogemm-{word}" for word in words]
+
+
+def shown_name(row: Mapping[str, Any]) -> str:
+    """Name a row's contender for a table, and say where PyTorch operators stood in for our compiled kernel."""
+    return f"{row['contender']}, not native" if row.get("native") is False else row["contender"]

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nogemm.bench.result import shown_name
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextTable:
@@ -39,7 +41,8 @@ def methods_table(result: Mapping[str, Any]) -> TextTable:
                 ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
                 cells += [f"{row['us_median']:.4g}", ratio]
         errors = [row["max_error"] for row in cases.values() if row.get("max_error") is not None]
-        rows.append([name, *cells, f"{max(errors):.1e}" if errors else ""])
+        shown = shown_name(cases[min(batches)])
+        rows.append([shown, *cells, f"{max(errors):.1e}" if errors else ""])
     times = [word for batch in batches for word in (f"us at {batch:,}", "ratio")]
     head = ["layer", "MFLOP", f"KiB at {min(batches)}", "M parameters", *times, "max error"]
     shape = f"d {result['settings']['d']}, hidden {result['settings']['hidden']}, ours {result['settings']['dtype']}"

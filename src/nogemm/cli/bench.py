@@ -228,11 +228,13 @@ def integers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+    from nogemm.bench.result import shown_name
+
     print(result["machine_line"])
     head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]
     rows = []
     for row in result["rows"]:
-        start = [row["contender"], *(str(row[key]) for key in keys)]
+        start = [shown_name(row), *(str(row[key]) for key in keys)]
         if row.get("us_median") is None:
             rows.append([*start, row.get("missing") or row.get("error") or "not run", "", "", "", ""])
             continue
@@ -241,3 +243,5 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
         error = "" if row.get("max_error") is None else f"{row['max_error']:.1e}"
         rows.append([*start, *times, ratio, error])
     print_table(head, rows)
+    if any(row.get("native") is False for row in result["rows"]):
+        print("not native: PyTorch operators stood in for the compiled kernel, so these are not the kernel's times")
