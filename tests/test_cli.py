@@ -13,6 +13,7 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 
 import nogemm
 from nogemm import cli, ops
+from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
@@ -89,6 +90,12 @@ def commands() -> dict[str, str]:
 def test_commands_and_flags_are_frozen():
     # A new knob belongs to the config of what it changes (--set); a new flag is a decision, taken here.
     assert commands() == FLAGS
+
+
+def test_help_of_convert_names_every_kind_of_layer(capsys):
+    assert run("convert", "--help") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(kind in said for kind in layer_kinds())
 
 
 def test_env_says_what_runs(tmp_path, capsys):

@@ -12,6 +12,7 @@ from typing import Any
 
 from nogemm.config import layer_config
 from nogemm.convert import (
+    ConversionReport,
     compress,
     convert,
     converted,
@@ -49,14 +50,16 @@ from nogemm.projections import (
     RandomHadamardConfig,
     ShuffleProjectionConfig,
 )
-from nogemm.train import DistilOptions, DistilReport, distil
+from nogemm.train import DataError, DistilOptions, DistilReport, TrainingError, TrainingInterrupted, distil
 
 __all__ = [
     "AcdcConfig",
     "BHConfig",
     "CheckpointError",
     "ConfigError",
+    "ConversionReport",
     "Cost",
+    "DataError",
     "DenseConfig",
     "DenseProjectionConfig",
     "DistilOptions",
@@ -79,6 +82,8 @@ __all__ = [
     "ShuffleProjectionConfig",
     "SlideConfig",
     "SwitchConfig",
+    "TrainingError",
+    "TrainingInterrupted",
     "TreeConfig",
     "YosoConfig",
     "compress",

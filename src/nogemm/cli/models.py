@@ -18,6 +18,7 @@ from nogemm.cli.common import (
     progress,
     save_like,
 )
+from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 
 ModelArgument = Annotated[
@@ -32,7 +33,7 @@ Teacher = Annotated[str, typer.Option(help="Directory of the dense model.")]
 def convert(
     model: ModelArgument,
     output: OutputArgument,
-    method: Annotated[str, typer.Option(help="Kind of layer: lookup, dense or no.")] = "lookup",
+    method: Annotated[str, typer.Option(help=f"Kind of layer: {', '.join(layer_kinds())}.")] = "lookup",
     set_: Set = None,
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
@@ -50,7 +51,7 @@ def convert(
 
     config = parse_set(layer_class(method), set_ or [])
     loaded, tokenizer = load_model(model), load_tokenizer(model)
-    sample = None if data is None else list(texts(data))
+    sample = None if data is None else texts(data)
     report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
     if tables is not None:
         nogemm.compress(loaded, tables)
