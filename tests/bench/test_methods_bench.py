@@ -13,7 +13,7 @@ import nogemm
 from nogemm.bench.check import compare, token_errors
 from nogemm.bench.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
 from nogemm.bench.layer_job import DYNAMIC_INT8, DenseStack, our_bound, our_layer, rounded
-from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
+from nogemm.bench.methods import MethodsBenchArgs, measured_active, presets, run_methods_bench
 from nogemm.bench.pool import write_pool
 from nogemm.bench.report import write_report
 from nogemm.bench.tables import methods_table
@@ -31,6 +31,7 @@ TINY: dict[str, Any] = {
     "pool_cap_bytes": 1 << 20,
 }
 OURS = ("leaf_tree", "lookup", "mongoose", "no", "shuffle", "slide", "switch", "tree", "yoso")
+CHUNKED = "nogemm-slide-chunk128"
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,7 @@ def result() -> dict[str, Any]:
 
 
 def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
-    names = {f"nogemm-{kind}" for kind in OURS} | {"torch-fp32", "torch-int8", GATHER, BMM}
+    names = {f"nogemm-{kind}" for kind in OURS} | {CHUNKED, "torch-fp32", "torch-int8", GATHER, BMM}
     assert {row["contender"] for row in result["rows"]} == names
     assert len(result["rows"]) == 2 * len(names)
     for row in result["rows"]:
@@ -88,9 +89,55 @@ def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
     assert entry["parameters"] == layer.cost(1).parameters
 
 
+def test_computed_neurons_are_counted(result: dict[str, Any]) -> None:
+    entries = {entry["contender"]: entry for entry in result["methods"]}
+    with_counts = {"nogemm-slide", "nogemm-mongoose", CHUNKED}
+    assert {name for name, entry in entries.items() if "active" in entry} == with_counts
+    for name in with_counts:
+        active = entries[name]["active"]
+        layer = nogemm.layer_config(entries[name]["config"]).build(32, hidden=64)
+        assert active["tokens"] == 1024
+        assert 0 < active["mean"] <= active["p95"] <= 64
+        assert active["expected"] == layer.expected_active(active["chunk"])
+        assert active["expected_flops"] == pytest.approx(layer.cost(1024).flops / 1024)
+        assert active["flops"] - active["expected_flops"] == pytest.approx(
+            4 * 32 * (active["mean"] - active["expected"]), rel=1e-6
+        )
+    assert entries[CHUNKED]["active"]["chunk"] == 128
+    table = methods_table(result)
+    rows = {row[0]: row for row in table.rows}
+    mean, p95 = table.head.index("computed"), table.head.index("p95")
+    shown = entries[CHUNKED]["active"]
+    assert rows[CHUNKED][mean : p95 + 1] == [f"{shown['mean']:,.1f}", f"{shown['p95']:,.1f}"]
+    assert rows["nogemm-tree"][mean] == rows["torch-fp32"][mean] == ""
+
+
+def test_counts_by_hand() -> None:
+    layer = nogemm.SlideConfig(bits=1, tables=1, chunk=2).build(2, hidden=3).eval()
+    with torch.no_grad():
+        layer.planes.copy_(torch.tensor([[1.0], [0.0], [0.0]]))
+        layer.neurons.up.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]))
+    x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
+    active = measured_active(layer, x)  # 1, 1, 2, 2, 3, 3 neurons
+    assert (active["mean"], active["p95"]) == (2.0, 3.0)
+    assert active["expected"] == 3 * 0.75
+    hashing = 2 * 3
+    assert active["flops"] == pytest.approx(hashing + 2.0 * (4 * 2))
+    assert active["expected_flops"] == pytest.approx(hashing + 2.25 * (4 * 2))
+
+
+def test_results_without_counts_are_still_shown(result: dict[str, Any]) -> None:
+    old = json.loads(json.dumps(result))
+    for entry in old["methods"]:
+        entry.pop("active", None)
+    table = methods_table(old)
+    assert "computed" not in table.head
+    assert all(len(row) == len(table.head) for row in table.rows)
+
+
 def test_the_table_and_the_report_show_every_layer(result: dict[str, Any], tmp_path: Any) -> None:
     table = methods_table(result)
-    assert len(table.rows) == len(OURS) + 4
+    assert len(table.rows) == len(OURS) + 5
     assert all(len(row) == len(table.head) for row in table.rows)
     broken = json.loads(json.dumps(result))
     broken["rows"][0] |= {"us_median": None, "ratio": None, "error": "does not match"}
@@ -103,7 +150,9 @@ def test_the_table_and_the_report_show_every_layer(result: dict[str, Any], tmp_p
 def test_every_registered_layer_has_a_preset_that_builds() -> None:
     args = MethodsBenchArgs(d=48, hidden=96, methods=layer_kinds())
     names = [name for name, _, _ in presets(args)]
-    assert names == [f"nogemm-{kind}" for kind in layer_kinds()]
+    assert [name for name in names if name != CHUNKED] == [f"nogemm-{kind}" for kind in layer_kinds()]
+    assert names[names.index("nogemm-slide") + 1] == CHUNKED
+    assert CHUNKED not in [name for name, _, _ in presets(MethodsBenchArgs(methods=("tree",)))]
     for _, kind, words in presets(args):
         assert parse_set(layer_class(kind), words).build(48, hidden=96).cost(1).parameters > 0
 
@@ -127,7 +176,7 @@ def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
 def test_every_layer_passes_its_check_in_low_precision(kind: str, dtype: str) -> None:
     """The check that comes before timing, without the timing; and it notices another token's answer."""
     args = MethodsBenchArgs(d=64, hidden=128, methods=(kind,))
-    ((_, _, words),) = presets(args)
+    _, _, words = presets(args)[0]
     settings = {"method": kind, "set": words, "d": 64, "hidden": 128, "activation": "gelu", "seed": 0}
     layer, x = our_layer(settings), torch.randn(200, 64)
     exact = copy.deepcopy(layer).double()(x.double())

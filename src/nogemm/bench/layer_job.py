@@ -19,6 +19,7 @@ from nogemm.config import layer_class, parse_set
 from nogemm.convert import pack
 from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
+from nogemm.layers.hashed_neurons import HashedNeurons
 from nogemm.layers.shuffle import PackedShuffle
 from nogemm.layers.tree_packed import round_tree
 from nogemm.ops import native_available
@@ -184,21 +185,29 @@ class OurContender(LayerContender):
         return pack(self.layer, self.settings["dtype"], path=self.settings.get("path", "auto"))
 
     def _verify(self, twin: FFN) -> dict[str, Any]:
+        # Tokens of a chunk share their neurons, so the reference must see calls as they were.
+        whole = isinstance(self.layer, HashedNeurons) and self.layer.chunk > 1
+        rows = some_rows(self.batch)
         inputs, outputs = [], []
         for _ in range(1 if self.batch * self.copies >= 64 else -(-64 // (self.batch * self.copies))):
             tokens = self._tokens()
-            rows = some_rows(self.batch)
-            inputs += [x[rows].clone() for x in tokens]
+            inputs += [x.clone() if whole else x[rows].clone() for x in tokens]
             outputs += [y[rows] for y in self.run(self._prepare(tokens))]
         x_ND, y_ND = torch.cat(inputs)[:1024], torch.cat(outputs)[:1024]
+
+        def answer(module: nn.Module, dtype: torch.dtype) -> Tensor:
+            if whole:
+                return torch.cat([module(x.to(dtype))[rows] for x in inputs])[:1024]
+            return module(x_ND.to(dtype))
+
         with torch.inference_mode():
             if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
                 # Rounding sends some tokens another way altogether, so the rounded layer is what must be met.
                 exact = copy.deepcopy(twin).double()(x_ND.double())
                 way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
                 return compare(y_ND, exact, TREE_BOUND) | {"other_way": float(way)}
-            reference = copy.deepcopy(self.layer).double()(x_ND.double())
-            rounded_errors = token_errors(twin(x_ND), reference)
+            reference = answer(copy.deepcopy(self.layer).double(), torch.float64)
+            rounded_errors = token_errors(answer(twin, torch.float32), reference)
         dynamic = isinstance(self.layer, DYNAMIC_INT8)
         return compare(y_ND, reference, our_bound(self.settings["dtype"], rounded_errors, dynamic))
 

@@ -15,14 +15,17 @@ import torch
 
 from nogemm.bench import peers
 from nogemm.bench.fff_gather import BMM, GATHER
+from nogemm.bench.layer_job import our_layer
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import DTYPES, origin
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
+from nogemm.layers.hashed_neurons import HashedNeurons
 
 REFERENCE = "torch-fp32"
+ACTIVE_TOKENS = 1024  # that computed neurons are counted on; rounded up to whole chunks
 _TIMES = ("us_median", "us_p10", "us_p90", "max_error", "rms_error", "calls")
 
 
@@ -68,7 +71,8 @@ def run_methods_bench(
     Returns:
         `nogemm.bench.result.origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
         "flops" (of one token), "bytes_read" (distinct weight bytes of a call, by batch, expected, as the unpacked layer
-        stores them) and "parameters". A row has "contender", "batch", "cache", "verified", the times, the errors, and
+        stores them) and "parameters"; of a layer that retrieves neurons also "active", see `measured_active`. A row has
+        "contender", "batch", "cache", "verified", the times, the errors, and
         "ratio", the median of torch-fp32 divided by its own; or "error", or "missing". The row of FFF's gather form has
         "published_ratio", to the dense layer written as a batch of products.
     Raises:
@@ -97,7 +101,8 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return (contender, kind, fields) of what is timed: the papers' shapes scaled to d, or a layer's defaults.
 
     Lookup 128 x 8 with BH4; YOSO with 256 hashes, of 8 bits because the tables of the inferred 10 would fill 6 GiB in
-    12 copies; Switch with 8 experts of half the width; a shuffle of two groups.
+    12 copies; Switch with 8 experts of half the width; a shuffle of two groups. SLIDE twice: its defaults, and chunks
+    of 128 tokens with 3 tables of 10 bits: uniform codes would retrieve the third that the published FLOP allow.
     """
     block = min(64, 1 << max(args.d - 1, 0).bit_length())
     known: dict[str, tuple[str, ...]] = {
@@ -106,7 +111,35 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
         "switch": ("experts=8", f"hidden={max(args.hidden // 2, 1)}"),
         "shuffle": (f"block={max(args.d // 2, 1)}",),
     }
-    return [(f"nogemm-{kind}", kind, known.get(kind, ())) for kind in args.methods]
+    chosen = [(f"nogemm-{kind}", kind, known.get(kind, ())) for kind in args.methods]
+    if "slide" in args.methods:
+        place = args.methods.index("slide") + 1
+        chosen.insert(place, ("nogemm-slide-chunk128", "slide", ("bits=10", "tables=3", "chunk=128")))
+    return chosen
+
+
+def measured_active(layer: HashedNeurons, x_ND: torch.Tensor) -> dict[str, Any]:
+    """Count the neurons that tokens compute, beside what uniform codes would retrieve.
+
+    Returns:
+        {"tokens", "chunk", "mean", "p95", "expected"} in neurons, and "flops" and "expected_flops" of one token,
+        hashing included. The tokens should fill whole chunks.
+    """
+    chunk, count = layer.chunk, len(x_ND)
+    active_N = layer.active(x_ND).double()
+    expected = layer.expected_active(min(chunk, count))
+    expected_flops = layer.cost(count).flops / count
+    per_neuron = layer.neurons.cost(1).flops / layer.hidden
+    mean = float(active_N.mean())
+    return {
+        "tokens": count,
+        "chunk": chunk,
+        "mean": mean,
+        "p95": float(active_N.quantile(0.95)),
+        "expected": expected,
+        "flops": expected_flops + per_neuron * (mean - expected),
+        "expected_flops": expected_flops,
+    }
 
 
 def _checked(args: MethodsBenchArgs) -> MethodsBenchArgs:
@@ -129,7 +162,8 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
     with torch.device("meta"):  # shapes are enough
         layer = config.build(args.d, hidden=args.hidden, activation=args.activation)
     one = layer.cost(1)
-    return {
+    active = {"active": _active(kind, words, args)} if isinstance(layer, HashedNeurons) else {}
+    return active | {
         "contender": name,
         "method": kind,
         "config": config.to_dict(),
@@ -137,6 +171,16 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
         "bytes_read": {str(batch): layer.cost(batch).bytes_read for batch in args.batch},
         "parameters": one.parameters,
     }
+
+
+def _active(kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
+    """Count on tokens as those that are timed, by the layer that is timed."""
+    settings = {"method": kind, "set": list(words), "seed": args.seed}
+    layer = our_layer(settings | {"d": args.d, "hidden": args.hidden, "activation": args.activation})
+    assert isinstance(layer, HashedNeurons)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    count = -(-ACTIVE_TOKENS // layer.chunk) * layer.chunk
+    return measured_active(layer, torch.randn(count, args.d, generator=generator))
 
 
 def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, ...]]], pool: Path) -> list[Spec]:

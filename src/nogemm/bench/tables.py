@@ -26,6 +26,7 @@ def methods_table(result: Mapping[str, Any]) -> TextTable:
     timed: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in result["rows"]:
         timed.setdefault(row["contender"], {})[row["batch"]] = row
+    counted = any("active" in entry for entry in facts.values())  # older results have no counts
     rows = []
     for name, cases in timed.items():
         entry = facts.get(name)
@@ -33,6 +34,8 @@ def methods_table(result: Mapping[str, Any]) -> TextTable:
         if entry is not None:
             read = entry["bytes_read"][str(min(batches))]
             cells = [f"{entry['flops'] / 1e6:.3f}", f"{read / 1024:,.0f}", f"{entry['parameters'] / 1e6:.2f}"]
+        if counted:
+            cells += _active_cells(entry or {})
         for batch in batches:
             row = cases[batch]
             if row["us_median"] is None:
@@ -44,15 +47,26 @@ def methods_table(result: Mapping[str, Any]) -> TextTable:
         shown = shown_name(cases[min(batches)])
         rows.append([shown, *cells, f"{max(errors):.1e}" if errors else ""])
     times = [word for batch in batches for word in (f"us at {batch:,}", "ratio")]
-    head = ["layer", "MFLOP", f"KiB at {min(batches)}", "M parameters", *times, "max error"]
+    active = ["computed", "p95", "expected", "measured MFLOP", "expected MFLOP"] if counted else []
+    head = ["layer", "MFLOP", f"KiB at {min(batches)}", "M parameters", *active, *times, "max error"]
     shape = f"d {result['settings']['d']}, hidden {result['settings']['hidden']}, ours {result['settings']['dtype']}"
     hint = f"{shape}. Microseconds per call on fresh tokens; ratio: torch fp32's time divided by the layer's."
+    if counted:
+        hint += " Computed: neurons of a token, mean and 95th percentile, in full chunks; expected: of uniform codes."
     published = [
         f"{row['published_ratio']:.3g}x at {row['batch']:,}" for row in result["rows"] if row.get("published_ratio")
     ]
     if published:
         hint += f" FFF's gather form against dense as a batch of products, published as 40x: {', '.join(published)}."
     return TextTable(title="Methods", head=head, rows=rows, hint=hint)
+
+
+def _active_cells(entry: Mapping[str, Any]) -> list[str]:
+    active = entry.get("active")
+    if active is None:
+        return [""] * 5
+    counts = [f"{active[name]:,.1f}" for name in ("mean", "p95", "expected")]
+    return [*counts, *(f"{active[name] / 1e6:.3f}" for name in ("flops", "expected_flops"))]
 
 
 def projections_table(result: Mapping[str, Any]) -> TextTable:
