@@ -5,9 +5,9 @@
     python benchmarks/study.py --table             # only the table, from the rows recorded so far
     python benchmarks/study.py --designs           # short runs of other ways to train LookupFFN, beside the study's
 
-A row is one model: choose its learning rates and the share of its first stage (short runs, validation split), train it
-on the full budget, score it once on the test split and on WordNet's glosses. Every step leaves a file, so the command
-may be stopped and called again at any time. Rows go to `benchmarks/results/study/`, the table to
+A row is one model: choose its learning rates (short runs, validation split), train it on the full budget, score it once
+on the test split and on WordNet's glosses. Every step leaves a file, so the command may be stopped and called again at
+any time. Rows go to `benchmarks/results/study/`, the table to
 `benchmarks/results/study-minilm.json`. The models are in `study_models.py`, their training in `study_training.py`.
 """
 
@@ -73,9 +73,9 @@ def record(row: Row, args: argparse.Namespace) -> None:
         return
     facts: dict[str, Any] = {"name": row.name, "seed": row.seed}
     if row.trained:
-        choice, trials = tuned(row, args)
-        facts |= {"choice": choice, "trials": trials}
-        model, report = train(row, choice, args.tokens, row.seed, args.work / row.name)
+        factor, trials = tuned(row, args)
+        facts |= {"rate_factor": factor, "trials": trials}
+        model, report = train(row, factor, args.tokens, row.seed, args.work / row.name)
         facts |= {"tokens": report["tokens"], "seconds": report["seconds"], "options": report["options"]}
     else:
         model = row.make()

@@ -1,4 +1,4 @@
-"""The training of the study's models: choices climbed by short runs on the validation split, then one long run."""
+"""The training of the study's models: short runs climb to learning rates on the validation split, then one long run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from study_models import CORPUS, LADDERS, TEACHER, Row, tokenizer
+from study_models import CORPUS, FACTORS, TEACHER, Row, tokenizer
 from torch import nn
 
 import nogemm
@@ -30,49 +30,39 @@ DESIGNS: dict[str, dict[str, Any]] = {  # what else was tried for ours, one chan
 RATES = ("lr_projection", "lr_tables", "lr_other", "lr_backbone")
 
 
-def tuned(row: Row, args: argparse.Namespace) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """Climb every ladder to the step whose short run agrees best on the validation split; return it and all trials."""
-    options = nogemm.DistilOptions()
-    best = {"factor": 1.0, "stage1_share": options.stage1_share, "stage2_rate": options.stage2_rate}
-    trials: dict[str, dict[str, float]] = {}
+def tuned(row: Row, args: argparse.Namespace) -> tuple[float, list[dict[str, float]]]:
+    """Climb to the factor whose short run agrees best on the validation split; return it and all trials."""
+    trials: dict[float, dict[str, float]] = {}
 
-    def agreement(choice: dict[str, float]) -> float:
-        name = f"tune-{row.tuned_as}-" + "-".join(f"{value:g}" for value in choice.values())
-        if name not in trials:
-            trials[name] = trial(row, choice, args, args.work / name)
-        return trials[name]["agreement"]
+    def agreement(factor: float) -> float:
+        if factor not in trials:
+            trials[factor] = trial(row, factor, args, args.work / f"tune-{row.tuned_as}-{factor:g}")
+        return trials[factor]["agreement"]
 
-    for knob in row.knobs:
-        if knob == "stage2_rate" and best["stage1_share"] == 0:
-            continue  # the only stage runs at full rates
-        ladder, at = LADDERS[knob], LADDERS[knob].index(best[knob])
-        for direction in (-1, 1):
-            while 0 <= at + direction < len(ladder):
-                higher = best | {knob: ladder[at + direction]}
-                if agreement(higher) <= agreement(best):
-                    break
-                best, at = higher, at + direction
-    return best, list(trials.values())
+    at = FACTORS.index(1.0)
+    for direction in (-1, 1):
+        while 0 <= at + direction < len(FACTORS) and agreement(FACTORS[at + direction]) > agreement(FACTORS[at]):
+            at += direction
+    return FACTORS[at], list(trials.values())
 
 
-def trial(row: Row, choice: dict[str, float], args: argparse.Namespace, folder: Path) -> dict[str, float]:
+def trial(row: Row, factor: float, args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Return the agreement of a short run, from its file if it ran before."""
     done = folder / "agreement.json"
     if not done.exists():
-        say(f"{row.name}: trying {choice}")
-        _, report = train(row, choice, min(SHORT_TOKENS, args.tokens), 100, folder)
-        write_json(done, choice | {"agreement": report["agreement"], "tokens": report["tokens"]})
+        say(f"{row.name}: trying learning rates times {factor}")
+        _, report = train(row, factor, min(SHORT_TOKENS, args.tokens), 100, folder)
+        write_json(done, {"factor": factor, "agreement": report["agreement"], "tokens": report["tokens"]})
     return read_json(done)
 
 
-def train(row: Row, choice: dict[str, float], tokens: int, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def train(row: Row, factor: float, tokens: int, seed: int, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """Make a row's model and distil it; goes on from its last checkpoint."""
     torch.manual_seed(seed)
     model = row.make()
     defaults = nogemm.DistilOptions()
-    changes: dict[str, Any] = {name: choice["factor"] * getattr(defaults, name) for name in RATES}
-    changes |= {"batch_tokens": BATCH_TOKENS} | {name: value for name, value in choice.items() if name != "factor"}
-    changes |= row.options
+    changes: dict[str, Any] = {name: factor * getattr(defaults, name) for name in RATES}
+    changes |= {"batch_tokens": BATCH_TOKENS} | row.options
     report = nogemm.distil(
         model,
         load_encoder(TEACHER),
@@ -88,17 +78,17 @@ def train(row: Row, choice: dict[str, float], tokens: int, seed: int, folder: Pa
 
 def try_designs(row: Row, args: argparse.Namespace) -> dict[str, Any]:
     """Return the agreement of short runs that differ from the study's in one thing each."""
-    choice, _ = tuned(row, args)
+    factor, _ = tuned(row, args)
     found = []
     for name, changes in DESIGNS.items():
         options = dict(changes)
         if "lr_backbone" in options:
-            options["lr_backbone"] *= choice["factor"] * nogemm.DistilOptions().lr_backbone
+            options["lr_backbone"] *= factor * nogemm.DistilOptions().lr_backbone
         folder = args.work / f"design-{'-'.join(name.split()).replace(',', '')}"
-        result = trial(replace(row, options=options), choice, args, folder)
+        result = trial(replace(row, options=options), factor, args, folder)
         found.append({"design": name, "options": options, "agreement": result["agreement"], "tokens": result["tokens"]})
         say(f"{name:42s} agreement {result['agreement']:.4f}")
-    return {"choice": choice, "designs": found}
+    return {"rate_factor": factor, "designs": found}
 
 
 def read_json(file: Path) -> Any:

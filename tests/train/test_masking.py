@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -63,10 +64,10 @@ class MaskTokenizer(WordTokenizer):
 
 
 def test_a_masked_language_model_learns_the_hidden_words() -> None:
-    from transformers import BertForMaskedLM
+    from transformers import BertConfig, BertForMaskedLM
 
     torch.manual_seed(0)
-    teacher = BertForMaskedLM(tiny_bert().config)
+    teacher = BertForMaskedLM(cast("BertConfig", tiny_bert().config))
     model = copy.deepcopy(teacher)
     nogemm.convert(model, LOOKUP)
     report = train(model, teacher, MaskTokenizer())
