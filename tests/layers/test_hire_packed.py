@@ -93,16 +93,16 @@ def test_the_kept_neurons_are_those_that_answer(isa: str, case: HireCase) -> Non
     packed = layer.pack("fp32")
     assert isinstance(packed, PackedHire)
     x = torch.randn(33, layer.d_model)
-    kept = packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden, True)
+    kept = packed_hire_chosen(x, packed.get_buffer("packed"), layer.hidden, True)
     chosen = layer.choose(x).kept_NK.long()
     expected = torch.zeros(33, layer.hidden + 1, dtype=torch.bool)  # a short last group names neuron -1
     expected.scatter_(1, torch.where(chosen < 0, layer.hidden, chosen), True)
     assert bool((kept == expected[:, :-1]).all())
-    candidates = packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden, False)
+    candidates = packed_hire_chosen(x, packed.get_buffer("packed"), layer.hidden, False)
     assert bool((candidates | ~kept).all())
     assert int(candidates.sum(1).min()) >= min(layer.hidden, layer.candidates * case.config.group - case.config.group)
     with pytest.raises(ValueError, match="neurons, hidden is"):
-        packed_hire_chosen(x, packed.neurons.get_buffer("packed"), layer.hidden + 1, True)
+        packed_hire_chosen(x, packed.get_buffer("packed"), layer.hidden + 1, True)
 
 
 def test_many_tokens_of_a_layer_that_keeps_much_go_dense() -> None:
@@ -178,7 +178,7 @@ def test_what_packed_layers_refuse() -> None:
     with pytest.raises(PackedError, match="no gradient"):
         packed(x).sum().backward()
     assert not packed.state_dict()
-    buffer = packed.neurons.get_buffer("packed")
+    buffer = packed.get_buffer("packed")
     with pytest.raises(ValueError, match="takes width"):
         packed_hire(torch.randn(2, 3), buffer, layer.d_out)
     with pytest.raises(ValueError, match="d_out is 1"):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nogemm.bench.layer_job import DenseContender, OurContender
 from nogemm.bench.worker import Contender
+from nogemm.convert import pack
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
 from nogemm.layers.hire_packed import PackedHire
@@ -55,7 +56,14 @@ def count_events(contender: Contender, layers: int) -> dict[str, float]:
     return {name: count / (_COUNTED_CALLS * layers) for name, count in found.items()}
 
 
-class CallContender(OurContender):
+class RowsContender(OurContender):
+    """A packed layer that answers in its one native call, whatever else would be quicker."""
+
+    def _pack(self) -> nn.Module:
+        return pack(self.layer, self.settings["dtype"], path="rows")
+
+
+class CallContender(RowsContender):
     """The packed module's call, as `bench layer` times it."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +79,7 @@ class CountedDense(DenseContender):
         return facts | ({"events": count_events(self, self.copies)} if self.settings["events"] else {})
 
 
-class PhaseContender(OurContender):
+class PhaseContender(RowsContender):
     """The native kernel alone, whole or its first phase; settings["phase"] says which."""
 
     def __init__(self, settings: dict[str, Any]) -> None:

@@ -39,6 +39,7 @@ class PackedHire(PackedFFN):
             self.sketched = weights.codes is not None
             gate_bias = None if weights.gate_bias is None else weights.gate_bias.detach().float()
             biases = (gate_bias, weights.up_bias.detach().float())
+            self.register_buffer("packed", packed, persistent=False)
             self.neurons = AllNeurons(packed, biases, *activations(layer.activation))
             self.register_buffer("bias", weights.bias.detach().float(), persistent=False)
             self.register_buffer("always", layer.always.detach().clone(), persistent=False)
@@ -62,7 +63,7 @@ class PackedHire(PackedFFN):
         if not self.native:
             return self.portable(x_ND)
         if torch.compiler.is_compiling() or len(x_ND) < self.dense_from:
-            return packed_hire(x_ND, self.neurons.get_buffer("packed"), self.d_out)
+            return packed_hire(x_ND, self.get_buffer("packed"), self.d_out)
         x = x_ND.float()
         selecting_NF = self.neurons.selector(x)
         y_NE = self.neurons.masked(x, self._answering(x_ND, selecting_NF), selecting_NF)
@@ -70,7 +71,7 @@ class PackedHire(PackedFFN):
 
     def _answering(self, x_ND: Tensor, selecting_NF: Tensor) -> Tensor | None:
         """Mark the neurons that answer, given the exact values that select; None for all."""
-        packed = self.neurons.get_buffer("packed")
+        packed = self.get_buffer("packed")
         if self.select != "topk":
             return packed_hire_chosen(x_ND, packed, self.hidden, kept=True)
         groups = -(-self.hidden // self.group)
