@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nogemm.bench import peers
 from nogemm.bench.gather_peer import EMBEDDING_BAG
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
@@ -27,6 +29,7 @@ from nogemm.bench.models import site_inputs
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import origin
 from nogemm.config import layer_class, parse_set
+from nogemm.cost import Cost
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line, usable_cores
 
@@ -173,7 +176,7 @@ def specs(part: Part, pool: Path) -> list[Spec]:
     for layer in part.ours:
         settings = shape | {"method": layer.method, "set": list(layer.set), "dtype": layer.dtype, "path": "auto"}
         settings |= {"checkpoint": part.checkpoint, "site": 0}
-        full = too_large(part, our_numbers(part, layer) * {"fp32": 4, "bf16": 2, "int8": 1}[layer.dtype])
+        full = too_large(part, cost_of(part, layer).parameters * {"fp32": 4, "bf16": 2, "int8": 1}[layer.dtype])
         factory = "nogemm.bench.layer_job:OurContender"
         found.append(Spec(name=layer.name, factory=factory, settings=settings, missing=full))
     if part.gather:
@@ -191,12 +194,10 @@ def specs(part: Part, pool: Path) -> list[Spec]:
     return found
 
 
-def our_numbers(part: Part, layer: Layer) -> int:
-    """Count the numbers that a layer of ours stores."""
-    import torch
-
-    with torch.device("meta"):
-        return parse_set(layer_class(layer.method), layer.set).build(part.d, hidden=part.hidden).cost(1).parameters
+def cost_of(part: Part, layer: Layer) -> Cost:
+    """Return what a layer of ours costs for one token."""
+    with torch.device("meta"):  # shapes are enough
+        return parse_set(layer_class(layer.method), layer.set).build(part.d, hidden=part.hidden).cost(1)
 
 
 def too_large(part: Part, bytes_each: float) -> str | None:
@@ -210,11 +211,7 @@ def too_large(part: Part, bytes_each: float) -> str | None:
 
 def equal_width(part: Part) -> int:
     """Return how wide a dense layer of our LookupFFN's FLOP is."""
-    import torch
-
-    with torch.device("meta"):
-        layer = parse_set(layer_class("lookup"), part.ours[0].set).build(part.d, hidden=part.hidden)
-    return max(1, round(layer.cost(1).flops / (4 * part.d)))
+    return max(1, round(cost_of(part, part.ours[0]).flops / (4 * part.d)))
 
 
 def summarise(names: Sequence[str], results: Path) -> None:

@@ -56,4 +56,5 @@ def _same_state_for_every_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_paths_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let packed layers choose their path by fixed speeds."""
-    monkeypatch.setattr("nogemm.layers.all_neurons.speeds", lambda: SPEEDS)
+    for module in ("all_neurons", "hashed_packed"):
+        monkeypatch.setattr(f"nogemm.layers.{module}.speeds", lambda: SPEEDS)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hire_cases import CASES, HireCase, build_case
 
-from nogemm.errors import PackedError
+from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import HireConfig, HireFFN
 from nogemm.layers.hire_packed import PackedHire
 from nogemm.ops.packed_hire import packed_hire, packed_hire_chosen
@@ -114,6 +114,20 @@ def test_many_tokens_of_a_layer_that_keeps_much_go_dense() -> None:
     assert sparing.dense_from > 1 << 16
     packed.fix_path("dense")
     assert packed.dense_from == 0
+
+
+def test_a_fixed_path_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> None:
+        raise AssertionError("a speed was asked for")
+
+    monkeypatch.setattr("nogemm.layers.all_neurons.speeds", measured)
+    layer = HireConfig(keep=0.5).build(64, hidden=256).eval()
+    for path in ("rows", "dense"):
+        layer.pack("fp32", path)
+    with pytest.raises(AssertionError, match="a speed was asked for"):
+        layer.pack("fp32")
+    with pytest.raises(ConfigError, match="path must be one of auto, rows, dense, got path='quick'"):
+        layer.pack("fp32", "quick")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -19,7 +19,7 @@ from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import caches, usable_cores
 from nogemm.hardware.roofline import Roofline, measure_roofline
-from nogemm.layers.all_neurons import PATHS
+from nogemm.layers._base import PATHS
 
 _KEYS = ("batch", "cache", "codes")
 

@@ -16,7 +16,6 @@ from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
 from nogemm.bench.pool import TokenPool
 from nogemm.config import layer_class, parse_set
-from nogemm.convert import pack
 from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
 from nogemm.layers.hashed_neurons import HashedNeurons
@@ -182,7 +181,7 @@ class OurContender(LayerContender):
         return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored * self.copies}
 
     def _pack(self) -> nn.Module:
-        return pack(self.layer, self.settings["dtype"], path=self.settings.get("path", "auto"))
+        return self.layer.pack(self.settings["dtype"], self.settings.get("path", "auto"))
 
     def _verify(self, twin: FFN) -> dict[str, Any]:
         # Tokens of a chunk share their neurons, so the reference must see calls as they were.

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from nogemm.bench.layer_job import DenseContender, OurContender
 from nogemm.bench.worker import Contender
-from nogemm.convert import pack
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
 from nogemm.layers.hire_packed import PackedHire
@@ -56,27 +55,30 @@ def count_events(contender: Contender, layers: int) -> dict[str, float]:
     return {name: count / (_COUNTED_CALLS * layers) for name, count in found.items()}
 
 
+def with_events(contender: OurContender | DenseContender, facts: dict[str, Any]) -> dict[str, Any]:
+    """Add a prepared contender's events to its facts, if they were asked for."""
+    return facts | ({"events": count_events(contender, contender.copies)} if contender.settings["events"] else {})
+
+
 class RowsContender(OurContender):
     """A packed layer that answers in its one native call, whatever else would be quicker."""
 
     def _pack(self) -> nn.Module:
-        return pack(self.layer, self.settings["dtype"], path="rows")
+        return self.layer.pack(self.settings["dtype"], "rows")
 
 
 class CallContender(RowsContender):
     """The packed module's call, as `bench layer` times it."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        facts = super().prepare(case)
-        return facts | ({"events": count_events(self, self.copies)} if self.settings["events"] else {})
+        return with_events(self, super().prepare(case))
 
 
 class CountedDense(DenseContender):
     """A dense contender, with its events."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        facts = super().prepare(case)
-        return facts | ({"events": count_events(self, self.copies)} if self.settings["events"] else {})
+        return with_events(self, super().prepare(case))
 
 
 class PhaseContender(RowsContender):
@@ -101,7 +103,7 @@ class PhaseContender(RowsContender):
         self.outputs = [torch.zeros(self.batch, layer.d_out) for layer in self._layers()]
         if facts["verified"]:
             facts |= self._same_as_module()
-        return facts | ({"events": count_events(self, self.copies)} if self.settings["events"] else {})
+        return with_events(self, facts)
 
     def run(self, inputs: Any) -> Any:
         # The base class verifies the module through `run`; only afterwards are there outputs to write into.

@@ -11,7 +11,7 @@ from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import Installed, converted, inner_model, installed, mark_installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
-from nogemm.layers.all_neurons import PATHS
+from nogemm.layers._base import PATHS
 
 
 @overload
@@ -35,22 +35,18 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
         PackedError: training mode, or packed already.
         ConfigError: unknown dtype or path, or the model has no converted FFN.
     """
-    if path not in PATHS:
-        raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
     if isinstance(target, FFN):
-        packed = target.pack(dtype)
-        packed.fix_path(path)
+        packed = target.pack(dtype, path)
         if keep:
             object.__setattr__(packed, "source", target)
         return packed
-    _check_model(target, dtype)
+    _check_model(target, dtype, path)
     warn_if_random(target, "pack")
     model = inner_model(target)
     for place in _paths(model):
         layer = model.get_submodule(place)  # one at a time: no list keeps the unpacked weights alive
         assert isinstance(layer, FFN)
-        packed = layer.pack(dtype)
-        packed.fix_path(path)
+        packed = layer.pack(dtype, path)
         record = getattr(layer, "site", None)
         assert isinstance(record, Installed)
         mark_installed(packed, record)
@@ -80,11 +76,13 @@ def unpack(model: nn.Module) -> nn.Module:
     return model
 
 
-def _check_model(model: nn.Module, dtype: str) -> None:
+def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     """Refuse before the first layer is touched, so that a model is never half packed."""
     layers = installed(model)
     if dtype not in PACK_DTYPES:
         raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
+    if path not in PATHS:
+        raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
     if not layers:
         raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
     if any(isinstance(layer, PackedFFN) for layer in layers.values()):

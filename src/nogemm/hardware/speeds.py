@@ -68,10 +68,15 @@ class Speeds:
         """Return us to turn so many stored numbers into float32."""
         return numbers * self.widen_ns.get(dtype, 0.0) * 1e-6
 
+    def dense(self, dtype: str, n_tokens: int, numbers: float) -> float:
+        """Return us to widen so many stored numbers and multiply N tokens with them."""
+        return self.widen(dtype, numbers) + self.product(n_tokens, numbers)
+
     def break_even(self, dtype: str, n_tokens: int) -> float:
         """Return the share of a wide layer's neurons that tokens may name before all rows at once are quicker, to 1."""
-        dense = self.widen(dtype, 1e6) + self.product(n_tokens, 1e6)
-        return min(1.0, dense / (n_tokens * 1e6 * between(self.rows_ns[dtype], n_tokens) * 1e-6))
+        return min(
+            1.0, self.dense(dtype, n_tokens, 1e6) / (n_tokens * 1e6 * between(self.rows_ns[dtype], n_tokens) * 1e-6)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON values."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nogemm.layers.dense import DenseFFN
 
 PACK_DTYPES = ("fp32", "bf16", "int8")
+PATHS = ("auto", "rows", "dense")
 
 
 def flatten_tokens(owner: str, config: LayerConfig, x: Tensor, width: int) -> Tensor:
@@ -86,18 +87,24 @@ class FFN(nn.Module, ABC):
         """Fit in closed form to the dense layer on activations x [N, d_model]; return and set `fitted`."""
         return self.fitted
 
-    def pack(self, dtype: str = "fp32") -> PackedFFN:
+    def pack(self, dtype: str = "fp32", path: str = "auto") -> PackedFFN:
         """Make the evaluation-only twin, weights laid out for the native kernels; the layer is untouched.
 
+        Args:
+            dtype, path: see `nogemm.pack`.
         Raises:
             PackedError: in training mode.
-            ConfigError: an unknown dtype.
+            ConfigError: an unknown dtype or path.
         """
+        if path not in PATHS:
+            raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
         if dtype not in PACK_DTYPES:
             raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
         if self.training:
             raise PackedError(f"pack: {type(self).__name__} is in training mode; call eval() first")
-        return self._pack(dtype)
+        packed = self._pack(dtype)
+        packed.fix_path(path)
+        return packed
 
     @abstractmethod
     def _pack(self, dtype: str) -> PackedFFN:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from nogemm.hardware.speeds import speeds
 from nogemm.ops.packed_hire import packed_rows
 
-PATHS = ("auto", "rows", "dense")
 _MOST = 1 << 16  # tokens; what is not quicker for so many never is
 
 
@@ -90,7 +89,7 @@ def rows_us(dtype: str, n_tokens: int, numbers: float) -> float:
 def dense_us(dtype: str, n_tokens: int, numbers: float) -> float:
     """Estimate us to widen so many stored numbers and multiply N tokens with them; 0 where nothing is measured."""
     known = speeds()
-    return 0.0 if known is None else known.widen(dtype, numbers) + known.product(n_tokens, numbers)
+    return 0.0 if known is None else known.dense(dtype, n_tokens, numbers)
 
 
 def dense_from(path: str, rows: Callable[[int], float], dense: Callable[[int], float]) -> int:

@@ -10,6 +10,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from nogemm.hardware.speeds import speeds
 from nogemm.layers._base import PackedFFN
 from nogemm.layers.hashed_neurons import HashedNeurons, hash_extended, union_of_chunks, with_best
 from nogemm.layers.neuron_store import NeuronStore
@@ -40,6 +41,11 @@ class PackedHashedNeurons(PackedFFN):
         )
         self.register_buffer("bias", layer.neurons.down.bias.detach().float().clone(), persistent=False)
         self.neurons = NeuronStore([layer.neurons], dtype)
+
+    def fix_path(self, path: str) -> None:
+        super().fix_path(path)
+        if path == "auto":
+            speeds()  # measured now, if it never was, and not within somebody's first call
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()

@@ -45,7 +45,6 @@ class PackedHire(PackedFFN):
             self.register_buffer("always", layer.always.detach().clone(), persistent=False)
         else:
             self.portable = layer.rounded(dtype)
-        self.fix_path("auto")
 
     def fix_path(self, path: str) -> None:
         super().fix_path(path)

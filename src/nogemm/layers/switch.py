@@ -291,7 +291,6 @@ class PackedSwitch(PackedFFN):
         biases = [none if expert.down.bias is None else expert.down.bias.detach().float() for expert in experts]
         self.register_buffer("biases", torch.stack(biases), persistent=False)
         self.requires_grad_(False)
-        self.fix_path("auto")
 
     def fix_path(self, path: str) -> None:
         super().fix_path(path)
