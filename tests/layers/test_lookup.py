@@ -77,6 +77,33 @@ def test_cost_gives_the_papers_mflop(
     assert round(layer.cost(1).flops / 1e6, 2) == mflop
 
 
+@pytest.mark.parametrize(
+    ("tables", "bits", "projection", "hash_mflop", "gather_mflop"),
+    [
+        (128, 8, nogemm.DenseProjectionConfig(), 1.05, 0.13),
+        (128, 8, nogemm.BHConfig(block=64), 0.56, 0.13),
+        (128, 8, nogemm.BHConfig(block=32), 0.30, 0.13),
+        (128, 8, nogemm.BHConfig(block=16), 0.17, 0.13),
+        (64, 4, nogemm.BHConfig(block=64), 0.28, 0.07),
+        (32, 8, nogemm.BHConfig(block=64), 0.28, 0.03),
+        (20, 13, nogemm.BHConfig(block=64), 0.28, 0.02),
+    ],
+)
+def test_cost_of_hash_and_gather_apart(
+    tables: int,
+    bits: int,
+    projection: nogemm.BHConfig | nogemm.DenseProjectionConfig,
+    hash_mflop: float,
+    gather_mflop: float,
+) -> None:
+    """Table 3 of the paper counts the two steps in columns of their own."""
+    with torch.device("meta"):
+        layer = nogemm.LookupConfig(tables=tables, bits=bits, projection=projection, init="reference").build(512)
+    hashing = layer.projection.cost(4).flops
+    assert round(hashing / 1e6, 2) == hash_mflop
+    assert round((layer.cost(1).flops - hashing) / 1e6, 2) == gather_mflop
+
+
 @pytest.mark.parametrize(("d", "hidden", "mflop"), [(512, 2048, 4.19), (768, 3072, 9.44)])
 def test_cost_of_the_dense_baselines(d: int, hidden: int, mflop: float) -> None:
     layer = nogemm.DenseConfig(hidden=hidden).build(d)
