@@ -75,6 +75,7 @@ std::vector<float> tokens_of(const Shape& s, int64_t tokens, uint64_t seed) {
 // Batches that cover every regime; the large ones (wide tiles, several blocks, two chunks) on small layers only.
 std::vector<int64_t> batches(const Shape& s) {
   std::vector<int64_t> n = {1, 2, 3, 5, 16, 17, 70, 263};
+  if (s.d <= 48 || s.d_out == 130) n.push_back(1100);
   if (s.d == 48 || s.d_out == 130) n.push_back(3300);
   if (s.d == 1) n.push_back(9000);
   return n;
@@ -115,7 +116,7 @@ bool all_nan(const float* y, int64_t count) {
 void broken_tokens() {
   for (const Shape& s : kShapes)
     for (int64_t mode = 0; mode < 3; ++mode)
-      for (int64_t tokens : {1, 3, 40, 300}) {
+      for (int64_t tokens : {1, 3, 40, 1100}) {
         const Model m = make_model(s, 99);
         const char* error = nullptr;
         const Buffer packed = pack(m.spec(mode), &error);
@@ -148,7 +149,7 @@ void other_dtypes() {
   const Model m = make_model(s, 3);
   const char* error = nullptr;
   const Buffer packed = pack(m.spec(NOGEMM_LOOKUP_INT8), &error);
-  for (int64_t tokens : {1, 50, 300}) {
+  for (int64_t tokens : {1, 50, 1100}) {
     std::vector<float> x = tokens_of(s, tokens, 11);
     std::vector<uint16_t> narrow(x.size());
     for (size_t i = 0; i < x.size(); ++i) {

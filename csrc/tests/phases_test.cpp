@@ -67,7 +67,7 @@ void phases_tests() {
         tree_reference::make_model({40, 72, 2, 4, 1, NOGEMM_TREE_GELU, true, true}, 3);
     const tree_reference::Buffer nodes = tree_reference::pack(tree.spec(mode), &error);
     const Packed b{NOGEMM_KIND_TREE, nodes.as<void>(), nodes.bytes(), 40, 72};
-    for (int64_t tokens : {1, 5, 40, 300})
+    for (int64_t tokens : {1, 5, 40, 1100})
       for (int64_t threads : {1, 2}) {
         compare_phases(a, nogemm_lookup_forward, tokens, threads);
         compare_phases(b, nogemm_tree_forward, tokens, threads);

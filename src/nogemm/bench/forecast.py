@@ -25,7 +25,7 @@ from nogemm.cost import distinct_rows
 FEATURES = {"hash": ("arithmetic", "weights", "call"), "gather": ("rows from L2", "distinct rows", "call")}
 # What the kernels do (csrc/kernels/lookup_forward.h): tokens per tile by batch, tokens per block of the gather.
 _TILES = ((16, 4), (63, 16), (1023, 32), (1 << 60, 48))
-_FUSED, _BLOCK = 255, 1376
+_FUSED, _BLOCK = 1023, 1376
 _EXPONENTIAL = 7  # multiply-adds per bit, for its sigmoid
 
 
