@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import nogemm
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, SwitchFFN
-from nogemm.layers.switch import choose_experts
+from nogemm.layers.switch_routing import choose_experts
 from nogemm.testing.compare import check_equal
 
 CASES = [

@@ -1,7 +1,8 @@
 """LeafTreeFFN: a soft binary tree chooses a small MLP, its leaf; in evaluation a token computes one leaf only.
 
 Legend: N tokens, D width, O output width, J = 2^depth leaves, W neurons per leaf, M = J - 1 nodes in heap order.
-Reading order: `LeafTreeConfig`, `LeafTreeFFN.mixture`, `LeafTreeFFN.hard`, `cost`; packing is in `leaf_tree_packed.py`.
+Reading order: `LeafTreeConfig`, `LeafTreeFFN.mixture`, `LeafTreeFFN.hard`, `cost`; fitting is in `leaf_tree_fit.py`,
+packing in `leaf_tree_packed.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseFFN
 from nogemm.layers.tree import OUTPUT_STD, firing_energy
 from nogemm.ops import tree_descend
 
@@ -203,49 +204,17 @@ class LeafTreeFFN(FFN):
         stored = sum(p.numel() for p in self.parameters())
         return Cost(2.0 * macs * n_tokens, itemsize * (node_bytes + leaf_bytes + shared), stored)
 
-    @torch.no_grad()
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
-        """Split the tokens into halves along the direction in which they vary most, and give each leaf the dense
-        layer's best neurons for its own tokens, refitted (see `DenseFFN.fit_activations`).
+        """Halve the tokens down the tree, and give each leaf the dense layer's best neurons for its own tokens.
 
-        Where the dense layer is gated or has another activation, a leaf keeps random neurons and answers its tokens'
-        mean output.
+        Where the dense layer is gated or has another activation, a leaf answers its tokens' mean output.
         """
-        if x_ND.shape[0] == 0:
-            return self.fitted
-        parts = [torch.arange(x_ND.shape[0])]
-        for i in range(len(self.node)):
-            here = x_ND[parts[i]] if len(parts[i]) > 1 else x_ND
-            direction_D = leading_direction(here)
-            cut = (here @ direction_D).median()
-            self.node[i] = direction_D
-            self.node_bias[i] = -cut
-            right = x_ND[parts[i]] @ direction_D - cut > 0
-            parts += [parts[i][~right], parts[i][right]]
-        for leaf, part in enumerate(parts[len(self.node) :]):
-            self._fit_leaf(leaf, dense, x_ND[part] if len(part) else x_ND)
-        if self.master_out is not None and self.master_gate is not None:
-            self.master_out.zero_()  # the leaves alone were fitted: let the gate open to the master leaf by training
-            self.leaf_out.div_(torch.sigmoid(self.master_gate))
-            self.leaf_out_bias.div_(torch.sigmoid(self.master_gate))
-        self.fitted = "closed-form"
-        return self.fitted
+        from nogemm.layers.leaf_tree_fit import fit_leaf_tree
 
-    def _fit_leaf(self, leaf: int, dense: DenseFFN, x_ND: Tensor) -> None:
-        width = min(self.config.leaf_width, dense.hidden)
-        same = dense.gate is None and dense.activation == self.activation
-        if same:
-            config = DenseConfig(hidden=width, activation=self.activation)
-            small = config.build(self.d_model, self.d_out).to(x_ND.dtype)
-            small.fit_activations(dense, x_ND)
-            self.leaf_in[leaf, :width] = small.up.weight
-            self.leaf_in_bias[leaf, :width] = small.up.bias
-            self.leaf_out[leaf] = 0.0
-            self.leaf_out[leaf, :width] = small.down.weight.T
-            self.leaf_out_bias[leaf] = small.down.bias
-        else:
-            self.leaf_out[leaf] = 0.0
-            self.leaf_out_bias[leaf] = dense.tokens(x_ND).mean(0)
+        if len(x_ND):
+            fit_leaf_tree(self, dense, x_ND)
+            self.fitted = "closed-form"
+        return self.fitted
 
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the leaves' out-rows, an optimiser group of their own."""
@@ -304,17 +273,3 @@ def by_leaf(leaf_N: Tensor) -> list[tuple[int, Tensor]]:
 def poison(x_ND: Tensor) -> Tensor:
     """Return 0 for a finite token and NaN for any other, [N, 1]: an activation may hide an infinity."""
     return (x_ND.detach() * 0.0).sum(1, keepdim=True)
-
-
-def leading_direction(x_ND: Tensor, steps: int = 20) -> Tensor:
-    """Return the unit vector along which x varies most, by power iteration from the widest coordinate."""
-    centred = x_ND - x_ND.mean(0)
-    direction_D = torch.zeros_like(centred[0])
-    direction_D[centred.square().sum(0).argmax()] = 1.0
-    for _ in range(steps):
-        moved_D = centred.T @ (centred @ direction_D)
-        size = moved_D.norm()
-        if not size > 0:
-            break
-        direction_D = moved_D / size
-    return direction_D

@@ -1,16 +1,14 @@
 """Switch: a linear router sends each token to one of a few dense experts.
 
 Legend: N tokens, D width, E experts, F hidden width of an expert.
-Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; the fit from dense weights is in `switch_fit.py`.
+Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; who gets which token is in `switch_routing.py`, the fit from
+dense weights in `switch_fit.py`, packing in `switch_packed.py`.
 """
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import ClassVar
 
 import torch
@@ -30,9 +28,8 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import attach_loss
 from nogemm.layers._base import FFN, PackedFFN
-from nogemm.layers.all_neurons import dense_from, dense_us, rows_us
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
-from nogemm.layers.neuron_store import NeuronStore
+from nogemm.layers.switch_routing import Routing, choose_experts, dispatch
 from nogemm.projections import Projection
 
 # Of the published router: inputs are multiplied by a uniform number from 1 - JITTER to 1 + JITTER.
@@ -98,25 +95,6 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
             activation=self.activation or dense.activation,
             gated=dense.gated,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Where tokens go.
-
-    Attributes:
-        expert_N: chosen expert.
-        gate_N: its probability.
-        kept_N: False for tokens beyond their expert's capacity.
-        balance_loss: E sum_e (share of tokens sent to e) (mean probability of e); 1 if even.
-        z_loss: mean squared log-sum-exp of the logits.
-    """
-
-    expert_N: Tensor
-    gate_N: Tensor
-    kept_N: Tensor
-    balance_loss: Tensor
-    z_loss: Tensor
 
 
 class SwitchFFN(FFN):
@@ -233,93 +211,6 @@ class SwitchFFN(FFN):
         return self.fitted
 
     def _pack(self, dtype: str) -> PackedFFN:
+        from nogemm.layers.switch_packed import PackedSwitch
+
         return PackedSwitch(self, dtype)
-
-
-def choose_experts(logits_NE: Tensor, capacity: float | None) -> Routing:
-    """Route by logits: the largest wins, ties go to the lowest expert, NaN anywhere in a token gives it gate NaN."""
-    tokens, experts = logits_NE.shape
-    wide = logits_NE.to(torch.promote_types(logits_NE.dtype, torch.float32))
-    p_NE = wide.softmax(-1)
-    expert_N = logits_NE.argmax(-1)
-    kept_N = torch.ones_like(expert_N, dtype=torch.bool)
-    chosen_NE = nn.functional.one_hot(expert_N, experts)
-    if capacity is not None:
-        place_N = chosen_NE.cumsum(0).gather(1, expert_N.unsqueeze(1)).squeeze(1)
-        kept_N = place_N <= math.ceil(capacity * tokens / experts)
-    count = max(tokens, 1)  # an empty call has losses of 0, not NaN
-    share_E, mean_E = chosen_NE.to(p_NE.dtype).sum(0) / count, p_NE.sum(0) / count
-    return Routing(
-        expert_N=expert_N,
-        gate_N=p_NE.gather(1, expert_N.unsqueeze(1)).squeeze(1).to(logits_NE.dtype),
-        kept_N=kept_N,
-        balance_loss=experts * (share_E * mean_E).sum(),
-        z_loss=wide.logsumexp(-1).square().sum() / count,
-    )
-
-
-def dispatch(experts: Sequence[Callable[[Tensor], Tensor]], routing: Routing, v_ND: Tensor, d_out: int) -> Tensor:
-    """Run each expert on its tokens and weigh the answers; overflowing tokens get 0."""
-    y_ND = v_ND.new_zeros(v_ND.shape[0], d_out)
-    for index, expert in enumerate(experts):
-        mine = torch.nonzero((routing.expert_N == index) & routing.kept_N).squeeze(1)
-        if mine.numel():
-            y_ND = y_ND.index_copy(0, mine, expert(v_ND[mine]))
-    return y_ND * routing.gate_N.unsqueeze(1)
-
-
-class PackedSwitch(PackedFFN):
-    """Router in float32, the experts' neurons side by side in a `NeuronStore`; a `faithful` layer's jitter is left out.
-
-    Of few tokens each reads its own expert's rows; more are sorted by expert, whose tokens then share a product. How
-    many are few says the machine (`nogemm.hardware.speeds`).
-    """
-
-    def __init__(self, layer: SwitchFFN, dtype: str) -> None:
-        super().__init__(layer, dtype)
-        self.capacity = layer.config.evaluation_capacity
-        self.faithful = layer.config.faithful
-        self.norm = None
-        if layer.norm is not None:
-            self.norm = nn.RMSNorm(layer.d_model, eps=1e-6)
-            self.norm.load_state_dict(layer.norm.state_dict())
-        self.router = copy.deepcopy(layer.router).float()
-        experts = [expert for expert in layer.experts if isinstance(expert, DenseFFN)]
-        self.hidden = layer.hidden
-        self.neurons = NeuronStore(experts, dtype)
-        none = torch.zeros(self.d_out)
-        biases = [none if expert.down.bias is None else expert.down.bias.detach().float() for expert in experts]
-        self.register_buffer("biases", torch.stack(biases), persistent=False)
-        self.requires_grad_(False)
-
-    def fix_path(self, path: str) -> None:
-        super().fix_path(path)
-        numbers, experts = self.hidden * self.neurons.numbers, len(self.get_buffer("biases"))
-
-        def sorted_us(n: int) -> float:
-            hit = distinct_rows(n, experts)
-            return hit * dense_us(self.dtype, max(1, round(n / hit)), numbers)
-
-        self.sorted_from = dense_from(path, lambda n: rows_us(self.dtype, n, n * numbers), sorted_us)
-
-    def tokens(self, x_ND: Tensor) -> Tensor:
-        x = x_ND.float()
-        v_ND = x if self.norm is None else self.norm(x)
-        routing = choose_experts(self.router(v_ND), self.capacity)
-        if self.neurons.native and len(v_ND) < self.sorted_from:
-            y_ND = self._named(v_ND, routing)
-        else:
-            y_ND = dispatch(
-                [partial(self._expert, e) for e in range(len(self.get_buffer("biases")))], routing, v_ND, self.d_out
-            )
-        return (x + y_ND if self.faithful else y_ND).to(x_ND.dtype)
-
-    def _named(self, v_ND: Tensor, routing: Routing) -> Tensor:
-        biases_ED = self.get_buffer("biases")
-        chosen_NE = nn.functional.one_hot(routing.expert_N, len(biases_ED)).bool() & routing.kept_N.unsqueeze(1)
-        y_ND = self.neurons.named(v_ND, chosen_NE.repeat_interleave(self.hidden, 1)) + chosen_NE.float() @ biases_ED
-        return y_ND * routing.gate_N.unsqueeze(1)
-
-    def _expert(self, expert: int, v_ND: Tensor) -> Tensor:
-        neurons = slice(expert * self.hidden, (expert + 1) * self.hidden)
-        return self.neurons.part(v_ND, neurons) + self.get_buffer("biases")[expert]
