@@ -244,7 +244,7 @@ void hire_choose(const KernelTable& table, const void* packed, const void* x, Dt
 const char* hire_check(const void* packed, int64_t bytes) {
   const auto* h = static_cast<const HireHeader*>(packed);
   if (bytes < static_cast<int64_t>(sizeof(HireHeader)) || h->magic != kHireMagic)
-    return "not a buffer made by pack_hire";
+    return "not a packed HireFFN";
   if (h->version != kHireVersion) return "a buffer of another version; pack the layer again";
   if (h->bytes != bytes || h->d < 1 || h->d_out < 1 || h->hidden < 1 || h->mode < 0 || h->mode > 2)
     return "a damaged buffer; pack the layer again";

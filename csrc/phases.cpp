@@ -1,7 +1,7 @@
 #include "phases.h"
 
 #include "dispatch.h"
-#include "hire_run.h"
+#include "hire_host.h"
 #include "kernels/lookup_format.h"
 #include "kernels/tree_format.h"
 #include "tree_pack.h"
@@ -14,17 +14,14 @@ extern "C" const char* nogemm_phase_check(int64_t kind, int64_t phase, const voi
     return "this kind of layer has no such phase";
   if (kind == NOGEMM_KIND_LOOKUP) return nogemm_lookup_check(packed, packed_bytes, d, d_out);
   if (kind == NOGEMM_KIND_TREE) return nogemm_tree_check(packed, packed_bytes, d, d_out);
-  if (kind != NOGEMM_KIND_HIRE) return "unknown kind of layer";
-  if (const char* error = hire_check(packed, packed_bytes)) return error;
-  *d = static_cast<const HireHeader*>(packed)->d;
-  *d_out = static_cast<const HireHeader*>(packed)->d_out;
-  return nullptr;
+  if (kind == NOGEMM_KIND_HIRE) return nogemm_hire_check(packed, packed_bytes, d, d_out);
+  return "unknown kind of layer";
 }
 
 extern "C" int64_t nogemm_phase_workspace(int64_t kind, const void* packed, int64_t tokens, int64_t threads) {
   if (kind == NOGEMM_KIND_LOOKUP) return nogemm_lookup_workspace(packed, tokens, threads);
   if (kind == NOGEMM_KIND_TREE) return nogemm_tree_workspace(packed, tokens, threads);
-  return hire_workspace(*static_cast<const HireHeader*>(packed), tokens, threads);
+  return nogemm_hire_workspace(packed, tokens, threads);
 }
 
 extern "C" void nogemm_phase_run(int64_t kind, int64_t phase, const void* packed, const float* x, float* y,
@@ -42,5 +39,5 @@ extern "C" void nogemm_phase_run(int64_t kind, int64_t phase, const void* packed
       return table.tree.paths(packed, x, NOGEMM_X_FP32, d, tokens, workspace, host);
     return table.tree.forward(packed, x, NOGEMM_X_FP32, d, y, tokens, workspace, host);
   }
-  if (tokens > 0) hire_forward(table, packed, x, kF32, nullptr, y, tokens, workspace, *host);
+  nogemm_hire_forward(packed, x, NOGEMM_X_FP32, 0, y, tokens, workspace, host);
 }

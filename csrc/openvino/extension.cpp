@@ -19,6 +19,7 @@
 #include <string>
 #include <vector>
 
+#include "hire_host.h"
 #include "lookup_pack.h"
 #include "tree_pack.h"
 #include "weights.h"
@@ -37,6 +38,7 @@ struct Kind {
 constexpr Kind kKinds[] = {
     {nogemm_lookup_check, nogemm_lookup_workspace, nogemm_lookup_forward},
     {nogemm_tree_check, nogemm_tree_workspace, nogemm_tree_forward},
+    {nogemm_hire_check, nogemm_hire_workspace, nogemm_hire_forward},
 };
 
 constexpr int64_t kKept = int64_t{64} << 20;

@@ -125,9 +125,11 @@ def test_int8_stays_close(converted: Any, tokenizer: Any, tmp_path: Path) -> Non
     assert graph.count('type="PackedFFN"') == 2
 
 
-def test_sites_left_dense_and_trees_are_exported(tmp_path: Path) -> None:
-    configs = {"encoder.layer.0": nogemm.TreeConfig(trees=2, depth=3), "encoder.layer.1": nogemm.DenseConfig()}
-    model = build(configs)
+@pytest.mark.parametrize(
+    "config", [nogemm.TreeConfig(trees=2, depth=3), nogemm.HireConfig(keep=0.25)], ids=["tree", "hire"]
+)
+def test_sites_left_dense_and_other_layers_are_exported(config: Any, tmp_path: Path) -> None:
+    model = build({"encoder.layer.0": config, "encoder.layer.1": nogemm.DenseConfig()})
     report = nogemm.export(model, tmp_path / "out")
     assert report.layers == ("encoder.layer.0",)
     ids, mask = batches()[1]
@@ -178,7 +180,9 @@ def test_wrong_requests_are_named(converted: Any, tokenizer: Any, tmp_path: Path
             nogemm.export(converted, out, **options)
     with pytest.raises(nogemm.ConfigError, match="no converted FFN"):
         nogemm.export(torch.nn.Linear(2, 2), out)
-    with pytest.raises(nogemm.ConfigError, match=r"encoder\.layer\.0 is a SwitchFFN; the host runs LookupFFN, TreeFFN"):
+    with pytest.raises(
+        nogemm.ConfigError, match=r"encoder\.layer\.0 is a SwitchFFN; the host runs LookupFFN, TreeFFN, HireFFN"
+    ):
         nogemm.export(build(nogemm.SwitchConfig(experts=2)), out)
     acdc = nogemm.LookupConfig(tables=8, bits=4, projection=nogemm.AcdcConfig())
     with pytest.raises(nogemm.ConfigError, match="no native kernel"):

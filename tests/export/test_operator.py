@@ -18,16 +18,19 @@ from nogemm import ops
 
 D, D_OUT = 40, 24
 LOOKUP = nogemm.LookupConfig(tables=8, bits=5, projection=nogemm.BHConfig(rounds=2, block=16))
-CONFIGS = {"lookup": LOOKUP, "tree": nogemm.TreeConfig(trees=2, depth=4)}
+CONFIGS: dict[str, Any] = {
+    "lookup": LOOKUP,
+    "tree": nogemm.TreeConfig(trees=2, depth=4),
+    "hire": nogemm.HireConfig(keep=0.2, sketch="int4"),
+}
 
 
 def packed_layer(kind: str, dtype: str) -> Any:
     torch.manual_seed(1)
-    config = CONFIGS[kind]
-    layer = config.build(D, D_OUT)
+    layer = CONFIGS[kind].build(D, D_OUT, hidden=90, activation="relu")
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return layer.eval().pack(dtype)
+    return layer.eval().pack(dtype, path="rows")
 
 
 def graph(packed: np.ndarray, library: Path, *, d_out: int = D_OUT, width: int = D) -> Any:

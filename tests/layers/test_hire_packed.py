@@ -197,7 +197,7 @@ def test_what_packed_layers_refuse() -> None:
         packed_hire(torch.randn(2, 3), buffer, layer.d_out)
     with pytest.raises(ValueError, match="d_out is 1"):
         packed_hire(torch.randn(2, layer.d_model), buffer, 1)
-    with pytest.raises(ValueError, match="not a buffer made by pack_hire"):
+    with pytest.raises(ValueError, match="not a packed HireFFN"):
         packed_hire(torch.randn(2, layer.d_model), torch.zeros(4096, dtype=torch.uint8), layer.d_out)
     with pytest.raises(ValueError, match="damaged"):
         packed_hire(torch.randn(2, layer.d_model), buffer[:-64], layer.d_out)

@@ -76,7 +76,8 @@ def export(
 
     Args:
         model: a transformers model or SentenceTransformer that takes input_ids and attention_mask, converted, in
-            evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, and sites left dense.
+            evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, HireFFN, and sites
+            left dense.
         path: directory to write; absent, empty, or an earlier export.
         to: the host, "openvino".
         dtype: of the packed rows, "fp32", "bf16" or "int8", as in `nogemm.pack`.

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import inner_model, installed
 from nogemm.errors import ConfigError, PackedError
-from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
+from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, HireFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
 
 # Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
-OPERATORS: dict[type[FFN], str] = {LookupFFN: "packed_lookup", TreeFFN: "packed_tree"}
+OPERATORS: dict[type[FFN], str] = {
+    LookupFFN: "packed_lookup",
+    TreeFFN: "packed_tree",
+    HireFFN: "packed_hire",
+}
 # Layers that are plain torch and need no operator.
 _PLAIN = (DenseFFN, NoFFN)
 _INPUTS = ("input_ids", "attention_mask")
@@ -93,7 +97,7 @@ def host_model(model: nn.Module, dtype: str) -> HostModel:
         if isinstance(layer, _PLAIN):
             continue
         assert isinstance(layer, FFN)
-        packed = layer.pack(dtype)
+        packed = layer.pack(dtype, path="rows")  # an operator knows no other
         if not getattr(packed, "native", False):
             raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
         operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
