@@ -1,4 +1,4 @@
-"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `bench projections` and `lsh`."""
+"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `projections` and `lsh`."""
 
 from __future__ import annotations
 
@@ -8,63 +8,56 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.cli.common import Json, clear_progress, finish, print_table, progress
-from nogemm.errors import ConfigError
+from nogemm.cli.options import (
+    Activation,
+    Against,
+    Batch,
+    Checkpoint,
+    Dtype,
+    Gated,
+    Hidden,
+    Method,
+    Rounds,
+    Seconds,
+    Seed,
+    Set,
+    Site,
+    Threads,
+    Width,
+    integers,
+    layer_args,
+    words,
+)
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
-
-Dtype = Annotated[str, typer.Option(help="What ours is packed in: fp32, bf16 or int8.")]
-Against = Annotated[str | None, typer.Option(help="Dense contenders, with commas [all that are known].")]
-Threads = Annotated[int, typer.Option(help="Threads of every contender; 0: every usable core.")]
-Rounds = Annotated[int, typer.Option(help="Turns of each contender in each case.")]
-Seconds = Annotated[float, typer.Option(help="Time aimed at per turn.")]
-Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
 
 
 @app.command("layer")
 def layer(
-    method: Annotated[str, typer.Option(help="Kind of our layer.")] = "lookup",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")] = None,
-    d: Annotated[int, typer.Option("--d", help="Width of the model.")] = 384,
-    hidden: Annotated[int, typer.Option(help="Hidden width of the dense layer; 0: 4 d.")] = 0,
-    activation: Annotated[str, typer.Option(help="Of the dense layer.")] = "gelu",
-    gated: Annotated[bool, typer.Option("--gated", help="A gated dense layer: gate, up and down.")] = False,
+    method: Method = "lookup",
+    set_: Set = None,
+    d: Width = 384,
+    hidden: Hidden = 0,
+    activation: Activation = "gelu",
+    gated: Gated = False,
     dtype: Dtype = "fp32",
     path: Annotated[str, typer.Option(help="Of our layer of neurons: auto, rows or dense.")] = "auto",
-    batch: Annotated[str, typer.Option(help="Tokens per call, with commas.")] = "1,64,512,4096",
+    batch: Batch = "1,64,512,4096",
     against: Against = None,
     cache: Annotated[str, typer.Option(help="fresh, warm or both, with commas.")] = "fresh",
     threads: Threads = 0,
     rounds: Rounds = 7,
     seconds: Seconds = 0.1,
-    checkpoint: Annotated[str | None, typer.Option(help="Distilled model to take a trained layer from.")] = None,
-    site: Annotated[int, typer.Option(help="Which of its layers.")] = 0,
+    checkpoint: Checkpoint = None,
+    site: Site = 0,
     seed: Seed = 0,
     json: Json = None,
 ) -> None:
     """Time one layer of ours beside dense layers of the same shape."""
-    from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
+    args = layer_args(locals())
+    from nogemm.bench.layer import run_layer_bench
     from nogemm.bench.verdict import dense_faster, verdict
 
-    chosen: dict[str, Any] = {} if against is None else {"against": words(against)}
-    args = LayerBenchArgs(
-        method=method,
-        set=tuple(set_ or ()),
-        d=d,
-        hidden=hidden,
-        activation=activation,
-        gated=gated,
-        dtype=dtype,
-        path=path,
-        batch=integers("--batch", batch),
-        cache=words(cache),
-        threads=threads,
-        rounds=rounds,
-        seconds=seconds,
-        checkpoint=checkpoint,
-        site=site,
-        seed=seed,
-        **chosen,
-    )
     result = run_layer_bench(args, note=progress)
     clear_progress()
     _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
@@ -77,7 +70,7 @@ def model(
     dense: Annotated[str, typer.Option(help="Directory of the dense model.")] = "all-MiniLM-L6-v2",
     model: Annotated[str | None, typer.Option(help="Converted model [convert the dense one, random weights].")] = None,
     method: Annotated[str, typer.Option(help="Kind of our layers, without --model.")] = "lookup",
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")] = None,
+    set_: Set = None,
     dtype: Dtype = "fp32",
     shape: Annotated[str, typer.Option(help="TEXTSxTOKENS, with commas.")] = "1x16,1x128,32x128",
     against: Against = None,
@@ -118,12 +111,12 @@ def model(
 
 @app.command("methods")
 def methods(
-    d: Annotated[int, typer.Option("--d", help="Width of the model.")] = 512,
+    d: Width = 512,
     hidden: Annotated[int, typer.Option(help="Hidden width of the dense layer.")] = 2048,
-    activation: Annotated[str, typer.Option(help="Of the dense layer.")] = "gelu",
+    activation: Activation = "gelu",
     method: Annotated[str | None, typer.Option(help="Kinds of layers, with commas [all].")] = None,
     dtype: Annotated[str, typer.Option(help="What ours are packed in: fp32, bf16 or int8.")] = "fp32",
-    batch: Annotated[str, typer.Option(help="Tokens per call, with commas.")] = "1,64,4096",
+    batch: Batch = "1,64,4096",
     against: Annotated[str, typer.Option(help="Dense contenders, with commas.")] = "torch-fp32,torch-int8",
     threads: Threads = 0,
     rounds: Rounds = 7,
@@ -212,19 +205,6 @@ def lsh(
     table = lsh_table(result)
     print_table(table.head, table.rows)
     finish({"kind": "lsh", **result}, json)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """Split a list with commas."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
-def integers(option: str, text: str) -> tuple[int, ...]:
-    """Split a list of whole numbers with commas; `option` goes into the message."""
-    try:
-        return tuple(int(word) for word in words(text))
-    except ValueError:
-        raise ConfigError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:

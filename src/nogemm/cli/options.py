@@ -1,0 +1,58 @@
+"""Options that several measuring commands take, and how their words are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nogemm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nogemm.bench.layer import LayerBenchArgs
+
+Method = Annotated[str, typer.Option(help="Kind of our layer.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")]
+Width = Annotated[int, typer.Option("--d", help="Width of the model.")]
+Hidden = Annotated[int, typer.Option(help="Hidden width of the dense layer; 0: 4 d.")]
+Activation = Annotated[str, typer.Option(help="Of the dense layer.")]
+Gated = Annotated[bool, typer.Option("--gated", help="A gated dense layer: gate, up and down.")]
+Dtype = Annotated[str, typer.Option(help="What ours is packed in: fp32, bf16 or int8.")]
+Batch = Annotated[str, typer.Option(help="Tokens per call, with commas.")]
+Against = Annotated[str | None, typer.Option(help="Dense contenders, with commas [all that are known].")]
+Threads = Annotated[int, typer.Option(help="Threads of every contender; 0: every usable core.")]
+Rounds = Annotated[int, typer.Option(help="Turns of each contender in each case.")]
+Seconds = Annotated[float, typer.Option(help="Time aimed at per turn.")]
+Checkpoint = Annotated[str | None, typer.Option(help="Distilled model to take a trained layer from.")]
+Site = Annotated[int, typer.Option(help="Which of its layers.")]
+Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
+
+
+def layer_args(given: Mapping[str, Any]) -> LayerBenchArgs:
+    """Say which layer is measured: a command's options by name, those of them that `LayerBenchArgs` has.
+
+    Raises:
+        ConfigError: a batch that is not a number.
+    """
+    from nogemm.bench.layer import LayerBenchArgs
+
+    names = [field.name for field in fields(LayerBenchArgs)]
+    chosen = {name: given[name] for name in names if given.get(name) is not None}
+    chosen |= {"set": tuple(given["set_"] or ()), "batch": integers("--batch", given["batch"])}
+    chosen |= {name: words(chosen[name]) for name in ("against", "cache") if name in chosen}
+    return LayerBenchArgs(**chosen)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """Split a list with commas."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def integers(option: str, text: str) -> tuple[int, ...]:
+    """Split a list of whole numbers with commas; `option` goes into the message."""
+    try:
+        return tuple(int(word) for word in words(text))
+    except ValueError:
+        raise ConfigError(f"{option}: expected whole numbers with commas between them, got {text!r}") from None
