@@ -25,8 +25,8 @@ FLAGS = {
     "export": "--to --dtype --int8 --data --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
     "--threads --rounds --seconds --checkpoint --site --seed --json",
-    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --exported --threads --rounds "
-    "--seconds --seed --json",
+    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
+    "--threads --rounds --seconds --seed --json",
     "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed "
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",

@@ -11,8 +11,9 @@ import torch
 
 from nogemm.bench import peers
 from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
-from nogemm.bench.model_job import OurModelContender
-from nogemm.bench.models import PACKAGED, load_tokenizer
+from nogemm.bench.model_job import DenseModelContender, OurModelContender
+from nogemm.bench.models import PACKAGED, RANDOM, keep_layers, load_encoder, load_tokenizer, timed_encoder
+from nogemm.bench.result import shown_name
 from nogemm.errors import ConfigError
 
 
@@ -40,6 +41,8 @@ def test_ours_the_dense_model_and_the_ceiling_share_a_table(dense: str) -> None:
         shape=((2, 8),),
         against=("torch-fp32",),
         ceiling=("torch-fp32",),
+        layers=(1,),
+        peer=(f"copy={dense}",),
         exported=("openvino-f32",),
         threads=1,
         rounds=2,
@@ -53,6 +56,8 @@ def test_ours_the_dense_model_and_the_ceiling_share_a_table(dense: str) -> None:
         "nogemm-fp32+openvino-f32",
         "torch-fp32",
         "no-ffn+torch-fp32",
+        "1-layers+torch-fp32",
+        "copy+torch-fp32",
     }
     if peers.missing("inductor-fp32") is not None:
         assert rows.pop("nogemm-fp32+inductor")["missing"] == peers.missing("inductor-fp32")
@@ -63,6 +68,57 @@ def test_ours_the_dense_model_and_the_ceiling_share_a_table(dense: str) -> None:
         assert row["us_per_token"] == row["us_median"] / 16
         assert row["ratio"] == row["us_median"] / rows["nogemm-fp32"]["us_median"]
         assert row["memory_bytes"] > 1 << 20
+        assert row["agreement_texts"] == 64
+    whole = [rows[name]["agreement"] for name in ("torch-fp32", "copy+torch-fp32")]
+    assert all(agreement > 1 - 1e-9 for agreement in whole)  # what a tiny random model loses is little, but it is seen
+    assert rows["no-ffn+torch-fp32"]["agreement"] < 1 - 1e-6
+    assert rows["1-layers+torch-fp32"]["agreement"] < 1 - 1e-6
+    assert {name for name, row in rows.items() if row["trained"]} == {"torch-fp32", "copy+torch-fp32"}
+    assert shown_name(rows["1-layers+torch-fp32"]) == "1-layers+torch-fp32, untrained"
+
+
+def test_layers_are_kept_evenly() -> None:
+    for count, kept in ((1, (0,)), (3, (0, 2, 5)), (4, (0, 2, 3, 5)), (5, (0, 1, 2, 4, 5)), (6, tuple(range(6)))):
+        model: Any = load_encoder(PACKAGED)
+        layers = list(model.encoder.layer)
+        assert keep_layers(model, count) == kept
+        assert list(model.encoder.layer) == [layers[k] for k in kept]
+        assert model.config.num_hidden_layers == count
+    with pytest.raises(ConfigError, match="--layers 7: the dense model has 6"):
+        keep_layers(load_encoder(PACKAGED), 7)
+
+
+def test_published_shapes_have_random_weights_from_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    for name, (config, fields) in list(RANDOM.items()):
+        monkeypatch.setitem(RANDOM, name, (config, fields | small))
+        state = torch.get_rng_state()
+        one, same, other = (timed_encoder(name, seed).state_dict() for seed in (0, 0, 1))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(one[key], same[key]) for key in one)
+        assert not all(torch.equal(one[key], other[key]) for key in one)
+    args = ModelBenchArgs(
+        dense="roberta-base",
+        set=SET,
+        shape=((1, 8),),
+        against=("torch-fp32",),
+        ceiling=(),
+        exported=(),
+        compiled=False,
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("nogemm.bench.model.measure", lambda specs, cases, *rest, **more: rows_of(specs, cases))
+        rows = run_model_bench(args)["rows"]
+    assert [row["trained"] for row in rows] == [False, False]
+    contender = DenseModelContender({"dense": "roberta-base", "engine": "torch-fp32", "seed": 0, "agreement_texts": 3})
+    facts = contender.prepare({"batch": 2, "length": 8})
+    assert facts["verified"] is True
+    assert facts["agreement"] == pytest.approx(1.0)
+    assert facts["agreement_texts"] == 4
+
+
+def rows_of(specs: Any, cases: Any) -> list[dict[str, Any]]:
+    return [{"contender": spec.name, **case, "verified": True, "us_median": 1.0} for case in cases for spec in specs]
 
 
 def test_a_wrong_packed_model_is_refused(dense: str) -> None:
@@ -98,5 +154,12 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         run_model_bench(ModelBenchArgs(shape=()))
     with pytest.raises(ValueError, match="unknown contender 'gemm'"):
         run_model_bench(ModelBenchArgs(ceiling=("gemm",)))
+    with pytest.raises(ConfigError, match="bert-base has random weights"):
+        run_model_bench(ModelBenchArgs(dense="bert-base", model=str(tmp_path)))
+    for wrong in ("a", "=b", "a+b=c", "no-ffn=c", "3-layers=c", "nogemm-fp32=c"):
+        with pytest.raises(ConfigError, match="--peer"):
+            run_model_bench(ModelBenchArgs(peer=(wrong,)))
+    with pytest.raises(ConfigError, match="not a directory with a transformers model"):
+        run_model_bench(ModelBenchArgs(peer=(f"a={tmp_path}",)))
     with pytest.raises(ConfigError, match="--exported torch-fp32"):
         run_model_bench(ModelBenchArgs(exported=("torch-fp32",)))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench import peers
-from nogemm.bench.models import load_encoder, load_tokenizer, sample_texts
+from nogemm.bench.models import keep_layers, load_encoder, sample_texts, timed_encoder, timed_tokenizer
 from nogemm.hardware.memory import peak_memory_bytes
 
 # Least cosine between a text's pooled embedding and the reference's. fp32 of a converted model: a bit near zero may
@@ -46,6 +46,7 @@ class _ModelContender:
         self.ids = _token_stream(settings["dense"])
         self.next = 0
         self.runner: peers.Runner | None = None
+        self.teacher: Encoder | None = None
 
     def _inputs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         count = batch * length
@@ -66,7 +67,27 @@ class _ModelContender:
         with torch.inference_mode():
             (expected,) = reference(*inputs)
         facts = compare_hidden(hidden, expected, least)
-        return facts | {"layers": 1, "memory_bytes": peak_memory_bytes()}
+        facts |= {"layers": 1, "memory_bytes": peak_memory_bytes()}
+        if facts["verified"] and self.settings.get("agreement_texts", 0):
+            facts |= self._agreement(self.settings["agreement_texts"])
+        return facts
+
+    def _agreement(self, texts: int) -> dict[str, Any]:
+        """Compare with the dense model in fp32 on the first texts of the stream, whatever was drawn before."""
+        assert self.runner is not None
+        if self.teacher is None:
+            model = timed_encoder(self.settings["dense"], self.settings["seed"])
+            self.teacher = Encoder(model).eval().requires_grad_(False)
+        position, self.next = self.next, 0
+        cosines = []
+        while len(cosines) * self.case[0] < texts:
+            inputs = self._inputs(*self.case)
+            (hidden,) = self.runner.result(self.runner.run(self.runner.prepare(inputs)))
+            with torch.inference_mode():
+                (expected,) = self.teacher(*inputs)
+            cosines.append(pooled_cosine(hidden, expected))
+        self.next = position
+        return {"agreement": float(torch.cat(cosines).mean()), "agreement_texts": len(cosines) * self.case[0]}
 
     def draw(self) -> Any:
         assert self.runner is not None
@@ -78,18 +99,26 @@ class _ModelContender:
 
 
 class DenseModelContender(_ModelContender):
-    """The dense model in one of the engines, or the same model with its FFNs removed: what no FFN could beat."""
+    """The dense model in one of the engines, or what rivals it there.
+
+    "removed": without its FFNs, which no FFN could beat; "layers": with some of its layers; "peer": another model.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.engine = peers.engine(settings["engine"])
-        model = load_encoder(settings["dense"])
-        if settings["removed"]:
+        peer = settings.get("peer")
+        model = load_encoder(peer) if peer else timed_encoder(settings["dense"], settings["seed"])
+        if settings.get("removed"):
             from nogemm.convert.convert import convert
             from nogemm.layers import NoConfig
 
             convert(model, NoConfig())
+        if settings.get("layers"):
+            keep_layers(model, settings["layers"])
         self.reference = Encoder(model).eval().requires_grad_(False)
+        if not (peer or settings.get("removed") or settings.get("layers")):
+            self.teacher = self.reference
         self.compiled = False
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +170,7 @@ class ExportedModelContender(_ModelContender):
             Path(self.folder.name) / "model",
             dtype=settings["dtype"],
             int8=self.rest == "int8",
-            tokenizer=load_tokenizer(settings["dense"]),
+            tokenizer=timed_tokenizer(settings["dense"]),
             calibration=sample_texts(_TEXTS),
         )
 
@@ -167,9 +196,14 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
     from nogemm.convert.convert import convert
 
     torch.manual_seed(settings["seed"])
-    model = load_encoder(settings["dense"])
+    model = timed_encoder(settings["dense"], settings["seed"])
     convert(model, parse_set(layer_class(settings["method"]), settings["set"]))
     return model.eval()
+
+
+def pooled_cosine(hidden_BLD: Tensor, expected_BLD: Tensor) -> Tensor:
+    """Return the cosine of each text's mean-pooled embeddings, float64 [B]."""
+    return nn.functional.cosine_similarity(hidden_BLD.double().mean(1), expected_BLD.double().mean(1), dim=-1)
 
 
 def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> dict[str, Any]:
@@ -181,7 +215,7 @@ def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> di
     if hidden_BLD.shape != expected_BLD.shape:
         reason = f"output has shape {tuple(hidden_BLD.shape)}, the reference {tuple(expected_BLD.shape)}"
         return {"verified": False, "error": f"does not match the reference: {reason}"}
-    cosine = nn.functional.cosine_similarity(hidden_BLD.double().mean(1), expected_BLD.double().mean(1), dim=-1)
+    cosine = pooled_cosine(hidden_BLD, expected_BLD)
     lowest = float(cosine.min())
     facts: dict[str, Any] = {"verified": lowest >= least}  # false for NaN too
     if not facts["verified"]:
@@ -193,6 +227,6 @@ def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> di
 
 def _token_stream(path: str) -> Tensor:
     """Return the token ids of the sample's test texts, one after the other."""
-    tokenizer = load_tokenizer(path)
+    tokenizer = timed_tokenizer(path)
     encoded = tokenizer(sample_texts(_TEXTS), add_special_tokens=True, truncation=False, verbose=False)
     return torch.tensor([token for ids in encoded["input_ids"] for token in ids])

@@ -22,6 +22,14 @@ _CLASSES = {
     "mlm": "AutoModelForMaskedLM",
     "classify": "AutoModelForSequenceClassification",
 }
+# Published shapes, for timing alone: the config's class, and what differs from its defaults.
+RANDOM: dict[str, tuple[str, dict[str, int]]] = {
+    "bert-base": ("BertConfig", {}),
+    "roberta-base": (
+        "RobertaConfig",
+        {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1},
+    ),
+}
 
 
 def load_model(path: str | Path, task: str = "search") -> nn.Module:
@@ -39,6 +47,55 @@ def load_model(path: str | Path, task: str = "search") -> nn.Module:
 def load_encoder(path: str | Path) -> nn.Module:
     """Load the encoder alone, without a head."""
     return load_model(path, "search")
+
+
+def is_random(path: str | Path) -> bool:
+    """Say whether a name stands for a published shape with random weights."""
+    return str(path) in RANDOM and not Path(path).exists()
+
+
+def timed_encoder(path: str | Path, seed: int = 0) -> nn.Module:
+    """Load an encoder, or make one of a published shape with random weights, which runs as fast as a trained one."""
+    if not is_random(path):
+        return load_encoder(path)
+    import transformers
+
+    name, fields = RANDOM[str(path)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return transformers.AutoModel.from_config(getattr(transformers, name)(**fields)).float().eval()
+
+
+def timed_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer beside a model; a shape with random weights reads the ids of the packaged model's."""
+    return load_tokenizer(PACKAGED if is_random(path) else path)
+
+
+def keep_layers(model: nn.Module, count: int) -> tuple[int, ...]:
+    """Keep `count` of an encoder's layers, evenly spread, the first and the last among them; in place.
+
+    Returns:
+        the numbers of those that are kept.
+    Raises:
+        ConfigError: the model has fewer, or not one list of layers.
+    """
+    config: Any = model.config
+    layers = int(config.num_hidden_layers)
+    if not 1 <= count <= layers:
+        raise ConfigError(f"--layers {count}: the dense model has {layers}")
+    found = [
+        (parent, name, stack)
+        for parent in model.modules()
+        for name, stack in parent.named_children()
+        if isinstance(stack, nn.ModuleList) and len(stack) == layers
+    ]
+    if len(found) != 1:
+        raise ConfigError(f"--layers: {type(model).__name__} has {len(found)} lists of {layers} layers, one is needed")
+    parent, name, stack = found[0]
+    kept = tuple(round(i * (layers - 1) / max(1, count - 1)) for i in range(count))
+    setattr(parent, name, nn.ModuleList(stack[i] for i in kept))
+    config.num_hidden_layers = count
+    return kept
 
 
 def load_tokenizer(path: str | Path) -> Any:

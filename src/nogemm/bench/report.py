@@ -94,8 +94,8 @@ def _best_ratio(rows: Sequence[SpeedRow]) -> tuple[str, str] | None:
     """Ours against torch fp32 at the largest size, and against whoever is the fastest dense contender there."""
     rows = [row for row in rows if row.us is not None and row.size == max(r.size for r in rows)]
     own = [row.us for row in rows if row.ours and row.us is not None]
-    dense = {row.contender: row.us for row in rows if not row.ours and row.us is not None}
-    dense = {name: us for name, us in dense.items() if not name.startswith("no-ffn")}
+    dense = {row.contender.partition(",")[0]: row.us for row in rows if not row.ours and row.us is not None}
+    dense = {name: us for name, us in dense.items() if "+" not in name}  # others have fewer layers, or no FFNs
     if not own or "torch-fp32" not in dense:
         return None
     fastest = min(dense, key=lambda name: dense[name])

@@ -52,5 +52,6 @@ def our_names(dtypes: str) -> list[str]:
 
 
 def shown_name(row: Mapping[str, Any]) -> str:
-    """Name a row's contender for a table, and say where PyTorch operators stood in for our compiled kernel."""
-    return f"{row['contender']}, not native" if row.get("native") is False else row["contender"]
+    """Name a row's contender for a table; say where PyTorch stood in for our kernel, and which model is untrained."""
+    native = ", not native" if row.get("native") is False else ""
+    return row["contender"] + native + (", untrained" if row.get("trained") is False else "")

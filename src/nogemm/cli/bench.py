@@ -67,7 +67,9 @@ def layer(
 
 @app.command("model")
 def model(
-    dense: Annotated[str, typer.Option(help="Directory of the dense model.")] = "all-MiniLM-L6-v2",
+    dense: Annotated[
+        str, typer.Option(help="Directory of the dense model; bert-base, roberta-base: random weights.")
+    ] = "all-MiniLM-L6-v2",
     model: Annotated[str | None, typer.Option(help="Converted model [convert the dense one, random weights].")] = None,
     method: Annotated[str, typer.Option(help="Kind of our layers, without --model.")] = "lookup",
     set_: Set = None,
@@ -75,6 +77,8 @@ def model(
     shape: Annotated[str, typer.Option(help="TEXTSxTOKENS, with commas.")] = "1x16,1x128,32x128",
     against: Against = None,
     ceiling: Annotated[str | None, typer.Option(help="Engines that also run the model without its FFNs.")] = None,
+    layers: Annotated[str, typer.Option(help="Run those engines with so many of its layers, too; with commas.")] = "",
+    peer: Annotated[list[str] | None, typer.Option(metavar="NAME=DIR", help="Run another model in them, too.")] = None,
     exported: Annotated[str | None, typer.Option(help="OpenVINO precisions that ours is exported to.")] = None,
     threads: Threads = 0,
     rounds: Rounds = 7,
@@ -97,6 +101,8 @@ def model(
         set=tuple(set_ or ()),
         dtype=dtype,
         shape=tuple(parse_shape(word) for word in words(shape)),
+        layers=integers("--layers", layers),
+        peer=tuple(peer or ()),
         threads=threads,
         rounds=rounds,
         seconds=seconds,
@@ -212,16 +218,20 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
 
     print(result["machine_line"])
     head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]
+    agrees = any("agreement" in row for row in result["rows"])
+    head += ["agreement"] if agrees else []
     rows = []
     for row in result["rows"]:
         start = [shown_name(row), *(str(row[key]) for key in keys)]
         if row.get("us_median") is None:
-            rows.append([*start, row.get("missing") or row.get("error") or "not run", "", "", "", ""])
+            why = row.get("missing") or row.get("error") or "not run"
+            rows.append([*start, why, *[""] * (len(head) - len(start) - 1)])
             continue
         times = [f"{row[name] / scale:.4g}" for name in ("us_median", "us_p10", "us_p90")]
         ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
         error = "" if row.get("max_error") is None else f"{row['max_error']:.1e}"
-        rows.append([*start, *times, ratio, error])
+        agreement = [f"{row['agreement']:.4f}" if "agreement" in row else ""] if agrees else []
+        rows.append([*start, *times, ratio, error, *agreement])
     print_table(head, rows)
     if any(row.get("native") is False for row in result["rows"]):
         print("not native: PyTorch operators stood in for the compiled kernel, so these are not the kernel's times")

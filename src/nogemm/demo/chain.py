@@ -190,7 +190,14 @@ def timing(model: Path) -> dict[str, Any]:
     from nogemm.bench.model import ModelBenchArgs, run_model_bench
 
     args = ModelBenchArgs(
-        model=str(model), dtype="int8,fp32", shape=SIZES, against=PEERS, ceiling=(), compiled=False, seconds=0.05
+        model=str(model),
+        dtype="int8,fp32",
+        shape=SIZES,
+        against=PEERS,
+        ceiling=(),
+        compiled=False,
+        agreement_texts=0,  # quality is measured apart, on whole texts
+        seconds=0.05,
     )
     rows = run_model_bench(args)["rows"]
     own = [row for row in rows if row["contender"].startswith("nogemm")]
