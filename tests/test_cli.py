@@ -31,6 +31,7 @@ FLAGS = {
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
     "bench lsh": "--model --site --bits --tables --learned-tables --top --tokens --draws --steps --seed --json",
+    "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --json",
     "report": "--output -o --title --json",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nogemm.bench.result import shown_name
-from nogemm.bench.tables import TextTable, hire_recall_table, lsh_table, methods_table, projections_table
+from nogemm.bench.tables import TextTable, flips_table, hire_recall_table, lsh_table, methods_table, projections_table
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -290,5 +290,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "projections": lambda data, results: results.tables.append(projections_table(data)),
     "profile": _read_profile,
     "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
+    "flips": lambda data, results: results.tables.append(flips_table(data)),
     "lsh": lambda data, results: results.tables.append(lsh_table(data)),
 }

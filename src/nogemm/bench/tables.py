@@ -100,6 +100,23 @@ def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def flips_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench flips` measured."""
+    rows = []
+    for row in result["rows"]:
+        shares = [f"{row[name]:.1e}" for name in ("bits_differ", "codes_differ", "tokens_differ")]
+        errors = [f"{row[name]:.1e}" for name in ("widest", "other_batch", "max_error", "rms_error")]
+        rows.append([row["layer"], row["isa"], row["dtype"], f"{row['batch']:,}", *shares, *errors])
+    shares = ["bits differ", "codes", "tokens"]
+    return TextTable(
+        title="Bits that rounding flips",
+        head=["layer", "kernels", "dtype", "batch", *shares, "widest", "other batch", "max error", "rms error"],
+        rows=rows,
+        hint="Shares that differ from float64. Widest: the largest value whose bit differs, over the values' root mean "
+        f"square; other batch: bits that differ from those at {result['settings']['batch'][0]} tokens a call.",
+    )
+
+
 def lsh_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench lsh` found: a line per hash or sketch."""
     top = [str(x) for x in result["settings"]["top"]]

@@ -1,4 +1,4 @@
-"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `projections` and `lsh`."""
+"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `projections`, `lsh` and `flips`."""
 
 from __future__ import annotations
 
@@ -211,6 +211,26 @@ def lsh(
     table = lsh_table(result)
     print_table(table.head, table.rows)
     finish({"kind": "lsh", **result}, json)
+
+
+@app.command("flips")
+def flips(
+    tokens: Annotated[int, typer.Option(help="Random tokens that each layer gets.")] = 4096,
+    batch: Batch = "1,4096",
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Count code bits and turns of trees that packed layers decide otherwise than float64."""
+    from nogemm.bench.flips import run_flips_bench
+    from nogemm.bench.tables import flips_table
+
+    result = run_flips_bench(tokens=tokens, batches=integers("--batch", batch), seed=seed, note=progress)
+    clear_progress()
+    print(result["machine_line"])
+    table = flips_table(result)
+    print_table(table.head, table.rows)
+    print(table.hint)
+    finish({"kind": "flips", **result}, json)
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:

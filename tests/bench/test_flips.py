@@ -1,0 +1,121 @@
+"""Flip rates: none where arithmetic is exact, many where the router is another, and read off any packed layer."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nogemm.bench.flips import (
+    FlipCase,
+    compare_bits,
+    exact_bits,
+    marked_leaves,
+    marked_tables,
+    read_bits,
+    run_flips_bench,
+)
+from nogemm.bench.tables import flips_table
+from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
+from nogemm.projections import BHConfig, DenseProjectionConfig
+
+SMALL = LookupConfig(tables=12, bits=5, projection=BHConfig(block=8))
+TREE = TreeConfig(trees=2, depth=4)
+
+
+def build(config: LookupConfig | TreeConfig, d: int = 24) -> LookupFFN | TreeFFN:
+    layer = config.build(d).eval().requires_grad_(False)
+    for name, value in layer.named_parameters():
+        if "bias" in name or name == "threshold":
+            torch.nn.init.normal_(value, std=0.2)
+    return layer
+
+
+def shares(layer: LookupFFN | TreeFFN, found: Tensor, x: Tensor) -> dict[str, float]:
+    values, bits = exact_bits(build_exact(layer), x.double())
+    return compare_bits(found, bits, values, path=isinstance(layer, TreeFFN))
+
+
+def build_exact(layer: LookupFFN | TreeFFN) -> LookupFFN | TreeFFN:
+    twin = build(layer.config, layer.d_model)
+    twin.load_state_dict(layer.state_dict())
+    return twin.double()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("batch", [1, 33])
+def test_no_bit_flips_where_sums_are_exact_and_never_zero(isa: str, dtype: str, batch: int) -> None:
+    config = LookupConfig(tables=3, bits=4, projection=DenseProjectionConfig(), norm=False)
+    layer = config.build(15).eval().requires_grad_(False)
+    assert isinstance(layer, LookupFFN)
+    layer.projection.weight.copy_(torch.randint(0, 2, layer.projection.weight.shape) * 2 - 1)
+    assert layer.projection.bias is not None
+    torch.nn.init.zeros_(layer.projection.bias)
+    x = torch.randint(0, 4, (33, 15)) * 2.0 - 3.0  # fifteen odd numbers have an odd sum
+    found = shares(layer, read_bits(layer, dtype, x, batch), x)
+    assert found["bits"] == 33 * 12
+    assert (found["bits_differ"], found["tokens_differ"], found["widest"]) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "config", [SMALL, replace(SMALL, neighbours=2, score="sigmoid"), TREE], ids=["lookup", "neighbours", "tree"]
+)
+def test_what_is_read_is_what_was_decided(isa: str, config: LookupConfig | TreeConfig) -> None:
+    layer, x = build(config), torch.randn(200, 24)
+    assert shares(layer, read_bits(layer, "fp32", x, 200), x)["tokens_differ"] <= 1 / 200
+    assert shares(layer, read_bits(layer, "int8", x, 7), x)["bits_differ"] < 0.03
+
+
+def test_marked_layers_route_as_the_layer_does() -> None:
+    lookup, tree = build(SMALL), build(replace(TREE, branch="bias", core=3))
+    x = torch.randn(50, 24)
+    assert isinstance(lookup, LookupFFN)
+    assert isinstance(tree, TreeFFN)
+    assert torch.equal(marked_tables(lookup, 2, 9).codes_and_scores(x)[0], lookup.codes_and_scores(x)[0])
+    assert torch.equal(marked_leaves(tree).paths(x)[1], tree.paths(x)[1])
+    assert shares(tree, read_bits(tree, "fp32", x, 50), x)["tokens_differ"] <= 1 / 50
+
+
+@pytest.mark.parametrize("config", [SMALL, TREE], ids=lambda c: c.kind)
+def test_another_router_would_be_noticed(config: LookupConfig | TreeConfig) -> None:
+    layer, other, x = build(config), build(config), torch.randn(500, 24)
+    other.load_state_dict(layer.state_dict())
+    weight = other.projection.weight if isinstance(other, LookupFFN) else other.weight_in
+    weight.mul_(1 + 0.01 * torch.randn(weight.shape))
+    right = shares(layer, read_bits(layer, "fp32", x, 500), x)
+    wrong = shares(layer, read_bits(other, "fp32", x, 500), x)
+    assert wrong["bits_differ"] > max(1e-3, 20 * right["bits_differ"])
+    inverted = shares(layer, ~read_bits(layer, "fp32", x, 500), x)
+    assert inverted["bits_differ"] > 0.999
+    assert inverted["tokens_differ"] == 1.0
+
+
+def test_turns_after_the_first_other_one_do_not_count() -> None:
+    exact = torch.tensor([[[True, True, False]], [[False, False, False]]])
+    found = torch.tensor([[[True, False, True]], [[False, False, False]]])
+    values = torch.tensor([[[3.0, 0.5, -2.0]], [[-1.0, -1.0, -1.0]]], dtype=torch.float64)
+    as_path = compare_bits(found, exact, values, path=True)
+    assert (as_path["bits"], as_path["bits_differ"], as_path["codes_differ"]) == (5, pytest.approx(1 / 5), 0.5)
+    assert as_path["widest"] == pytest.approx(0.5 / (values.square().mean().sqrt().item()))
+    assert compare_bits(found, exact, values, path=False)["bits_differ"] == pytest.approx(2 / 6)
+
+
+def test_a_row_that_cannot_be_told_is_refused() -> None:
+    layer = build(replace(TREE, activation="relu"))
+    with pytest.raises(ArithmeticError, match="cannot be told"):
+        read_bits(layer, "fp32", torch.randn(20, 24), 20)
+
+
+def test_result_and_its_table() -> None:
+    cases = (FlipCase(layer="a", d=24, config=SMALL), FlipCase(layer="b", d=24, config=TREE))
+    result = run_flips_bench(cases, batches=(1, 64), tokens=64)
+    again = run_flips_bench(cases, batches=(1, 64), tokens=64)
+    assert result["rows"] == again["rows"]
+    assert result["settings"]["seed"] == 0
+    assert {row["dtype"] for row in result["rows"]} == {"fp32", "bf16", "int8"}
+    for row in result["rows"]:
+        assert row["rms_error"] < (0.9 if row["tokens_differ"] else 0.05)
+        assert row["max_error"] >= row["rms_error"]
+    table = flips_table(result)
+    assert len(table.rows) == len(result["rows"])
+    assert all(len(row) == len(table.head) for row in table.rows)
