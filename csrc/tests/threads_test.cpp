@@ -25,7 +25,7 @@ void on_threads(void*, int64_t workers, void (*body)(int64_t, void*), void* arg)
   for (std::thread& t : threads) t.join();
 }
 
-const int64_t kTokens[] = {1, 3, 17, 40, 300};  // both sides of every regime's border
+const int64_t kTokens[] = {1, 3, 17, 300, 1100};  // both sides of every regime's border
 
 // call(x, y, tokens, host) is one call of a layer that maps width d to d_out.
 template <class Call>
