@@ -107,9 +107,9 @@ LookupHeader lookup_layout(const NogemmLookupSpec& s) {
   h.residual = s.projection == NOGEMM_LOOKUP_BH && s.mix != 1.0;
   h.eps = static_cast<float>(s.eps);
   h.keep = static_cast<float>(1.0 - s.mix);
-  h.slices = static_cast<int32_t>((s.d_out + kTableSlice - 1) / kTableSlice);
-  const int64_t rest = s.d_out - int64_t{h.slices - 1} * kTableSlice;
-  h.last_slice = rest <= kChunk ? kChunk : kTableSlice;
+  h.slices = static_cast<int32_t>((s.d_out + h.slice() - 1) / h.slice());
+  const int64_t rest = s.d_out - (h.slices - 1) * h.slice();
+  h.last_slice = static_cast<int32_t>(rest <= kChunk ? kChunk : h.slice());
 
   int64_t at = round_up(sizeof h, 64);
   const auto section = [&at](int64_t bytes) {
@@ -124,8 +124,8 @@ LookupHeader lookup_layout(const NogemmLookupSpec& s) {
   h.weight_scale = section(products * h.block_out * 4);
   h.proj_bias = section((columns + 16 * s.bits) * 4);
   h.row_scale = section(s.mode == NOGEMM_LOOKUP_INT8 ? s.tables * h.rows() * 4 : 0);
-  h.out_bias = section(int64_t{h.slices} * kTableSlice * 4);
-  const int64_t stored = int64_t{h.slices - 1} * kTableSlice + h.last_slice;
+  h.out_bias = section(h.slices * h.slice() * 4);
+  const int64_t stored = (h.slices - 1) * h.slice() + h.last_slice;
   h.tables_at = section(s.tables * h.rows() * stored * lookup_element_bytes(s.mode));
   h.bytes = at;
   h.checksum = header_checksum(h);

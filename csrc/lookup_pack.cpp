@@ -137,9 +137,9 @@ void store_row(const LookupHeader& h, int64_t row, const float* values, const in
   const int64_t total = h.tables * h.rows(), size = lookup_element_bytes(h.mode);
   char* slice = out + h.tables_at;
   for (int64_t s = 0; s < h.slices; ++s) {
-    const int64_t width = s + 1 == h.slices ? h.last_slice : kTableSlice;
+    const int64_t width = s + 1 == h.slices ? h.last_slice : h.slice();
     char* to = slice + row * width * size;
-    const int64_t first = s * kTableSlice, count = std::min<int64_t>(width, h.d_out - first);
+    const int64_t first = s * h.slice(), count = std::min<int64_t>(width, h.d_out - first);
     for (int64_t c = 0; c < width; ++c) {
       const bool real = c < count;
       if (h.mode == NOGEMM_LOOKUP_FP32) {
@@ -199,7 +199,7 @@ extern "C" const char* nogemm_lookup_pack(const NogemmLookupSpec* spec, void* ou
   copy_padded(spec->gamma, spec->d, to + h.gamma, h.in_width(), 1.0f);
   copy_padded(spec->beta, spec->d, to + h.beta, h.in_width(), 0.0f);
   copy_padded(spec->proj_bias, spec->tables * spec->bits, to + h.proj_bias, (spec->tables + 16) * spec->bits, 0.0f);
-  copy_padded(spec->out_bias, spec->d_out, to + h.out_bias, int64_t{h.slices} * kTableSlice, 0.0f);
+  copy_padded(spec->out_bias, spec->d_out, to + h.out_bias, h.slices * h.slice(), 0.0f);
   pack_projection(*spec, h, to);
   pack_tables(*spec, h, to);
   std::memcpy(to, &h, sizeof h);  // last: a half-filled buffer has no header

@@ -8,7 +8,8 @@
 // fp32 scale per output. Fixed point: activations are scaled per token to |v| <= act_max and the weights of one output to
 // sum |w| * act_max < 2^31, so a 32-bit sum cannot overflow. That is a finer step than bf16's.
 //
-// Tables. [slice][table][row][kTableSlice columns], the last slice is kTableSlice/2 wide if that is enough. Inside each 64 columns
+// Tables. [slice][table][row][columns of the slice], 64 columns in fp32, else 128, the last slice 64 if that is enough. Inside
+// each 64 columns
 //   bf16  the 32-bit word i of every 32 columns holds column i (low half) and 16 + i (high half): two shifts widen it;
 //   int8  byte 16 L + 4 q + i holds column 16 q + 4 L + i, plus 128: interleaving the bytes of four rows inside 128-bit
 //         lanes (the only cheap interleave) then leaves sums of neighbouring columns in neighbouring lanes.
@@ -18,8 +19,7 @@
 namespace nogemm {
 
 inline constexpr uint64_t kLookupMagic = 0x4b4f4f4c4d474e01ull;
-inline constexpr uint32_t kLookupVersion = 1;
-inline constexpr int kTableSlice = 128;   // table columns per slice: their fp32 accumulators fill 8 of 32 AVX-512 registers
+inline constexpr uint32_t kLookupVersion = 2;
 inline constexpr int kChunk = 64;    // columns per int8 interleave group
 
 struct LookupHeader {
@@ -37,7 +37,7 @@ struct LookupHeader {
   int32_t active_blocks;   // blocks of the first round that see anything but padding
   int32_t block_in, block_out;      // multiples of 16
   int32_t columns;         // columns of z per repeat
-  int32_t slices, last_slice;       // width of the last slice: kTableSlice or kTableSlice / 2
+  int32_t slices, last_slice;       // width of the last slice: slice() or 64
   int32_t norm, residual;
   float eps;
   float keep;              // 1 - mix, the share of x in z
@@ -45,13 +45,16 @@ struct LookupHeader {
   int64_t gamma, beta;     // [in_width] fp32, zero behind d
   int64_t weights, weight_scale, proj_bias;  // scale [repeat][round][n out]; bias [T K + 16 K], zero if none
   int64_t tables_at, row_scale;              // scale [T R], int8 only
-  int64_t out_bias;        // [slices kTableSlice]
+  int64_t out_bias;        // [slices slice()]
   int64_t bytes;
 
   // Inlined everywhere: this header is compiled for several instruction sets (see dtype.h).
   [[gnu::always_inline]] int64_t in_width() const { return static_cast<int64_t>(blocks) * block_in; }
   [[gnu::always_inline]] int64_t out_width() const { return static_cast<int64_t>(blocks) * block_out; }
   [[gnu::always_inline]] int64_t rows() const { return int64_t{1} << bits; }
+  // Table columns per slice, at most 128: their fp32 accumulators fill 8 of 32 AVX-512 registers. fp32 rows are long enough
+  // in 64: a group of tables that fits the L2 cache is then twice as many, so sums are kept and fetched half as often.
+  [[gnu::always_inline]] int64_t slice() const { return mode == 0 ? kChunk : 2 * kChunk; }
   [[gnu::always_inline]] int64_t lookups() const { return static_cast<int64_t>(tables) * neighbours; }
 };
 

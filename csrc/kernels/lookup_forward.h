@@ -18,7 +18,8 @@ inline constexpr int64_t kRowsBatch = 16;
 inline constexpr int64_t kFusedBatch = 1023;
 inline constexpr int64_t kChunkTokens = 8192;
 // A worker's second-level cache (2 MB where this was tuned) holds the sums of a block, one group's rows and the next's.
-inline constexpr int64_t kBlockTokens = 1536;
+// fp32 tables are often larger than the last level: fewer blocks read them from memory fewer times.
+NOGEMM_INLINE int64_t block_tokens(const LookupHeader& h) { return h.mode == 0 ? 4128 : 1536; }
 inline constexpr int64_t kGroupBytes = 512 << 10;
 inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
 
@@ -49,7 +50,7 @@ NOGEMM_INLINE int64_t piece_bytes(const LookupHeader& h, int64_t piece) {
   return round_up(bytes, 64);
 }
 NOGEMM_INLINE int64_t worker_bytes(const LookupHeader& h, int64_t piece) {
-  const int64_t sums = (piece > kBlockTokens ? piece : kBlockTokens) * kTableSlice * 4;
+  const int64_t block = block_tokens(h), sums = (piece > block ? piece : block) * h.slice() * 4;
   return place_hash_scratch(h, piece, nullptr, nullptr) + piece_bytes(h, piece) + sums + 4096;
 }
 
@@ -93,7 +94,7 @@ NOGEMM_INLINE int64_t row_element(const LookupHeader& h) { return h.mode == 0 ? 
 
 NOGEMM_INLINE const char* slice_rows(const Layer& l, int64_t slice) {
   const LookupHeader& h = *l.h;
-  return l.at + h.tables_at + slice * h.tables * h.rows() * kTableSlice * row_element(h);
+  return l.at + h.tables_at + slice * h.tables * h.rows() * h.slice() * row_element(h);
 }
 
 // Memory that a pass fetches for the next one, besides its own rows.
@@ -106,23 +107,24 @@ struct Soon {
 NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int64_t to, const Lookups& lookups,
                                 int64_t tokens, float* sums, Output y, bool ahead, Soon soon) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice, size = row_element(h);
-  const int64_t left = h.d_out - slice * kTableSlice;
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice(), size = row_element(h);
+  const int64_t left = h.d_out - slice * h.slice();
   GatherPass g;
   g.rows = slice_rows(l, slice);
   g.row_bytes = width * size;
   g.chunks = width / kChunk;
   g.columns = left < width ? left : width;
-  g.bias = Layer::floats(l, h.out_bias) + slice * kTableSlice;
+  g.bias = Layer::floats(l, h.out_bias) + slice * h.slice();
   g.from = from;
   g.to = to;
   g.first = from == 0;
   g.last = to == lookups.count;
   g.sums = sums;
-  g.next_rows = slice + 1 < h.slices && h.last_slice == kTableSlice ? slice_rows(l, slice + 1) : nullptr;
+  g.sums_stride = h.slice();
+  g.next_rows = slice + 1 < h.slices && h.last_slice == h.slice() ? slice_rows(l, slice + 1) : nullptr;
   g.soon = soon.at;
   g.soon_bytes = soon.bytes;
-  y.y += slice * kTableSlice * (y.dtype == 0 ? 4 : 2);
+  y.y += slice * h.slice() * (y.dtype == 0 ? 4 : 2);
   if (h.mode == 0) (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
   if (h.mode == 1) (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
   if (h.mode == 2) (ahead ? gather_tokens<uint8_t, true> : gather_tokens<uint8_t, false>)(g, lookups, tokens, y);
@@ -143,7 +145,7 @@ NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t sta
 // The rows of a few tokens, all slices: as many in flight as the memory system takes, before the first is needed.
 NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t slice) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice, bytes = width * row_element(h);
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice(), bytes = width * row_element(h);
   const char* rows = slice_rows(l, slice);
   for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, lookups.index + e);
 }
@@ -229,12 +231,12 @@ struct GatherPlan {
 NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
   const LookupHeader& h = *c.layer.h;
   GatherPlan p;
-  const int64_t most = kBlockTokens / c.cut.piece;
+  const int64_t most = block_tokens(h) / c.cut.piece;
   p.blocks = (c.cut.pieces + most - 1) / most;
   if (h.slices % 2 == 1) p.blocks = round_up(p.blocks, 2);  // an even number of pieces: two threads get as many each
   p.per_block = (c.cut.pieces + p.blocks - 1) / p.blocks;
   p.count = padded_lookups(h);
-  const int64_t table_bytes = h.rows() * kTableSlice * row_element(h);
+  const int64_t table_bytes = h.rows() * h.slice() * row_element(h);
   const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
   p.group = round_up(fit * h.neighbours, 4);
   p.bulk = p.per_block * c.cut.piece * h.neighbours >= h.rows();
@@ -244,7 +246,7 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
 // The tables of the lookups from .. from + group of a slice.
 NOGEMM_INLINE Soon group_rows(const Layer& l, const GatherPlan& p, int64_t slice, int64_t from) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : kTableSlice;
+  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice();
   const int64_t to = from + p.group < h.lookups() ? from + p.group : h.lookups();
   const int64_t first = from / h.neighbours, end = (to + h.neighbours - 1) / h.neighbours;
   const int64_t table = h.rows() * width * row_element(h);
@@ -294,7 +296,7 @@ static void run_gather(int64_t worker, void* arg) {
         const int64_t begin = soon.bytes * (piece - first) / pieces, stop = soon.bytes * (piece - first + 1) / pieces;
         const Lookups lookups = tile_lookups(c, tokens, c.lookups + piece * piece_bytes(h, c.cut.piece));
         gather_piece(c.layer, slice, from, last_group ? p.count : from + p.group, lookups, tokens,
-                     w.sums + (at - first * c.cut.piece) * kTableSlice, output_at(c, c.start + at), !p.bulk,
+                     w.sums + (at - first * c.cut.piece) * h.slice(), output_at(c, c.start + at), !p.bulk,
                      {soon.at + begin, stop - begin});
       }
     }

@@ -18,7 +18,8 @@ struct GatherPass {
   const float* bias;        // of the slice
   int64_t from, to;         // lookups, multiples of 4 for integer scores
   bool first, last;         // start from zero; add the bias and write y
-  float* sums;              // [token][kTableSlice] between passes
+  float* sums;              // [token][sums_stride] between passes
+  int64_t sums_stride;
   const char* next_rows;    // AHEAD: the rows wanted after the last token's (null: none)
   const char* soon;         // memory wanted in the next pass, fetched into L2 a little per token
   int64_t soon_bytes;
@@ -218,7 +219,7 @@ static void gather_tokens(const GatherPass& g, const Lookups& l, int64_t tokens,
     const bool more = n + 1 < tokens;
     const char* next_rows = more || g.next_rows == nullptr ? g.rows : g.next_rows;
     const int64_t next = more ? n + 1 : 0;
-    float* sums = g.sums + n * kTableSlice;
+    float* sums = g.sums + n * g.sums_stride;
     int64_t chunk = 0;
     if constexpr (kPassChunks > 1)
       for (; chunk + kPassChunks <= g.chunks; chunk += kPassChunks)

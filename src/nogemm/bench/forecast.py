@@ -25,7 +25,7 @@ from nogemm.cost import distinct_rows
 FEATURES = {"hash": ("arithmetic", "weights", "call"), "gather": ("rows from L2", "distinct rows", "call")}
 # What the kernels do (csrc/kernels/lookup_forward.h): tokens per tile by batch, tokens per block of the gather.
 _TILES = ((16, 4), (63, 16), (1023, 32), (1 << 60, 48))
-_FUSED, _BLOCK = 1023, 1376
+_FUSED, _BLOCK = 1023, {4: 4096, 2: 1376, 1: 1376}
 _EXPONENTIAL = 7  # multiply-adds per bit, for its sigmoid
 
 
@@ -90,7 +90,7 @@ def features(phase: str, s: LookupShape, machine: Machine) -> list[float]:
     if phase == "hash":
         return [slower * _slots(s) * 2 / machine.peak_gflops * 1e-3, slower * _weights(s, pieces, machine), 1.0]
     row = s.d_out * s.itemsize
-    blocks = 1 if s.batch <= _FUSED else max(1, round(s.batch / _BLOCK))
+    blocks = 1 if s.batch <= _FUSED else max(1, round(s.batch / _BLOCK[s.itemsize]))
     near = s.batch * s.tables * s.neighbours * row
     distinct = blocks * s.tables * distinct_rows(s.batch * s.neighbours / blocks, 2**s.bits) * row
     return [slower * near / machine.l2 * 1e-3, slower * machine.level_time(distinct, s.table_bytes), 1.0]
