@@ -227,6 +227,22 @@ def test_the_sketch_follows_the_weights() -> None:
         assert loaded(x).equal(layer(x))
 
 
+def test_the_sketch_follows_an_optimiser_that_leaves_no_trace() -> None:
+    layer = HireConfig(keep=0.1).build(40, hidden=200, activation="relu").eval()
+    loaded, x = copy.deepcopy(layer), torch.randn(50, 40)
+    optimiser = torch.optim.AdamW(layer.parameters(), lr=0.05, fused=True)
+    before = layer.up._version
+    for _ in range(2):
+        layer(x).square().sum().backward()
+        optimiser.step()
+    assert layer.up._version == before  # what makes the weights look as if nothing had happened
+    loaded.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        assert layer.sketch().codes_FR.equal(loaded.sketch().codes_FR)
+        assert layer(x).equal(loaded(x))
+        assert layer.pack()(x).equal(loaded.pack()(x))
+
+
 @pytest.mark.parametrize("select", ["topk", "statistical", "active"])
 def test_odd_tokens(select: str) -> None:
     layer = build(HireConfig(keep=0.1, select=select), "relu", False)

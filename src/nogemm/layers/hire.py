@@ -208,6 +208,8 @@ class HireFFN(FFN):
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         chosen = self.choose(x_ND)
+        if torch.is_grad_enabled() and self.selector[0].requires_grad:
+            self._cached = None  # the step that follows may leave no trace: torch's fused optimisers count no version
         return self.at(x_ND, chosen.kept_NK, chosen.known_NK)
 
     def at(self, x_ND: Tensor, index_NK: Tensor, known_NK: Tensor | None = None) -> Tensor:
