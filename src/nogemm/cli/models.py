@@ -81,6 +81,7 @@ def distil(
     tokens: Annotated[int | None, typer.Option(help="Budget in tokens.")] = None,
     max_seconds: Annotated[float | None, typer.Option(help="Budget in seconds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order of the data.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or lazy-adam for trees.")] = None,
     set_: Set = None,
     json: Json = None,
 ) -> None:
@@ -89,7 +90,7 @@ def distil(
     from nogemm.bench.models import load_tokenizer
 
     choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
-    named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field}
+    named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field, "optimizer": optimizer}
     choices |= {name: value for name, value in named.items() if value is not None}
     run = run or output.with_name(output.name + "-run")
     loaded, dense, tokenizer = load_model(model), load_model(teacher), load_tokenizer(teacher)

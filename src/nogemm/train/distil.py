@@ -22,10 +22,10 @@ from nogemm.train import checkpoint as ckpt
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.feed import Feed, open_feed
-from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts
+from nogemm.train.guards import changed_options, evaluation_mode, gradients_for, interrupts, sparse_rows
 from nogemm.train.losses import Spread
 from nogemm.train.memory import keep_freed_memory
-from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates
+from nogemm.train.optim import load_optimiser_tensors, make_optimiser, optimiser_tensors, rate_factor, set_rates, settle
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.progress import Progress, logger
 from nogemm.train.sources import describe
@@ -172,20 +172,22 @@ class Run:
         report = self.reports[index]
         saved = begun = time.monotonic()
         seconds_before = report.seconds
-        with gradients_for(stage, self.model):
+        with gradients_for(stage, self.model), sparse_rows(self.model, self.options.optimizer == "lazy-adam"):
             while self.fraction() < high and not self.stopped:
                 part = (self.fraction() - low) / (high - low)
                 set_rates(optimiser, rates, rate_factor(part, self.options.warmup))
                 losses = self._step(stage, optimiser, next(self.feed.batches))
                 report.add(losses, seconds_before + time.monotonic() - begun, self.tokens)
                 progress.update(name, min(self.fraction(), 1.0), self.tokens, losses["loss"])
-                self._validate_when_due()
+                self._validate_when_due(optimiser)
                 due = time.monotonic() - saved >= self.options.checkpoint_seconds
                 if stop.is_set() or due:
                     self.save(index, (optimiser, stage))
                     saved = time.monotonic()
                 if stop.is_set():
+                    settle(optimiser)  # not before saving: a resumed run goes on as if nobody had looked
                     raise TrainingInterrupted(self._how_to_resume())
+        settle(optimiser)
         if isinstance(stage, LayerStage) and self.options.solve_tokens:
             taken = self.feed.take(self.options.solve_tokens)
             self.tokens += sum(batch.tokens for batch in taken)
@@ -209,13 +211,14 @@ class Run:
         self.tokens += batch.tokens
         return mean
 
-    def _validate_when_due(self) -> None:
+    def _validate_when_due(self, optimiser: torch.optim.Optimizer) -> None:
         """Measure agreement every `validate_tokens` tokens; stop at the target, or when it no longer rises."""
         options = self.options
         measured = int(self.history[-1]["tokens"]) if self.history else 0
         due = options.validate_tokens and self.tokens >= measured + options.validate_tokens
         if self.feed.validation is None or not due:
             return
+        settle(optimiser)
         value = self.feed.validation.agreement(self.model)
         self.history.append({"tokens": self.tokens, "seconds": self.seconds(), "agreement": value})
         logger.info("agreement on the validation texts after %s tokens: %.4f", f"{self.tokens:,}", value)

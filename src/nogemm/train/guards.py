@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from nogemm.convert.sites import converted
+from nogemm.layers import TreeFFN
 from nogemm.train.stages import Stage
 
 
@@ -42,6 +44,20 @@ def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def sparse_rows(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let the layers that can give gradients of their visited rows alone do so, if `wanted`."""
+    layers = [layer for layer in converted(model).values() if isinstance(layer, TreeFFN)]
+    before = [layer.row_sparse for layer in layers]
+    for layer in layers:
+        layer.row_sparse = layer.row_sparse or wanted
+    try:
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.row_sparse = flag
+
+
+@contextmanager
 def interrupts() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C into an event that is looked at between steps; a second one interrupts at once."""
     event = threading.Event()
@@ -65,6 +81,7 @@ def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
     free = {"log_seconds", "checkpoint_seconds"}
     before = {**before, "hidden_map": as_tuple(before["hidden_map"]), "field": as_tuple(before["field"])}
+    before.setdefault("optimizer", "adamw")  # what versions had that knew no other
     now = {**now, "hidden_map": as_tuple(now["hidden_map"]), "field": as_tuple(now["field"])}
     return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
 

@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.errors import ConfigError
+from nogemm.train.lazy_adam import LazyAdam
 from nogemm.train.options import DistilOptions
+
+_BETAS, _EPS = (0.9, 0.98), 1e-8
 
 
 def layer_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
@@ -40,8 +43,8 @@ def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embedding
 
 def make_optimiser(
     groups: Mapping[str, list[nn.Parameter]], options: DistilOptions, factor: float = 1.0
-) -> tuple[torch.optim.AdamW, dict[str, float]]:
-    """Make AdamW with one group for each non-empty entry whose rate is above 0; return it and the peak rates.
+) -> tuple[torch.optim.Optimizer, dict[str, float]]:
+    """Make the optimiser with one group for each non-empty entry whose rate is above 0; return it and the peak rates.
 
     `factor` scales the rates of the new layers, not that of the backbone.
     """
@@ -62,8 +65,15 @@ def make_optimiser(
                 rows.append({"params": part, "lr": rates[name], "weight_decay": decay, "name": name})
     if not rows:
         raise ConfigError("distil: nothing to train: every group of parameters is empty or has a rate of 0")
-    optimiser = torch.optim.AdamW(rows, betas=(0.9, 0.98), eps=1e-8, fused=True)
-    return optimiser, rates
+    if options.optimizer == "lazy-adam":
+        return LazyAdam(rows, betas=_BETAS, eps=_EPS), rates
+    return torch.optim.AdamW(rows, betas=_BETAS, eps=_EPS, fused=True), rates
+
+
+def settle(optimiser: torch.optim.Optimizer) -> None:
+    """Bring the rows that rested up to date, before somebody looks at them."""
+    if isinstance(optimiser, LazyAdam):
+        optimiser.settle()
 
 
 def set_rates(optimiser: torch.optim.Optimizer, rates: Mapping[str, float], factor: float) -> None:
@@ -82,7 +92,7 @@ def rate_factor(fraction: float, warmup: float) -> float:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
     """Scale gradients down to a norm of at most `largest`; return the norm before, which may be NaN or infinite."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [_numbers(p) for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0
     norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -90,6 +100,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
         for gradient in gradients:
             gradient.mul_(largest / norm)
     return norm
+
+
+def _numbers(parameter: nn.Parameter) -> Tensor:
+    """Return what a parameter's gradient holds, to be changed in place: of a sparse one the visited rows."""
+    assert parameter.grad is not None
+    if not parameter.grad.is_sparse:
+        return parameter.grad
+    parameter.grad = parameter.grad.coalesce()  # a row in two parts would count twice in the norm
+    return parameter.grad.values()
 
 
 def optimiser_tensors(optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -28,6 +28,8 @@ class DistilOptions:
         stage2_rate: factor on the rates of projections, tables and others in stage 2, where they are already fitted.
         lr_backbone: learning rate of the rest of the model in stage 2; 0 freezes it.
         weight_decay: of matrices outside the tables.
+        optimizer: "adamw", or "lazy-adam": a TreeFFN's gradients hold the visited rows alone, and only those rows are
+            stepped (see `LazyAdam`); all else is stepped as by AdamW.
         train_embeddings: also train token embeddings in stage 2 (large, and most rows see few tokens).
         warmup: part of a stage over which the rates rise from zero.
         clip: largest gradient norm, for each new layer in stage 1 and for the model in stage 2.
@@ -60,6 +62,7 @@ class DistilOptions:
     stage2_rate: float = 0.2
     lr_backbone: float = 2e-4
     weight_decay: float = 0.0
+    optimizer: str = "adamw"
     train_embeddings: bool = False
     warmup: float = 0.02
     clip: float = 1.0
@@ -84,6 +87,8 @@ class DistilOptions:
                 raise ConfigError(f"distil: {name} must lie between {low} and {high}, got {name}={value!r}")
         if self.output not in OUTPUTS:
             raise ConfigError(f"distil: output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"distil: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if (self.patience or self.target is not None) and not self.validate_tokens:
             raise ConfigError("distil: patience and target need validate_tokens")
 
@@ -93,6 +98,7 @@ class DistilOptions:
 
 
 OUTPUTS = ("auto", "embedding", "logits", "mlm", "none")
+OPTIMIZERS = ("adamw", "lazy-adam")
 _LARGE = float("inf")
 _RANGES = (
     ("tokens", 1, _LARGE),
