@@ -12,7 +12,8 @@ import torch
 from nogemm.bench import layer as bench
 from nogemm.bench.check import token_errors
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
-from nogemm.bench.layer_job import dense_work, our_bound, our_layer, rounded, row_bytes, runs_native
+from nogemm.bench.layer_job import dense_work, our_layer, row_bytes, runs_native
+from nogemm.bench.rounding import our_bound, rounded
 from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
 from nogemm.layers import LookupFFN

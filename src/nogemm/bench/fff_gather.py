@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench.check import DENSE_BOUNDS, compare, some_rows
-from nogemm.bench.layer_job import TREE_BOUND, DenseStack, LayerContender
+from nogemm.bench.layer_job import DenseStack, LayerContender
+from nogemm.bench.rounding import TREE_BOUND
 from nogemm.layers import TreeConfig, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS
 

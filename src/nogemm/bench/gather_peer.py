@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from nogemm.bench.check import compare, some_rows
-from nogemm.bench.layer_job import LayerContender, our_bound, our_layer
+from nogemm.bench.layer_job import LayerContender, our_layer
+from nogemm.bench.rounding import our_bound
 from nogemm.layers import LookupFFN
 
 EMBEDDING_BAG = "embedding-bag-fp32"

@@ -13,27 +13,24 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench import peers
-from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
+from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows
 from nogemm.bench.pool import TokenPool
+from nogemm.bench.rounding import check_packed, rounded
 from nogemm.config import layer_class, parse_set
-from nogemm.layers import FFN, DenseFFN, HireFFN, LookupFFN, ShuffleFFN, TreeFFN
+from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN
 from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
 from nogemm.layers.hashed_neurons import HashedNeurons
 from nogemm.layers.shuffle import PackedShuffle
-from nogemm.layers.tree_packed import round_tree
 from nogemm.ops import native_available
 
 # As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
 COPIES = 12
 COPIED_BATCH = 8
 _CALIBRATION = 16
-DYNAMIC_INT8 = (DenseFFN, ShuffleFFN)
 _MEASURED = 256  # tokens whose recall is measured
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
 # A packed tree's rows against float32: in-rows stay in 16 bits when out-rows go to 8.
 TREE_BYTES = {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}
-# One token in a thousand (and one of any number) may go another way, where z is nearly at its threshold.
-TREE_BOUND = Bound(rms=0.2, token=1e-3, share=1e-3, outlier=3.0)
 
 
 class DenseStack(nn.Module):
@@ -200,15 +197,11 @@ class OurContender(LayerContender):
             return module(x_ND.to(dtype))
 
         with torch.inference_mode():
+            facts = check_packed(self.layer, y_ND, self.settings["dtype"], answer)
             if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
-                # Rounding sends some tokens another way altogether, so the rounded layer is what must be met.
-                exact = copy.deepcopy(twin).double()(x_ND.double())
                 way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
-                return compare(y_ND, exact, TREE_BOUND) | {"other_way": float(way)}
-            reference = answer(copy.deepcopy(self.layer).double(), torch.float64)
-            rounded_errors = token_errors(answer(twin, torch.float32), reference)
-        dynamic = isinstance(self.layer, DYNAMIC_INT8)
-        return compare(y_ND, reference, our_bound(self.settings["dtype"], rounded_errors, dynamic))
+                facts |= {"other_way": float(way)}
+        return facts
 
     def run(self, inputs: Any) -> Any:
         with torch.inference_mode():
@@ -241,41 +234,6 @@ def our_layer(settings: dict[str, Any]) -> FFN:
 
     layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
     return layers[settings["site"]].eval().requires_grad_(False)
-
-
-def rounded(layer: FFN, dtype: str) -> FFN:
-    """Return the unpacked layer with weights rounded as `pack(dtype)` rounds them; its error is what is allowed."""
-    if isinstance(layer, TreeFFN):
-        return round_tree(layer, dtype)
-    if isinstance(layer, HireFFN):
-        return layer.rounded(dtype)
-    twin = copy.deepcopy(layer)
-    if dtype == "fp32":
-        return twin
-    if not isinstance(twin, LookupFFN):
-        return twin.to(torch.bfloat16)
-    if twin.config.storage == "fp32":
-        twin.compress(dtype)
-    scale = twin.row_scale
-    twin.to(torch.bfloat16)
-    twin.row_scale = scale  # scales stay float32 when packed
-    return twin
-
-
-def our_bound(dtype: str, rounded_errors: Tensor, dynamic_int8: bool = False) -> Bound:
-    """Bound our error: exact arithmetic in fp32, else twice what rounding costs the unpacked layer.
-
-    In fp32 one token in a thousand (and one of any number) may read another row, where a bit's value is nearly zero.
-    Layers packed as torch's dynamic int8 round activations too, so they get the bound of a dense int8 engine.
-    """
-    if dtype == "fp32":
-        return Bound(rms=0.1, token=1e-3, share=1e-3, outlier=1.0)
-    rms, worst = float(rounded_errors.square().mean().sqrt()), float(rounded_errors.max())
-    bound = Bound(rms=min(2 * rms + 5e-3, 0.5), token=min(3 * worst + 2e-2, 1.5))
-    if dtype == "int8" and dynamic_int8:
-        least = DENSE_BOUNDS["int8"]
-        return Bound(rms=max(bound.rms, least.rms), token=max(bound.token, least.token))
-    return bound
 
 
 def dense_work(width: int, hidden: int, tokens: int, precision: str, gated: bool = False) -> tuple[float, float]:
