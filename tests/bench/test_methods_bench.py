@@ -31,7 +31,7 @@ TINY: dict[str, Any] = {
     "seconds": 0.005,
     "pool_cap_bytes": 1 << 20,
 }
-OURS = ("leaf_tree", "lookup", "mongoose", "no", "shuffle", "slide", "switch", "tree", "yoso")
+OURS = layer_kinds()
 CHUNKED = "nogemm-slide-chunk128"
 
 
@@ -173,7 +173,7 @@ def test_bad_values_are_named(change: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
-@pytest.mark.parametrize("kind", ["dense", *OURS])
+@pytest.mark.parametrize("kind", OURS)
 def test_every_layer_passes_its_check_in_low_precision(kind: str, dtype: str) -> None:
     """The check that comes before timing, without the timing; and it notices another token's answer."""
     args = MethodsBenchArgs(d=64, hidden=128, methods=(kind,))
