@@ -11,6 +11,8 @@ import nogemm
 from nogemm.errors import ConfigError, DtypeError, ShapeError
 from nogemm.layers import DenseConfig, DenseFFN, LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.leaf_tree import hardening_loss, leaf_balance_loss, leaf_probabilities
+from nogemm.layers.leaf_tree_packed import PackedLeafTree
+from nogemm.testing.compare import check_equal
 
 SHAPES = [(0, 3, 5, 7, 0), (1, 1, 4, 4, 0), (3, 8, 16, 16, 0), (4, 2, 9, 6, 3)]
 
@@ -224,11 +226,12 @@ def test_fitting_one_token_and_none() -> None:
     assert torch.isfinite(layer.eval()(torch.randn(3, 4))).all()
 
 
+@pytest.mark.parametrize("path", ["rows", "dense"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed(shape: tuple[int, int, int, int, int], dtype: str) -> None:
+def test_packed(shape: tuple[int, int, int, int, int], dtype: str, path: str) -> None:
     layer = build(*shape)
-    packed = nogemm.pack(layer, dtype=dtype)
+    packed = nogemm.pack(layer, dtype=dtype, path=path)
     x = torch.randn(7, 5, shape[2])
     if dtype == "fp32":
         torch.testing.assert_close(packed(x), layer(x))
@@ -240,6 +243,31 @@ def test_packed(shape: tuple[int, int, int, int, int], dtype: str) -> None:
         twin.node.copy_(rounded)
     error = (packed(x) - twin(x)).norm() / twin(x).norm()
     assert 0 < float(error) < (0.01 if dtype == "bf16" else 0.03)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_packed_reads_named_rows_in_one_call_and_sorts_large_batches(
+    isa: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = build(3, 5, 40, 24, 3).pack(dtype)
+    assert isinstance(packed, PackedLeafTree)
+    named: list[int] = []
+    plain = type(packed.neurons).named
+    monkeypatch.setattr(
+        type(packed.neurons), "named", lambda self, x, mask: named.append(len(x)) or plain(self, x, mask)
+    )
+    packed.fix_path("auto")
+    assert 1 < packed.sorted_from < 20_000
+    x = torch.randn(packed.sorted_from, 40)
+    few, many = packed(x[:-1]), packed(x)
+    assert named == [len(x) - 1]
+    torch.testing.assert_close(many[:-1], few, rtol=1e-4, atol=1e-4)
+    packed.fix_path("rows")
+    torch.set_num_threads(1)
+    one = packed(x)
+    torch.set_num_threads(2)
+    check_equal("two threads", packed(x), one)
+    check_equal("one by one", torch.cat([packed(row) for row in x[:20].split(1)]), one[:20])
 
 
 def test_packed_accepts_half_and_refuses_training() -> None:
@@ -256,7 +284,7 @@ def test_a_token_that_is_not_finite_spoils_itself_alone(bad: float) -> None:
         x = torch.randn(6, 8)
         clean = x.clone()
         x[2, 3] = bad
-        for run in (layer, nogemm.pack(layer)):
+        for run in (layer, layer.pack(path="rows"), layer.pack(path="dense")):
             y = run(x)
             assert y[2].isnan().all()
             keep = [0, 1, 3, 4, 5]
@@ -268,7 +296,7 @@ def test_all_tokens_in_one_leaf_and_no_token() -> None:
     with torch.no_grad():
         layer.node_bias.fill_(1e6)
     assert set(layer.leaves(torch.randn(9, 8)).tolist()) == {7}
-    for run in (layer, nogemm.pack(layer)):
+    for run in (layer, layer.pack(path="rows"), layer.pack(path="dense")):
         assert run(torch.randn(0, 8)).shape == (0, 8)
         assert run(torch.randn(9, 8)).shape == (9, 8)
 
