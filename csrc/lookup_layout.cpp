@@ -14,6 +14,9 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 
 bool power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
+// Of each repeat.
+int64_t lookup_columns(const NogemmLookupSpec& s) { return s.columns > 0 ? s.columns : lookup_padded_width(s.d); }
+
 uint64_t header_checksum(const LookupHeader& h) {
   const auto* p = reinterpret_cast<const unsigned char*>(&h) + 16;
   uint64_t sum = 0xcbf29ce484222325ull;
@@ -50,7 +53,10 @@ const char* lookup_check_spec(const NogemmLookupSpec& s) {
   if (s.neighbours > (int64_t{1} << s.bits))
     return lookup_say("neighbours = %lld: %lld bits give only %lld rows", (long long)s.neighbours, (long long)s.bits,
                1ll << s.bits);
-  if (s.score < 0 || s.score > 1) return lookup_say("score %lld: must be 0 (gelu) or 1 (sigmoid)", (long long)s.score);
+  if (s.score < 0 || s.score > 2)
+    return lookup_say("score %lld: must be 0 (gelu), 1 (sigmoid) or 2 (constant)", (long long)s.score);
+  if (s.score == NOGEMM_LOOKUP_CONSTANT && s.neighbours != 1)
+    return lookup_say("neighbours = %lld: a constant score knows one", (long long)s.neighbours);
   if (s.projection < 0 || s.projection > 1)
     return lookup_say("projection %lld: must be 0 (dense) or 1 (BH)", (long long)s.projection);
   if (s.projection == NOGEMM_LOOKUP_BH) {
@@ -58,10 +64,14 @@ const char* lookup_check_spec(const NogemmLookupSpec& s) {
     if (s.rounds < 1 || s.rounds > 1024) return lookup_say("rounds = %lld: must be 1 to 1024", (long long)s.rounds);
     if (!power_of_two(s.block) || s.block > width)
       return lookup_say("block = %lld: must be a power of two that divides %lld", (long long)s.block, (long long)width);
-    if (s.repeats < 1 || s.repeats != (s.tables * s.bits + width - 1) / width)
-      return lookup_say("repeats = %lld: %lld columns of width %lld need %lld", (long long)s.repeats,
-                 (long long)(s.tables * s.bits), (long long)width,
-                 (long long)((s.tables * s.bits + width - 1) / width));
+    if (s.columns < 0 || s.columns > width)
+      return lookup_say("columns = %lld: must be 0 to %lld", (long long)s.columns, (long long)width);
+    const int64_t taken = lookup_columns(s), needed = (s.tables * s.bits + taken - 1) / taken;
+    if (s.repeats < 1 || s.repeats != needed)
+      return lookup_say("repeats = %lld: %lld columns, %lld from each, need %lld", (long long)s.repeats,
+                 (long long)(s.tables * s.bits), (long long)taken, (long long)needed);
+  } else if (s.columns != 0) {
+    return lookup_say("columns = %lld: a dense projection has no repeats", (long long)s.columns);
   } else if (s.mix != 1.0) {
     return lookup_say("mix = %g: a dense projection has no residual", s.mix);
   }
@@ -99,7 +109,7 @@ LookupHeader lookup_layout(const NogemmLookupSpec& s) {
     h.block_in = h.block_out = static_cast<int32_t>(block);
     h.blocks = static_cast<int32_t>(std::max<int64_t>(1, width / block));
     h.active_blocks = static_cast<int32_t>((s.d + block - 1) / block);
-    h.columns = static_cast<int32_t>(width);
+    h.columns = static_cast<int32_t>(lookup_columns(s));
   }
   h.fixed_point = s.mode != NOGEMM_LOOKUP_FP32;
   h.act_max = h.block_in <= 128 ? 16383.0f : 8191.0f;  // wide sums leave fewer bits: weights need them more

@@ -17,7 +17,7 @@ extern "C" {
 #endif
 
 enum { NOGEMM_LOOKUP_FP32 = 0, NOGEMM_LOOKUP_BF16 = 1, NOGEMM_LOOKUP_INT8 = 2 };   // mode, and tables_dtype
-enum { NOGEMM_LOOKUP_GELU = 0, NOGEMM_LOOKUP_SIGMOID = 1 };                        // score
+enum { NOGEMM_LOOKUP_GELU = 0, NOGEMM_LOOKUP_SIGMOID = 1, NOGEMM_LOOKUP_CONSTANT = 2 };  // score
 enum { NOGEMM_LOOKUP_DENSE = 0, NOGEMM_LOOKUP_BH = 1 };                            // projection
 enum { NOGEMM_X_FP32 = 0, NOGEMM_X_BF16 = 1, NOGEMM_X_FP16 = 2 };                  // dtype of x and y
 
@@ -29,11 +29,11 @@ typedef struct NogemmLookupSpec {
   int64_t tables;        // T >= 1, with T 2^K < 2^31
   int64_t bits;          // K in 1..16
   int64_t neighbours;    // 1, 2 or 4, at most 2^K
-  int64_t score;         // NOGEMM_LOOKUP_GELU (A P) | NOGEMM_LOOKUP_SIGMOID (P)
+  int64_t score;         // NOGEMM_LOOKUP_GELU (A P) | SIGMOID (P) | CONSTANT (1 / T, with one neighbour)
   int64_t projection;    // NOGEMM_LOOKUP_DENSE | NOGEMM_LOOKUP_BH
   int64_t rounds;        // BH: m >= 1
   int64_t block;         // BH: b, a power of two that divides D = the next power of two >= d
-  int64_t repeats;       // BH: r with r D >= T K
+  int64_t repeats;       // BH: the least r with r columns >= T K
   int64_t tables_dtype;  // dtype of `tables`: NOGEMM_LOOKUP_FP32 | BF16 | INT8
   double eps;            // LayerNorm
   double mix;            // BH: z = mix * BH(x) + (1 - mix) * x; 1 for none
@@ -44,6 +44,7 @@ typedef struct NogemmLookupSpec {
   const void* table_rows;     // [T, R, d_out] of tables_dtype
   const float* row_scale;     // [T, R] when tables_dtype is INT8, else null
   const float* out_bias;      // [d_out] or null
+  int64_t columns;            // BH: how many columns of each repeat z takes, at most D; 0: all D
 } NogemmLookupSpec;
 
 // Bytes of the packed buffer; -1 for a specification that nogemm_lookup_pack would refuse.

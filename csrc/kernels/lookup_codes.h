@@ -1,5 +1,6 @@
 // From z to lookups: which rows, and how much of each. One lane is one (token, table).
 //
+// A constant score is 1 / T for every table's code.
 // u_j = |z_j|, A = sum u, P = prod 1 / (1 + exp(-2 u_j)). The code's bit j (most significant first) is z_j > 0. The
 // neighbour that flips the bits F has weight P exp(-2 sum_F u) and, for the gelu score, A - 2 sum_F u in front.
 #pragma once
@@ -91,6 +92,31 @@ NOGEMM_INLINE void encode(int bits, int neighbours, bool gelu, Bit bit, Encoded&
     const I pair = small.mask[0] | small.mask[1];
     const M single = lt(small.u[2], both) | (eq(small.u[2], both) & lt(small.mask[2], pair));
     add_neighbour<FINE>(out, 3, gelu, a, p, blend(single, small.u[2], both), blend(single, small.mask[2], pair), broken);
+  }
+}
+
+// Codes alone. A z that is NaN or infinite still shows in the score.
+template <class Bit>
+NOGEMM_INLINE void encode_signs(int bits, F score, Bit bit, Encoded& out) {
+  I code = set1(int32_t{0});
+  for (int j = 0; j < bits; ++j) {
+    const F z = bit(j);
+    code = blend(gt(z, zero()), code | set1(int32_t{1} << (bits - 1 - j)), code);
+    score = fma(z, zero(), score);
+  }
+  out.code[0] = code;
+  out.score[0] = score;
+}
+
+// What the layer asks for: 16-bit scores need less of the exponential.
+template <class Bit>
+NOGEMM_INLINE void encode_lookups(const LookupHeader& h, Bit bit, Encoded& out) {
+  if (h.score == 2) {
+    encode_signs(h.bits, set1(1.0f / static_cast<float>(h.tables)), bit, out);
+  } else if (h.mode == 2) {
+    encode<false>(h.bits, h.neighbours, h.score == 0, bit, out);
+  } else {
+    encode<true>(h.bits, h.neighbours, h.score == 0, bit, out);
   }
 }
 

@@ -99,11 +99,7 @@ NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, floa
     const M real = lt(lane, set1(static_cast<int32_t>(left < kLanes ? left : kLanes)));
     Encoded e;
     const auto bit = [z, step, table, &h](int j) { return gather(z + table * h.bits + j, step); };
-    if (h.mode == 2) {
-      encode<false>(h.bits, h.neighbours, h.score == 0, bit, e);
-    } else {
-      encode<true>(h.bits, h.neighbours, h.score == 0, bit, e);
-    }
+    encode_lookups(h, bit, e);
     const I first = times(lane + set1(static_cast<int32_t>(table)), int32_t{1} << h.bits);
     for (int f = 0; f < h.neighbours; ++f) {
       const I index = blend(real, e.code[f] | first, set1(int32_t{0}));

@@ -133,11 +133,7 @@ NOGEMM_INLINE void tile_encode(const Layer& l, int64_t table, const float* z, co
   for (int v = 0; v < NV; ++v) {
     Encoded e;
     const auto bit = [z, v](int j) { return load(z + (j * NV + v) * kLanes); };
-    if (h.mode == 2) {
-      encode<false>(h.bits, h.neighbours, h.score == 0, bit, e);
-    } else {
-      encode<true>(h.bits, h.neighbours, h.score == 0, bit, e);
-    }
+    encode_lookups(h, bit, e);
     for (int f = 0; f < h.neighbours; ++f) {
       const int64_t at = (table * h.neighbours + f) * out.width + v * kLanes;
       const I index = e.code[f] | set1(static_cast<int32_t>(table << h.bits));

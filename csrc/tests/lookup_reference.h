@@ -23,11 +23,12 @@ struct Shape {
   int64_t score = NOGEMM_LOOKUP_GELU;
   double mix = 1.0;
   bool norm = true;
+  int64_t columns = 0;  // of each repeat; 0: all
 };
 
 struct Model {
   Shape shape;
-  int64_t width = 1, repeats = 1;
+  int64_t width = 1, repeats = 1, taken = 0;  // taken: columns of each repeat
   std::vector<float> gamma, beta, weight, proj_bias, rows, out_bias;
 
   NogemmLookupSpec spec(int64_t mode) const {
@@ -43,6 +44,7 @@ struct Model {
     s.rounds = shape.rounds;
     s.block = shape.block;
     s.repeats = repeats;
+    s.columns = shape.columns;
     s.tables_dtype = NOGEMM_LOOKUP_FP32;
     s.eps = 1e-5;
     s.mix = shape.mix;
@@ -82,7 +84,8 @@ inline Model make_model(const Shape& shape, uint64_t seed) {
   m.gamma = normal(rng, static_cast<size_t>(shape.d), 0.2, 1.0);
   m.beta = normal(rng, static_cast<size_t>(shape.d), 0.2);
   if (shape.block > 0) {
-    m.repeats = (columns + m.width - 1) / m.width;
+    m.taken = shape.columns > 0 ? shape.columns : m.width;
+    m.repeats = (columns + m.taken - 1) / m.taken;
     m.weight = normal(rng, static_cast<size_t>(m.repeats * shape.rounds * m.width * shape.block),
                       1 / std::sqrt(static_cast<double>(shape.block)));
   } else {
@@ -125,8 +128,8 @@ inline std::vector<double> projected(const Model& m, const float* x) {
       for (double& f : q) f /= std::sqrt(static_cast<double>(m.width));
       u = q;
     }
-    for (int64_t c = 0; c < m.width && r * m.width + c < columns; ++c)
-      z[r * m.width + c] = s.mix * u[c] + (1 - s.mix) * v[c] + m.proj_bias[r * m.width + c];
+    for (int64_t c = 0; c < m.taken && r * m.taken + c < columns; ++c)
+      z[r * m.taken + c] = s.mix * u[c] + (1 - s.mix) * v[c] + m.proj_bias[r * m.taken + c];
   }
   return z;
 }
@@ -180,7 +183,10 @@ inline std::vector<Choice> choices(const Shape& s, const double* z) {
   std::vector<Choice> out;
   for (int64_t f = 0; f < s.neighbours; ++f) {
     const double sum = flips[f].first, weight = p * std::exp(-2 * sum);
-    out.push_back({code ^ flips[f].second, s.score == NOGEMM_LOOKUP_GELU ? (a - 2 * sum) * weight : weight});
+    const double score = s.score == NOGEMM_LOOKUP_CONSTANT ? 1.0 / static_cast<double>(s.tables)
+                         : s.score == NOGEMM_LOOKUP_GELU   ? (a - 2 * sum) * weight
+                                                           : weight;
+    out.push_back({code ^ flips[f].second, score});
   }
   return out;
 }

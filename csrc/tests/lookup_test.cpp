@@ -50,7 +50,7 @@ std::string name_of(const Shape& s, int64_t mode, int64_t tokens) {
 }
 
 const Shape kShapes[] = {
-    // d, d_out, tables, bits, block, rounds, neighbours, score, mix, norm
+    // d, d_out, tables, bits, block, rounds, neighbours, score, mix, norm, columns
     {1, 1, 1, 1, 1, 1, 1, 0, 1.0, false},
     {5, 3, 3, 2, 1, 2, 2, 0, 1.0, true},
     {5, 7, 11, 3, 8, 1, 4, 1, 0.7, true},
@@ -65,6 +65,10 @@ const Shape kShapes[] = {
     {130, 128, 33, 4, 0, 1, 4, 0, 1.0, false},
     {33, 96, 300, 2, 16, 2, 2, 0, 1.0, true},    // 600 lookups: more than one integer sum
     {16, 64, 2, 13, 4, 2, 1, 0, 1.0, true},
+    {48, 70, 21, 9, 1, 3, 1, 2, 1.0, true},        // constant scores
+    {20, 33, 14, 5, 1, 3, 1, 2, 1.0, false, 30},   // two columns of each repeat are left out
+    {9, 17, 30, 3, 0, 1, 1, 2, 1.0, true},
+    {100, 40, 40, 7, 32, 2, 2, 0, 0.7, true, 90},  // and tables that straddle the repeats
 };
 
 std::vector<float> tokens_of(const Shape& s, int64_t tokens, uint64_t seed) {
@@ -225,7 +229,9 @@ void refused() {
   expect(refuses(with(&S::bits, 17)) && refuses(with(&S::bits, 0)) && refuses(with(&S::tables, 0)) &&
              refuses(with(&S::block, 48)) && refuses(with(&S::block, 128)) && refuses(with(&S::neighbours, 3)) &&
              refuses(with(&S::rounds, 0)) && refuses(with(&S::repeats, 1)) && refuses(with(&S::mode, 3)) &&
-             refuses(with(&S::d, 0)) && refuses(with(&S::d_out, -1)) && refuses(with(&S::tables, int64_t{1} << 40)),
+             refuses(with(&S::d, 0)) && refuses(with(&S::d_out, -1)) && refuses(with(&S::score, 3)) &&
+             refuses(with(&S::score, 2)) && refuses(with(&S::columns, 65)) && refuses(with(&S::columns, -1)) &&
+             refuses(with(&S::columns, 60)) && refuses(with(&S::tables, int64_t{1} << 40)),
          "a bad specification was packed");
   NogemmLookupSpec s = good;
   s.table_rows = nullptr;

@@ -14,7 +14,7 @@ from nogemm.layers._base import PackedFFN
 from nogemm.ops import gather_accumulate, hash_codes, native_available
 from nogemm.ops._packing import quantise_rows
 from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup
-from nogemm.projections import BHProjection, DenseProjection, DiagonalChain
+from nogemm.projections import BHProjection, DenseProjection, DiagonalChain, Projection
 
 if TYPE_CHECKING:
     from nogemm.layers.lookup import LookupFFN
@@ -33,7 +33,7 @@ class PackedLookup(PackedFFN):
 
     def __init__(self, layer: LookupFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
-        known = _kernel_weight(layer) is not None and has_packed_kernel(layer.config.neighbours)
+        known = kernel_weight(layer.projection) is not None and has_packed_kernel(layer.config.neighbours)
         self.native = native_available() and known
         if self.native:
             self.register_buffer("packed", pack_lookup(_weights(layer), dtype), persistent=False)
@@ -46,28 +46,32 @@ class PackedLookup(PackedFFN):
         return self.portable(x_ND)
 
 
-def _kernel_weight(layer: LookupFFN) -> Tensor | None:
+def kernel_weight(projection: Projection) -> Tensor | None:
     """Return the projection as the kernel takes it, dense [M, D] or BH blocks [r, m, n, B, B]; None if it cannot."""
-    projection = layer.projection
     if isinstance(projection, DiagonalChain) and projection.transform == "hadamard":
         # A diagonal is a block-diagonal matrix of blocks of one number.
         return projection.weight.view(projection.repeats, projection.diagonals, projection.width, 1, 1)
     return projection.weight if isinstance(projection, (BHProjection, DenseProjection)) else None
 
 
+def kernel_mix(projection: Projection) -> float:
+    """Return the share of the product in z, beside that of x; 1 for none of x."""
+    residual = projection.residual if isinstance(projection, BHProjection) else None
+    return 1.0 if residual is None else residual
+
+
 def _weights(layer: LookupFFN) -> LookupWeights:
     """Collect what the kernel packs; compressed rows go in as they are stored."""
     projection, norm = layer.projection, layer.norm
-    weight = _kernel_weight(layer)
+    weight = kernel_weight(projection)
     assert weight is not None
-    residual = projection.residual if isinstance(projection, BHProjection) else None
     return LookupWeights(
         d=layer.d_model,
         bits=layer.config.bits,
         neighbours=layer.config.neighbours,
-        gelu=layer.config.score == "gelu",
+        score=layer.config.score,
         weight=weight,
-        mix=1.0 if residual is None else residual,
+        mix=kernel_mix(projection),
         projection_bias=projection.bias,
         gamma=None if norm is None else norm.weight,
         beta=None if norm is None else norm.bias,

@@ -19,6 +19,7 @@ from nogemm.ops._library import native
 from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
 from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
 
+_SCORES = ("gelu", "sigmoid", "constant")
 _ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -27,8 +28,10 @@ class LookupWeights:
     """Everything that the packed form of one LookupFFN is made of, float32 except the rows.
 
     Attributes:
+        score: "gelu", "sigmoid", or "constant": 1 / T for every code, with one neighbour.
         weight: dense projection [M, D], or BH blocks [r, m, n, B, B], rows are outputs.
         mix: share of the BH product in mix * product + (1 - mix) * x; 1 for none.
+        columns: how many outputs of each BH repeat become bits; 0 for all D.
         rows: [T, R, d_out] float32, bfloat16, or int8 with `row_scale` [T, R].
         gamma, beta: of the inner LayerNorm [D]; None for no LayerNorm.
     """
@@ -36,7 +39,7 @@ class LookupWeights:
     d: int
     bits: int
     neighbours: int
-    gelu: bool
+    score: str
     weight: Tensor
     mix: float
     projection_bias: Tensor | None
@@ -46,6 +49,7 @@ class LookupWeights:
     rows: Tensor
     row_scale: Tensor | None
     bias: Tensor | None
+    columns: int = 0
 
 
 class _Spec(ctypes.Structure):
@@ -58,6 +62,7 @@ class _Spec(ctypes.Structure):
         ("mix", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("gamma", "beta", "weight", "proj_bias")),
         *((name, ctypes.c_void_p) for name in ("table_rows", "row_scale", "out_bias")),
+        ("columns", ctypes.c_int64),
     )
 
 
@@ -92,7 +97,7 @@ def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
 
 
 def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
-    """Run a packed LookupFFN.
+    """Run a packed LookupFFN, or YOSO's tables.
 
         y = bias + sum_t sum_f score[t, f] * table[t, code[t, f]],   codes and scores from projection(norm(x))
 
@@ -121,7 +126,7 @@ def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
         tables=rows.shape[0],
         bits=weights.bits,
         neighbours=weights.neighbours,
-        score=0 if weights.gelu else 1,
+        score=_SCORES.index(weights.score),
         projection=1 if is_bh else 0,
         rounds=weight.shape[1] if is_bh else 0,
         block=weight.shape[4] if is_bh else 0,
@@ -136,6 +141,7 @@ def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
         table_rows=address.of(rows, rows.dtype),
         row_scale=address.of(weights.row_scale),
         out_bias=address.of(weights.bias),
+        columns=weights.columns,
     )
 
 
