@@ -34,7 +34,7 @@ def test_terms_by_hand() -> None:
     assert call == 1.0
     near, far, _ = features("gather", SHAPE, MACHINE)
     assert near == pytest.approx(4096 * 170 * 768 * 4 / 200 * 1e-3)
-    moved = 3 * 170 * distinct_rows(4096 / 3, 512) * 768 * 4
+    moved = 170 * distinct_rows(4096, 512) * 768 * 4
     held = 170 * 512 * 768 * 4
     assert far == pytest.approx(moved * (64e6 / held / 50 + (1 - 64e6 / held) / 20) * 1e-3)
 

@@ -69,7 +69,9 @@ def test_reduced_precision_stays_close(isa: str, case: LookupCase, dtype: str) -
 @by_name
 def test_threads_give_equal_bits(isa: str, case: LookupCase, dtype: str) -> None:
     packed = build(case).pack(dtype)
-    for tokens in (1, 5, 70, 1100):
+    # The reference, which serves three neighbours, is torch's own functions: many tokens are shared out without regard
+    # to vectors there, and a share's last numbers come from another formula.
+    for tokens in (1, 5, 70, 1100) if packed.native else (1, 5, 70):
         x = torch.randn(tokens, case.d_model)
         torch.set_num_threads(1)
         one = packed(x)
