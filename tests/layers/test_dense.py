@@ -85,3 +85,12 @@ def test_not_finite_tokens_stay_alone(broken: float, activation: str) -> None:
             assert y[2].isnan().all()
             assert torch.equal(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
             assert clean.isfinite().all()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_no_ffn_traced_on_three_tokens_answers_five(packed: bool) -> None:
+    layer = nogemm.NoConfig().build(16).eval()
+    with torch.no_grad():
+        layer.bias.normal_()
+        traced = torch.jit.trace(layer.pack("fp32") if packed else layer, torch.randn(3, 16))
+        assert torch.equal(traced(torch.randn(5, 16)), layer.bias.expand(5, 16))

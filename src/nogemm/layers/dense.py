@@ -265,7 +265,8 @@ class NoFFN(FFN):
         self.bias = nn.Parameter(torch.zeros(self.d_out))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
-        return each_alone(lambda x: self.bias.expand(len(x), -1) + x[:, :1] * 0.0, x_ND)  # x * 0: a gradient of zeros
+        # x * 0 gives x a gradient of zeros, and y its length: a traced graph would keep the length of its example.
+        return each_alone(lambda x: self.bias + x[:, :1] * 0.0, x_ND)
 
     def cost(self, n_tokens: int = 1) -> Cost:
         touched = self.bias.numel() * self.bias.element_size() if n_tokens else 0
@@ -291,4 +292,4 @@ class PackedNo(PackedFFN):
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         bias: Tensor = self.get_buffer("bias")
-        return each_alone(lambda x: bias.to(x.dtype).expand(len(x), -1).clone(), x_ND)
+        return each_alone(lambda x: bias.to(x.dtype) + x[:, :1] * 0.0, x_ND)
