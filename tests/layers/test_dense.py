@@ -1,5 +1,7 @@
 """The dense baselines: values, exact copies, chosen neurons, the constant layer."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -92,5 +94,5 @@ def test_no_ffn_traced_on_three_tokens_answers_five(packed: bool) -> None:
     layer = nogemm.NoConfig().build(16).eval()
     with torch.no_grad():
         layer.bias.normal_()
-        traced = torch.jit.trace(layer.pack("fp32") if packed else layer, torch.randn(3, 16))
+        traced: Any = torch.jit.trace(layer.pack("fp32") if packed else layer, torch.randn(3, 16))
         assert torch.equal(traced(torch.randn(5, 16)), layer.bias.expand(5, 16))
