@@ -137,7 +137,7 @@ void store_row(const LookupHeader& h, int64_t row, const float* values, const in
   const int64_t total = h.tables * h.rows(), size = lookup_element_bytes(h.mode);
   char* slice = out + h.tables_at;
   for (int64_t s = 0; s < h.slices; ++s) {
-    const int64_t width = s + 1 == h.slices ? h.last_slice : h.slice();
+    const int64_t width = h.slice_width(s);
     char* to = slice + row * width * size;
     const int64_t first = s * h.slice(), count = std::min<int64_t>(width, h.d_out - first);
     for (int64_t c = 0; c < width; ++c) {

@@ -55,6 +55,7 @@ struct LookupHeader {
   // Table columns per slice, at most 128: their fp32 accumulators fill 8 of 32 AVX-512 registers. fp32 rows are long enough
   // in 64: a group of tables that fits the L2 cache is then twice as many, so sums are kept and fetched half as often.
   [[gnu::always_inline]] int64_t slice() const { return mode == 0 ? kChunk : 2 * kChunk; }
+  [[gnu::always_inline]] int64_t slice_width(int64_t s) const { return s + 1 == slices ? last_slice : slice(); }
   [[gnu::always_inline]] int64_t lookups() const { return static_cast<int64_t>(tables) * neighbours; }
 };
 

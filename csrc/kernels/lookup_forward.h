@@ -107,7 +107,7 @@ struct Soon {
 NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int64_t to, const Lookups& lookups,
                                 int64_t tokens, float* sums, Output y, bool ahead, Soon soon) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice(), size = row_element(h);
+  const int64_t width = h.slice_width(slice), size = row_element(h);
   const int64_t left = h.d_out - slice * h.slice();
   GatherPass g;
   g.rows = slice_rows(l, slice);
@@ -145,7 +145,7 @@ NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t sta
 // The rows of a few tokens, all slices: as many in flight as the memory system takes, before the first is needed.
 NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t slice) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice(), bytes = width * row_element(h);
+  const int64_t width = h.slice_width(slice), bytes = width * row_element(h);
   const char* rows = slice_rows(l, slice);
   for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, lookups.index + e);
 }
@@ -246,7 +246,7 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
 // The tables of the lookups from .. from + group of a slice.
 NOGEMM_INLINE Soon group_rows(const Layer& l, const GatherPlan& p, int64_t slice, int64_t from) {
   const LookupHeader& h = *l.h;
-  const int64_t width = slice + 1 == h.slices ? h.last_slice : h.slice();
+  const int64_t width = h.slice_width(slice);
   const int64_t to = from + p.group < h.lookups() ? from + p.group : h.lookups();
   const int64_t first = from / h.neighbours, end = (to + h.neighbours - 1) / h.neighbours;
   const int64_t table = h.rows() * width * row_element(h);
