@@ -197,7 +197,7 @@ class OurContender(LayerContender):
             return module(x_ND.to(dtype))
 
         with torch.inference_mode():
-            facts = check_packed(self.layer, y_ND, self.settings["dtype"], answer)
+            facts = check_packed(self.layer, twin, y_ND, self.settings["dtype"], answer)
             if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
                 way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
                 facts |= {"other_way": float(way)}

@@ -24,18 +24,18 @@ TREE_BOUND = Bound(rms=0.2, token=1e-3, share=1e-3, outlier=3.0)
 
 
 def check_packed(
-    layer: FFN, y_ND: Tensor, dtype: str, answer: Callable[[nn.Module, torch.dtype], Tensor]
+    layer: FFN, twin: FFN, y_ND: Tensor, dtype: str, answer: Callable[[nn.Module, torch.dtype], Tensor]
 ) -> dict[str, Any]:
     """Compare a packed layer's output with the unpacked layer in float64.
 
     Args:
         layer: unpacked, in evaluation mode.
+        twin: the layer `rounded` to dtype.
         y_ND: what the packed layer gave.
         answer: gives the output of an unpacked layer, computed in a dtype, for the same tokens.
     Returns:
         see `nogemm.bench.check.compare`.
     """
-    twin = rounded(layer, dtype)
     if dtype == "int8" and isinstance(layer, (HashedNeurons, LeafTreeFFN, SwitchFFN)):
         twin = _round_neurons(copy.deepcopy(layer))
     if isinstance(twin, TreeFFN):
