@@ -30,12 +30,8 @@ SPEEDS = Speeds(
 @pytest.fixture(params=ops.supported_isas() or ("reference",))
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run the test once under every instruction set that was built and that this machine has."""
-    before = ops.isa()
-    if request.param != "reference":
-        ops.set_isa(request.param)
-    yield request.param
-    if before != "reference":
-        ops.set_isa(before)
+    with ops.use_isa(request.param):
+        yield request.param
 
 
 @pytest.fixture

@@ -109,13 +109,9 @@ def test_one_file_runs_on_every_instruction_set(dtype: str, library: Path, tmp_p
     """The file written here, under the best set, is read by processes that have another one."""
     layer, x = packed_layer("lookup", dtype), torch.randn(3, 50, D)
     openvino.save_model(graph(layer.get_buffer("packed").numpy(), library), tmp_path / "m.xml", compress_to_fp16=False)
-    before = ops.isa()
-    try:
-        for isa in ops.supported_isas():
-            ops.set_isa(isa)
+    for isa in ops.supported_isas():
+        with ops.use_isa(isa):
             assert np.array_equal(bits(run_forced(isa, tmp_path / "m.xml", library, x.numpy())), bits(layer(x))), isa
-    finally:
-        ops.set_isa(before)
 
 
 RESIDENT = """

@@ -149,11 +149,10 @@ def test_int8_answers_are_equal_on_every_isa() -> None:
     case = CASES[0]
     packed = build_case(case).pack("int8")
     x = torch.randn(30, packed.d_model)
-    before, found = ops.isa(), []
+    found = []
     for name in ops.supported_isas():
-        ops.set_isa(name)
-        found.append(packed(x))
-    ops.set_isa(before)
+        with ops.use_isa(name):
+            found.append(packed(x))
     for y in found[1:]:
         torch.testing.assert_close(y, found[0], rtol=1e-5, atol=1e-5)
 

@@ -13,8 +13,7 @@ Reading order: `CASES`, `run_flips_bench`, `read_bits`, `compare_bits`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def run_flips_bench(
         reference_ND = torch.cat([exact(part) for part in x_ND.double().split(1024)])
         del exact
         for isa in ops.supported_isas() or ("reference",):
-            with instruction_set(isa):
+            with ops.use_isa(isa):
                 for dtype in DTYPES:
                     note(f"{case.layer} {isa} {dtype}")
                     packed = layer.pack(dtype)
@@ -142,8 +141,7 @@ def marked_tables(layer: LookupFFN, first: int, last: int) -> LookupFFN:
     probe.projection.load_state_dict(layer.projection.state_dict())
     if probe.norm is not None and layer.norm is not None:
         probe.norm.load_state_dict(layer.norm.state_dict())
-    codes_R1 = torch.arange(2**config.bits).unsqueeze(-1)
-    marks_RK = 2.0 * ((codes_R1 >> torch.arange(config.bits - 1, -1, -1)) & 1) - 1.0
+    marks_RK = code_marks(config.bits)
     with torch.no_grad():
         probe.tables.zero_()
         for t in range(first, last):
@@ -157,15 +155,19 @@ def marked_leaves(layer: TreeFFN) -> TreeFFN:
     config, depth = layer.config, layer.levels - 1
     probe = copy.deepcopy(layer)
     marks = torch.zeros(config.trees, 2**layer.levels - 1, config.trees, layer.levels)
-    leaves_R1 = torch.arange(2**depth).unsqueeze(-1)
-    turns_RK = 2.0 * ((leaves_R1 >> torch.arange(depth - 1, -1, -1)) & 1) - 1.0
     for t in range(config.trees):
         marks[t, -(2**depth) :, t, :1] = 1.0
-        marks[t, -(2**depth) :, t, 1:] = turns_RK
+        marks[t, -(2**depth) :, t, 1:] = code_marks(depth)
     probe.d_out = config.trees * layer.levels
     probe.weight_out = torch.nn.Parameter(marks.flatten(2), requires_grad=False)
     probe.core_in = probe.core_in_bias = probe.core_out = probe.bias = None
     return probe
+
+
+def code_marks(bits: int) -> Tensor:
+    """Return +1 for a set bit of every code, else -1, most significant first, [2^K, K]."""
+    codes_R1 = torch.arange(2**bits).unsqueeze(-1)
+    return 2.0 * ((codes_R1 >> torch.arange(bits - 1, -1, -1)) & 1) - 1.0
 
 
 def compare_bits(found_NTK: Tensor, exact_NTK: Tensor, values_NTK: Tensor, *, path: bool) -> dict[str, float]:
@@ -194,19 +196,6 @@ def compare_bits(found_NTK: Tensor, exact_NTK: Tensor, values_NTK: Tensor, *, pa
         "tokens_differ": float(wrong_NT.any(-1).double().mean()),
         "widest": float(widest),
     }
-
-
-@contextmanager
-def instruction_set(isa: str) -> Iterator[None]:
-    """Run the kernels of another instruction set for a while; layers must be packed inside."""
-    before = ops.isa()
-    if isa != before:
-        ops.set_isa(isa)
-    try:
-        yield
-    finally:
-        if isa != before:
-            ops.set_isa(before)
 
 
 def _calls(packed: torch.nn.Module, x_ND: Tensor, batch: int) -> Tensor:

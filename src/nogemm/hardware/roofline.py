@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nogemm.hardware.cpu import caches
-from nogemm.ops import isa, native_available, set_isa, supported_isas
+from nogemm.ops import native_available, supported_isas, use_isa
 
 _KINDS = {"fp32": 0, "bf16": 1, "int8": 2}
 _RUNS = 5
@@ -100,16 +100,12 @@ def measure_rooflines(threads: int) -> dict[str, Roofline]:
 
     The one in force is in force again afterwards. Cost: a second or two each; not while an operator runs.
     """
-    before, found = isa(), {}
-    try:
-        for name in supported_isas():
-            set_isa(name)
+    found: dict[str, Roofline] = {}
+    for name in supported_isas():
+        with use_isa(name):
             roofline = measure_roofline(threads)
-            if roofline is not None:
-                found[name] = roofline
-    finally:
-        if native_available():
-            set_isa(before)
+        if roofline is not None:
+            found[name] = roofline
     return found
 
 

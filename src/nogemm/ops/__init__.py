@@ -1,6 +1,6 @@
 """Ops: schema, readable reference, fake and backward of each; native CPU kernels join from the extension."""
 
-from nogemm.ops._library import isa, native_available, set_isa, supported_isas
+from nogemm.ops._library import isa, native_available, set_isa, supported_isas, use_isa
 from nogemm.ops.block_product import block_product, block_product_reference
 from nogemm.ops.bucket_sum import bucket_sum, bucket_sum_reference
 from nogemm.ops.bucket_union import bucket_union, bucket_union_reference
@@ -41,4 +41,5 @@ __all__ = [
     "top_indices",
     "tree_descend",
     "tree_descend_reference",
+    "use_isa",
 ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -97,6 +98,23 @@ def set_isa(name: str) -> None:
     message = native().nogemm_set_isa(name.encode())
     if message:
         raise NativeError(message.decode())
+
+
+@contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Use the kernels of another instruction set inside the block; what is packed must be packed inside.
+
+    Raises:
+        NativeError: see `set_isa`; nothing is asked of the extension for the one in force.
+    """
+    before = isa()
+    if name != before:
+        set_isa(name)
+    try:
+        yield
+    finally:
+        if isa() != before:
+            set_isa(before)
 
 
 def _check_forced_isa() -> None:
