@@ -15,6 +15,7 @@ import torch
 
 import nogemm
 from nogemm import ops
+from nogemm.export.openvino_host import shared_core
 
 D, D_OUT = 40, 24
 LOOKUP = nogemm.LookupConfig(tables=8, bits=5, projection=nogemm.BHConfig(rounds=2, block=16))
@@ -47,7 +48,7 @@ def graph(packed: np.ndarray, library: Path, *, d_out: int = D_OUT, width: int =
 
 def compile_model(model: Any, threads: int = 1) -> Any:
     config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    return openvino.Core().compile_model(model, "CPU", config)
+    return shared_core().compile_model(model, "CPU", config)
 
 
 def bits(y: np.ndarray | torch.Tensor) -> np.ndarray:

@@ -182,8 +182,8 @@ class ExportedModelContender(_ModelContender):
 
         self._open(case)
         folder = Path(self.folder.name) / "model"
-        core, graph = openvino_host.load(folder / MODEL, folder / LIBRARY)
-        self.runner = compiled(core, graph, self.rest, self._inputs(*self.case))
+        graph = openvino_host.load(folder / MODEL, folder / LIBRARY)
+        self.runner = compiled(graph, self.rest, self._inputs(*self.case))
         rest = "fp32" if self.rest == "f32" else self.rest
         return self._verify(self.reference, min(OUR_COSINES[self.settings["dtype"]], DENSE_COSINES[rest]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import logging
@@ -71,19 +72,34 @@ def save(graph: Any, path: Path) -> None:
     openvino.save_model(graph, str(path), compress_to_fp16=False)
 
 
-def load(path: Path, extension: Path) -> tuple[Any, Any]:
-    """Read a saved graph as a user would; returns the core and the model."""
+@functools.cache
+def shared_core() -> Any:
+    """Return this process's one openvino.Core, which stays.
+
+    The CPU plugin (2026.4 at least) gives the main thread a signal stack and hands the former one back when its Core
+    dies. If the older of two Cores dies first, the younger hands back a stack that is gone, and the next Ctrl-C is a
+    segmentation fault in place of a KeyboardInterrupt.
+    """
     import openvino
 
-    core = openvino.Core()
-    core.add_extension(str(extension))
-    return core, core.read_model(str(path))
+    return openvino.Core()
+
+
+@functools.cache
+def _extend(extension: Path) -> None:
+    shared_core().add_extension(str(extension))
+
+
+def load(path: Path, extension: Path) -> Any:
+    """Read a saved graph with its extension library, as a user would."""
+    _extend(extension.resolve())
+    return shared_core().read_model(str(path))
 
 
 def compare(path: Path, extension: Path, model: nn.Module, example: tuple[Tensor, ...]) -> float:
     """Return the mean cosine between the saved graph's output vectors and the torch model's, padding left out."""
-    core, graph = load(path, extension)
-    compiled = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    graph = load(path, extension)
+    compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = torch.from_numpy(compiled([x.numpy() for x in example])[0].copy())
     with torch.inference_mode():
         expected = model(*example)

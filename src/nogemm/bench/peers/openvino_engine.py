@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench.peers._base import Engine, Inputs, Runner
-from nogemm.export.openvino_host import quantise, quiet
+from nogemm.export.openvino_host import quantise, quiet, shared_core
 
 
 class OpenVinoRunner(Runner):
@@ -45,10 +45,10 @@ class OpenVinoEngine(Engine):
             if not calibration:
                 raise ValueError("openvino-int8 is calibrated: at least one sample input is needed")
             model = quantise(model, calibration)
-        return compiled(openvino.Core(), model, self.precision, example if self.static else None)
+        return compiled(model, self.precision, example if self.static else None)
 
 
-def compiled(core: Any, model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner:
+def compiled(model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner:
     """Compile a graph for latency on torch's number of threads; `fixed` inputs make their shape the only one."""
     if fixed is not None:
         model.reshape({item: list(x.shape) for item, x in zip(model.inputs, fixed, strict=True)})
@@ -58,7 +58,7 @@ def compiled(core: Any, model: Any, precision: str, fixed: Inputs | None) -> Ope
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
     }
-    return OpenVinoRunner(core.compile_model(model, "CPU", config))
+    return OpenVinoRunner(shared_core().compile_model(model, "CPU", config))
 
 
 def make(precision: str) -> Engine:
