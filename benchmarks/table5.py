@@ -96,11 +96,16 @@ def main() -> None:
 
 
 def all_parts(checkpoint: Path | None) -> list[Part]:
-    """List the runs: the paper's two shapes in full, then one thread, warm caches, trained codes, and the sweeps."""
+    """List the runs: the paper's two shapes in full, then one thread, warm caches, trained codes, and the sweeps.
+
+    Every engine and every method at once would not fit into 24 GB, so a shape's other methods have a run of their own.
+    """
     parts = []
     for d, choices in LOOKUPS.items():
-        full = Part(name=f"d{d}", d=d, hidden=4 * d, ours=methods(d, choices), dense=DENSE, batches=BATCHES)
-        parts.append(replace(full, equal_flop=FEW_DENSE, gather=True))
+        full = Part(name=f"d{d}", d=d, hidden=4 * d, ours=lookups(choices), dense=DENSE, batches=BATCHES)
+        parts.append(full)
+        others = replace(full, name=f"d{d}-methods", ours=methods(d, choices), dense=FEW_DENSE)
+        parts.append(replace(others, equal_flop=FEW_DENSE, gather=True))
     for d, choices in LOOKUPS.items():
         some = Part(name=f"d{d}-1-thread", d=d, hidden=4 * d, ours=lookups(choices), threads=1)
         parts.append(replace(some, batches=(1, 64, 512, 4096)))
@@ -118,7 +123,7 @@ def lookups(choices: tuple[str, ...], *dtypes: str) -> tuple[Layer, ...]:
 
 
 def methods(d: int, choices: tuple[str, ...]) -> tuple[Layer, ...]:
-    """Return our layers of the full table; YOSO's tables have 8 bits, because those of 10 fill 12 GiB in 12 copies."""
+    """Return a layer of every method; YOSO's tables have 8 bits, because those of 10 fill 12 GiB in 12 copies."""
     others = {
         "tree": ("trees=1", "depth=11"),
         "hire": ("keep=0.05", "sketch=int4"),
@@ -126,7 +131,7 @@ def methods(d: int, choices: tuple[str, ...]) -> tuple[Layer, ...]:
         "mongoose": ("bits=8", "tables=16"),
         "yoso": (f"hashes={d // 4}", "bits=8"),
     }
-    return lookups(choices) + tuple(
+    return lookups(choices, "int8") + tuple(
         Layer(name=f"nogemm-{name}-int8", method=name, set=fields, dtype="int8") for name, fields in others.items()
     )
 
@@ -134,9 +139,12 @@ def methods(d: int, choices: tuple[str, ...]) -> tuple[Layer, ...]:
 def sweeps() -> list[Part]:
     """Vary one thing at a time around the larger shape; the width with the paper's smaller table count."""
     parts = []
-    for d in (256, 512, 1024, 2048, 4096, 8192):
-        ours = lookups(LOOKUPS[512], "int8")
-        parts.append(Part(name=f"width-{d}", d=d, hidden=4 * d, ours=ours))
+    for d in (256, 512, 1024, 2048):
+        parts.append(Part(name=f"width-{d}", d=d, hidden=4 * d, ours=lookups(LOOKUPS[512], "int8")))
+    for d in (4096, 8192):  # the dense layers' copies at one token do not fit, nor does a third engine at the largest
+        wide = Part(name=f"width-{d}", d=d, hidden=4 * d, ours=lookups(LOOKUPS[512], "int8"), batches=(4096,))
+        parts.append(replace(wide, dense=FEW_DENSE if d < 8192 else FEW_DENSE[:2]))
+        parts.append(replace(wide, name=f"width-{d}-1-token", batches=(1,)))
     for name, values in (("tables", (42, 85, 340)), ("bits", (6, 8, 10)), ("block", (16, 32, 128))):
         for value in values:
             field = "projection.block" if name == "block" else name

@@ -25,12 +25,15 @@ def test_parts_cover_the_paper_and_have_names_of_their_own() -> None:
     parts = table5.all_parts(Path("somewhere"))
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
-    full = {part.d: part for part in parts if part.name in ("d512", "d768")}
-    assert set(full) == {512, 768}
-    for part in full.values():
-        assert part.batches == (1, 8, 64, 512, 4096, 32768)
-        assert {layer.method for layer in part.ours} >= {"lookup", "tree", "hire", "slide", "mongoose", "yoso"}
-        assert set(part.dense) >= {"torch-fp32", "inductor-bf16", "onnxruntime-int8", "openvino-int8", "jax-fp32"}
+    full = {part.name: part for part in parts if part.batches == (1, 8, 64, 512, 4096, 32768)}
+    assert set(full) == {"d512", "d512-methods", "d768", "d768-methods"}
+    for d in (512, 768):
+        engines, others = full[f"d{d}"], full[f"d{d}-methods"]
+        assert {layer.dtype for layer in engines.ours} == {"int8", "bf16", "fp32"}
+        assert set(engines.dense) >= {"torch-fp32", "inductor-bf16", "onnxruntime-int8", "openvino-int8", "jax-fp32"}
+        assert {layer.method for layer in others.ours} == {"lookup", "tree", "hire", "slide", "mongoose", "yoso"}
+        assert others.gather
+        assert table5.OURS in {layer.name for layer in others.ours}, "no common yardstick"
     assert any(part.threads == 1 for part in parts)
     assert any(part.cache == "warm" for part in parts)
     assert [part.name for part in parts if part.checkpoint] == ["d384-trained"]
