@@ -3,6 +3,7 @@
     python benchmarks/study.py                     # every row that is not recorded yet, then the table
     python benchmarks/study.py --rows lookup-0     # one row
     python benchmarks/study.py --table             # only the table, from the rows recorded so far
+    python benchmarks/study.py --rows lookup-0 --save runs/study-models  # the trained model as a directory of its own
     python benchmarks/study.py --designs           # short runs of other ways to train LookupFFN, beside the study's
 
 A row is one model: choose its learning rates (short runs, validation split), train it on the full budget, score it once
@@ -45,6 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", help="comma-separated names; default: all")
     parser.add_argument("--table", action="store_true", help="only rebuild the table")
     parser.add_argument("--designs", action="store_true", help="only the other designs, on the validation split")
+    parser.add_argument("--save", type=Path, help="only write the rows' trained models below this directory")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="checkpoints and embeddings")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--tokens", type=int, default=TOKENS, help="budget of a row; a smaller one is another study")
@@ -59,6 +61,10 @@ def main() -> None:
     if args.designs:
         facts = {"kind": "study-designs", "command": f"{COMMAND} --designs"} | try_designs(rows["lookup-0"], args)
         write_json(args.results / "study" / "designs.json", facts | {"machine": machine() | {"line": machine_line()}})
+        return
+    if args.save is not None:
+        for name in wanted:
+            save_trained(rows[name], args)
         return
     for name in [] if args.table else wanted:
         record(rows[name], args)
@@ -89,6 +95,17 @@ def record(row: Row, args: argparse.Namespace) -> None:
     facts |= {"other_domain": scores["wordnet"], "recorded": time.strftime("%Y-%m-%d"), "command": COMMAND}
     facts |= cost(model if row.trained else load_encoder(TEACHER))  # an engine's own copy has no parameters to count
     write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
+
+
+def save_trained(row: Row, args: argparse.Namespace) -> None:
+    """Write a row's trained model and its tokenizer, read from the checkpoint that the row's training left."""
+    file = args.results / "study" / f"{row.name}.json"
+    if not row.trained or not file.exists():
+        say(f"{row.name}: no trained model to save")
+        return
+    model, _ = train(row, read_json(file)["rate_factor"], args.tokens, row.seed, args.work / row.name)
+    nogemm.save(model, args.save / row.name, tokenizer=tokenizer())
+    say(f"{row.name}: saved in {args.save / row.name}")
 
 
 def test_sets() -> dict[str, tuple[list[str], list[str]]]:

@@ -242,14 +242,17 @@ def summarise(names: Sequence[str], results: Path) -> None:
 
 
 def summary_of(rows: Sequence[dict[str, Any]], batch: int) -> dict[str, Any]:
-    """Return one case: microseconds per call of ours, the fastest dense layer of the whole width, and their ratio."""
+    """Return one case: microseconds per call of ours and of the fastest dense layers, of full width and of our FLOP."""
     timed = {row["contender"]: row["us_median"] for row in rows if row.get("us_median") is not None}
-    dense = {name: us for name, us in timed.items() if name in DENSE}
-    fastest = min(dense, key=lambda name: dense[name], default=None)
-    ours = {name: us for name, us in timed.items() if name.startswith("nogemm-")}
-    us = None if fastest is None else dense[fastest]
-    ratio = None if us is None or OURS not in ours else us / ours[OURS]
-    return {"batch": batch, "ours": ours, "fastest_dense": fastest, "fastest_dense_us": us, "ratio": ratio}
+    found: dict[str, Any] = {"batch": batch, "ours": {n: us for n, us in timed.items() if n.startswith("nogemm-")}}
+    for key, dense in (
+        ("fastest_dense", {name: us for name, us in timed.items() if name in DENSE}),
+        ("fastest_equal_flop", {name: us for name, us in timed.items() if name.endswith(" wide")}),
+    ):
+        fastest = min(dense, key=lambda name: dense[name], default=None)
+        found |= {key: fastest, f"{key}_us": dense.get(fastest)}
+    us, ours = found["fastest_dense_us"], found["ours"].get(OURS)
+    return found | {"ratio": us / ours if us and ours else None}
 
 
 def show(value: float | None) -> str:

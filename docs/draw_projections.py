@@ -12,6 +12,7 @@ INK, SOFT, PALE = "#1b2430", "#5b6675", "#d8dee6"
 COLOURS = {
     "BH1": "#f2a07b",
     "BH2": "#e06a34",
+    "BH3": "#c44a1c",
     "BH4": "#a8330a",
     "ShuffleNet": "#2b8a3e",
     "low rank": "#868e96",
@@ -36,10 +37,10 @@ def draw(result: dict[str, Any]) -> str:
         *panel(result, "parameters", "parameters", LEFT + WIDTH + 60, 8e2),
     ]
     for i, (name, colour) in enumerate(COLOURS.items()):
-        x, y = LEFT + 95 * (i % 8), TOP + HEIGHT + 58
+        x, y = LEFT + 95 * (i % 8), TOP + HEIGHT + 58 + 18 * (i // 8)
         parts.append(f'<circle cx="{x}" cy="{y - 4}" r="4" fill="{colour}"/>')
         parts.append(text(x + 8, y, name, INK, 11, "start"))
-    size = f'viewBox="0 0 {LEFT + 2 * WIDTH + 110} {TOP + HEIGHT + 74}"'
+    size = f'viewBox="0 0 {LEFT + 2 * WIDTH + 110} {TOP + HEIGHT + 92}"'
     title = "<title>Error of approximating a Gaussian matrix, against FLOP and parameters</title>"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">{title}'
@@ -70,7 +71,7 @@ def panel(result: dict[str, Any], key: str, name: str, left: int, least: float) 
     parts.append(text(left + WIDTH / 2, TOP + HEIGHT + 34, f"{name} (right edge: dense)", INK, 12, "middle"))
     parts.append(text(left, TOP - 8, "relative squared error", INK, 12, "start"))
     for line, colour in COLOURS.items():
-        points = [place(row) for row in result["rows"] if family(row) == line]
+        points = [place(row) for row in result["rows"] if family(row) == line and row[key]]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.4"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]

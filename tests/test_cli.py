@@ -102,8 +102,13 @@ def test_help_of_convert_names_every_kind_of_layer(capsys):
 
 def test_env_says_what_runs(tmp_path, capsys):
     assert run("env", "--json", tmp_path / "env.json") == 0
-    assert nogemm.__version__ in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert nogemm.__version__ in out
     written = json.loads((tmp_path / "env.json").read_text())
+    assert set(written["paths"] or {}) == ({"fp32", "bf16", "int8"} if ops.native_available() else set())
+    for dtype, shares in (written["paths"] or {}).items():
+        line = next(line for line in out.splitlines() if line.startswith(f"  {dtype}: "))
+        assert all(f"{share:.0%} at {tokens} tokens" in line for tokens, share in shares.items())
     assert written["isa"] == ops.isa()
     assert written["threads"] == torch.get_num_threads()
 
@@ -225,6 +230,29 @@ def test_wrong_input_elsewhere_is_one_line(tiny, tmp_path, capsys):
     assert "nonsense" in failed(capsys, "bench", "layer", "--against", "nonsense")
     assert "--counters" in failed(capsys, "profile", "--counters", "guess")
     assert "--project" in failed(capsys, "profile", "--method", "tree", "--project")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "methods --d 16 --hidden 32 --method tree --against torch-fp32 --batch 4096 --threads 1 --seconds 0.001",
+            "published as 40x: ",
+        ),
+        ("projections --d 16 --matrices 1 --evaluations 2 --restarts 1", "a Gaussian matrix of width 16"),
+    ],
+)
+def test_bench_prints_the_table_and_writes_it(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("nogemm.bench.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
+    target = tmp_path / "result.json"
+    assert run("bench", *words.split(), "--json", target) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    found = json.loads(target.read_text())
+    assert found["kind"] == words.split()[0]
+    assert found["rows"]
+    assert run("report", target, "--output", tmp_path / "report.html") == 0
+    assert said in (tmp_path / "report.html").read_text()
 
 
 def test_a_misspelt_flag_is_refused(capsys):

@@ -8,6 +8,7 @@ import torch
 import nogemm
 from nogemm.bench.projections import (
     ProjectionBenchArgs,
+    best_scale,
     closed_form,
     descend,
     fit_exactly,
@@ -72,7 +73,29 @@ def test_the_sweep_reports_costs_and_theory() -> None:
     assert {row["projection"] for row in rows} >= {"bh", "shuffle", "low_rank", "hadamard_chain", "random_hadamard"}
     for row in rows:
         assert (row["closed_form"] is None) == (row["deviation"] is None)
-        assert row["matrices"] == len(row["errors"]) == (2 if row["fit"] == "exact" else 1)
+        assert row["matrices"] == len(row["errors"]) == (1 if row["fit"] == "descent" else 2)
+
+
+def test_the_best_scale_is_the_best() -> None:
+    config = nogemm.RandomHadamardConfig(bias=False)
+    matrix = torch.randn(16, 16)
+    torch.manual_seed(3)
+    found = best_scale(config, matrix)
+    torch.manual_seed(3)
+    random = config.build(16, 16).double().dense_matrix()
+    errors = [float((c * random - matrix).square().sum() / matrix.square().sum()) for c in torch.linspace(-1, 1, 4001)]
+    assert found == pytest.approx(min(errors), abs=1e-6)
+    assert 0.9 < found < 1
+
+
+def test_blocks_at_the_papers_width_reach_the_closed_form() -> None:
+    matrices = [torch.randn(512, 512) for _ in range(5)]
+    for config in (
+        nogemm.BHConfig(rounds=1, block=64, bias=False),
+        nogemm.ShuffleProjectionConfig(block=64, bias=False),
+    ):
+        mean = sum(fit_exactly(config, matrix) for matrix in matrices) / 5
+        assert mean == pytest.approx(closed_form(config, 512), rel=0.01)
 
 
 @pytest.mark.parametrize("change", [{"d": 24}, {"d": 1}, {"matrices": 0}, {"evaluations": 0}, {"restarts": 0}])

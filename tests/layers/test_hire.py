@@ -116,10 +116,12 @@ def test_keeping_all_equals_dense(activation: str, gated: bool) -> None:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_active_relu_neurons_are_the_dense_layer(gated: bool) -> None:
-    dense = dense_twin("relu", gated)
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_active_relu_neurons_are_the_dense_layer(activation: str, gated: bool) -> None:
+    dense = dense_twin(activation, gated)
     for sketch in ("int8", "int4"):
-        layer = HireConfig(select="active", sketch=sketch).build(40, hidden=103, activation="relu", gated=gated).eval()
+        config = HireConfig(select="active", sketch=sketch)
+        layer = config.build(40, hidden=103, activation=activation, gated=gated).eval()
         assert layer.fit_dense(dense) == "exact"
         x = torch.randn(200, 40)
         torch.testing.assert_close(layer(x), dense(x), rtol=1e-3, atol=1e-4)

@@ -104,6 +104,21 @@ def test_large_outputs_hold_what_small_calls_give(threads: int) -> None:
     check_equal(f"{threads} threads", packed(x_ND), parts_ND)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_codes_do_not_depend_on_the_batch(isa: str, dtype: str) -> None:
+    """One token alone, a few, a tile, all in one go, and in two phases: another code would be another row."""
+    layer = LookupConfig(tables=12, bits=6).build(96).eval()
+    packed, x_ND = layer.pack(dtype), torch.randn(1_300, 96)
+    whole_ND = packed(x_ND)
+    scale = whole_ND.square().mean().sqrt()
+    for size in (1, 3, 16, 64, 1_000):
+        count = min(len(x_ND), 40 * size)
+        parts_ND = torch.cat([packed(part_ND) for part_ND in x_ND[:count].split(size)])
+        other = int(((parts_ND - whole_ND[:count]).abs().amax(1) > 1e-3 * scale).sum())
+        assert other <= 1, f"{other} of {count} tokens answer otherwise in calls of {size}"
+    assert bool(((packed(x_ND + 0.02 * torch.randn_like(x_ND)) - whole_ND).abs().amax(1) > 1e-3 * scale).any()), "the comparison sees nothing"
+
+
 @pytest.mark.parametrize("storage", ["bf16", "int8"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_compressed_layers_pack_as_they_are(dtype: str, storage: str) -> None:

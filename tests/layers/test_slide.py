@@ -179,6 +179,12 @@ def test_the_schedule_rebuilds_only_after_the_hashes_moved() -> None:
     every(x)
     every(x)
     assert every.rebuilds == 3
+    with torch.no_grad():
+        every.planes.neg_()
+        packed, answer = every.eval().pack("fp32"), every(x)
+    assert every.rebuilds == 5  # by packing, and in evaluation
+    assert torch.equal(every.neuron_codes(), every.hash_neurons())
+    torch.testing.assert_close(packed(x), answer)
 
 
 def triplet_layer(**settings: Any) -> MongooseFFN:

@@ -215,6 +215,16 @@ def test_faithful_repeats_the_published_quirks() -> None:
     assert layer.router.weight.grad is not None
 
 
+def test_faithful_drops_hidden_activations_and_outputs() -> None:
+    layer = nogemm.SwitchConfig(experts=1, faithful=True).build(16, hidden=400).train()
+    added = layer(x := torch.randn(500, 16)) - x
+    assert float((added == 0).float().mean()) == pytest.approx(0.1, abs=0.03)
+    expert = layer.experts[0]
+    assert isinstance(expert, DenseFFN)
+    assert not torch.equal(expert(x), expert(x))
+    assert torch.equal(expert.eval()(x), expert(x))
+
+
 def test_cost_of_the_papers_row() -> None:
     layer = nogemm.SwitchConfig(experts=8, hidden=1024, faithful=True).build(512)
     assert layer.cost(1).flops == 4 * 512 * 1024 + 2 * 512 * 8

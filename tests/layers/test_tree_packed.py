@@ -37,6 +37,20 @@ def test_matches_float64_of_the_rounded_weights(isa: str, case: TreeCase, dtype:
         assert other_way <= max(1e-3, 1.5 / max(tokens, 1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_tie_goes_left(isa: str, dtype: str) -> None:
+    """Every number is exact in every precision, so the root's dot product is exactly 0."""
+    layer = TreeConfig(depth=1, bias=False, out_bias=False).build(4).eval().requires_grad_(False)
+    layer.weight_in.copy_(torch.tensor([[[1.0, -1.0, 0, 0], [1.0, 0, 0, 0], [0, 2.0, 0, 0]]]))
+    layer.weight_out.copy_(torch.tensor([[[0.0] * 4, [1.0, 0, 0, 0], [0, 1.0, 0, 0]]]))
+    packed = layer.pack(dtype)
+    for tokens in (1, 2, 33):
+        x = torch.tensor([1.0, 1.0, 0, 0]).repeat(tokens, 1)
+        x[1::2, 1] = 0.5  # z = 0.5: right
+        went_right = packed(x)[:, 1] != 0
+        assert torch.equal(went_right, torch.arange(tokens) % 2 == 1)
+
+
 def test_check_would_notice_a_wrong_row_and_a_lost_bias() -> None:
     case = TREE_CASES[0]
     layer, x = build(case), torch.randn(33, case.d_model)

@@ -157,7 +157,6 @@ def _add_rates(row: dict[str, Any], roofline: Roofline | None, args: LayerBenchA
     row["gb_per_s"] = row["bytes_read"] / us * 1e-3
     if roofline is None:
         return
-    # Our arithmetic is on floats whatever the rows are stored in, so it is held against the fp32 peak.
     compute = {row["computes_in"]: row["flops"]}
     bytes_from = {weight_level(row["weight_bytes"]): row["bytes_read"]}
     bytes_from["L1"] = bytes_from.get("L1", 0.0) + row.get("row_bytes", 0.0)

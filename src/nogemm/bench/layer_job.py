@@ -17,7 +17,7 @@ from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows
 from nogemm.bench.pool import TokenPool
 from nogemm.bench.rounding import check_packed, rounded
 from nogemm.config import layer_class, parse_set
-from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN
+from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN, YosoFFN
 from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
 from nogemm.layers.hashed_neurons import HashedNeurons
 from nogemm.layers.shuffle import PackedShuffle
@@ -159,13 +159,18 @@ class OurContender(LayerContender):
             "bytes_read": cost.bytes_read * share,
             "row_bytes": row_bytes(twin, self.batch) * share,
             "weight_bytes": weight_bytes * self.copies * share,
-            "computes_in": "fp32",
+            "computes_in": self._computes_in(),
             "token_bytes": 4 * self.settings["d"],
             "native": runs_native(self.packed[0]),
         }
         if isinstance(self.layer, HireFFN):
             facts |= self._hire_facts(self.layer)
         return facts | self._verify(twin)
+
+    def _computes_in(self) -> str:
+        """Name the peak that most of the arithmetic is held against: hashes in 16-bit integers, all else in floats."""
+        hashed = isinstance(self.layer, (LookupFFN, YosoFFN)) and self.settings["dtype"] != "fp32"
+        return "int16" if hashed else "fp32"
 
     def _hire_facts(self, layer: HireFFN) -> dict[str, Any]:
         """Return what the sketch finds, and the traffic: the twin holds rounded rows in float32."""

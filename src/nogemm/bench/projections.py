@@ -57,8 +57,9 @@ def run_projection_bench(args: ProjectionBenchArgs, *, note: Note | None = None)
 
     Returns:
         `nogemm.bench.result.origin` and {"dense": its FLOP and parameters, "rows"}; a row has "projection" (kind),
-        "label", "config", "flops", "parameters", "error" (mean over "matrices"), "errors", "fit" ("exact" or
-        "descent"), and where one is known "closed_form", the expected error, and "deviation", relative to it.
+        "label", "config", "flops", "parameters", "error" (mean over "matrices"), "errors", "fit" ("exact",
+        "descent", or "scale" where there are no weights), and where one is known "closed_form", the expected error, and
+        "deviation", relative to it.
     Raises:
         ConfigError: a width that is no power of two, or nothing to average over.
     """
@@ -88,8 +89,8 @@ def sweep(d: int) -> list[ProjectionConfig]:
         *(BHConfig(rounds=1, block=b, bias=False) for b in blocks),
         *(ShuffleProjectionConfig(block=b, bias=False) for b in blocks),
         *(LowRankConfig(rank=b, bias=False) for b in blocks),
-        *(BHConfig(rounds=m, block=b, bias=False) for m in (2, 4) for b in blocks),
-        RandomHadamardConfig(learnable=True, bias=False),
+        *(BHConfig(rounds=m, block=b, bias=False) for m in (2, 3, 4) for b in blocks),
+        *(RandomHadamardConfig(learnable=learnable, bias=False) for learnable in (False, True)),
         *(HadamardChainConfig(depth=k, bias=False) for k in depths),
         *(AcdcConfig(depth=k, bias=False) for k in depths),
     ]
@@ -112,11 +113,12 @@ def closed_form(config: ProjectionConfig, d: int) -> float | None:
 
 def _row(config: ProjectionConfig, matrices: Sequence[Tensor], args: ProjectionBenchArgs) -> dict[str, Any]:
     expected = closed_form(config, args.d)
-    exact = expected is not None or isinstance(config, LowRankConfig)
-    errors = [
-        fit_exactly(config, matrix) if exact else descend(config, matrix, args)
-        for matrix in (matrices if exact else matrices[:1])
-    ]
+    if isinstance(config, RandomHadamardConfig) and not config.learnable:
+        fit, errors = "scale", [best_scale(config, matrix) for matrix in matrices]
+    elif expected is not None or isinstance(config, LowRankConfig):
+        fit, errors = "exact", [fit_exactly(config, matrix) for matrix in matrices]
+    else:
+        fit, errors = "descent", [descend(config, matrices[0], args)]
     mean = sum(errors) / len(errors)
     return {
         "projection": config.kind,
@@ -125,7 +127,7 @@ def _row(config: ProjectionConfig, matrices: Sequence[Tensor], args: ProjectionB
         "error": mean,
         "errors": errors,
         "matrices": len(errors),
-        "fit": "exact" if exact else "descent",
+        "fit": fit,
         "closed_form": expected,
         "deviation": None if expected is None else mean / expected - 1.0,
     }
@@ -134,6 +136,14 @@ def _row(config: ProjectionConfig, matrices: Sequence[Tensor], args: ProjectionB
 def relative_error(projection: Projection, matrix_DD: Tensor) -> Tensor:
     """Return |R - M|^2 / |M|^2, with R read off the projection's own forward pass."""
     return (projection.dense_matrix() - matrix_DD).square().sum() / matrix_DD.square().sum()
+
+
+def best_scale(config: ProjectionConfig, matrix_DD: Tensor) -> float:
+    """Return the error of a projection without weights, times the best number: 1 - <R, M>^2 / (|R|^2 |M|^2)."""
+    with torch.no_grad():
+        found_DD = config.build(*reversed(matrix_DD.shape)).double().dense_matrix()
+        overlap = (found_DD * matrix_DD).sum().square() / (found_DD.square().sum() * matrix_DD.double().square().sum())
+    return 1.0 - float(overlap)
 
 
 def fit_exactly(config: ProjectionConfig, matrix_DD: Tensor) -> float:

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from nogemm.bench.result import shown_name
-from nogemm.bench.tables import TextTable, flips_table, hire_recall_table, lsh_table, methods_table, projections_table
+from nogemm.bench.tables import (
+    TextTable,
+    flips_table,
+    hire_recall_table,
+    lsh_table,
+    methods_table,
+    projections_table,
+    table5_table,
+)
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -292,4 +300,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
     "flips": lambda data, results: results.tables.append(flips_table(data)),
     "lsh": lambda data, results: results.tables.append(lsh_table(data)),
+    "table5": lambda data, results: results.tables.append(table5_table(data)),
 }

@@ -140,3 +140,29 @@ def _searcher(row: Mapping[str, Any]) -> str:
         return f"{row['method']} hashes, {row['bits']} bits, {row['tables']} tables"
     rank = "" if row["rank"] is None else f" {row['rank']}"
     return f"{row['method'].replace('_', ' ')}{rank} sketch, {row['candidates']} candidates"
+
+
+def table5_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out the summary of `benchmarks/table5.py`: a line per part and batch."""
+    rows = []
+    for case in result["cases"]:
+        cells = [_microseconds(case["ours"].get(name)) for name in _TABLE5_OURS]
+        rivals = [
+            f"{case[name]} {_microseconds(case[f'{name}_us'])}" if case.get(name) else ""
+            for name in ("fastest_dense", "fastest_equal_flop")
+        ]
+        ratio = "" if case["ratio"] is None else f"{case['ratio']:.2f}"
+        rows.append([case["part"], f"{case['batch']:,}", *cells, *rivals, ratio])
+    return TextTable(
+        title="LookupFFN beside every dense engine",
+        head=["part", "tokens", "int8", "bf16", "fp32", "fastest dense", "fastest dense of our FLOP", "ratio"],
+        rows=rows,
+        hint="Microseconds per call; ratio: the fastest dense layer of full width / our int8, in one run.",
+    )
+
+
+_TABLE5_OURS = tuple(f"nogemm-lookup-{dtype}" for dtype in ("int8", "bf16", "fp32"))
+
+
+def _microseconds(us: float | None) -> str:
+    return "" if us is None else f"{us:,.4g}"

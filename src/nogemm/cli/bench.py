@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ from nogemm.cli.options import (
     layer_args,
     words,
 )
+
+if TYPE_CHECKING:
+    from nogemm.bench.tables import TextTable
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -150,8 +153,7 @@ def methods(
     result = run_methods_bench(args, note=progress)
     clear_progress()
     print(result["machine_line"])
-    table = methods_table(result)
-    print_table(table.head, table.rows)
+    _print(methods_table(result))
     finish({"kind": "methods", **result}, json)
 
 
@@ -171,8 +173,7 @@ def projections(
     args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
     result = run_projection_bench(args, note=progress)
     clear_progress()
-    table = projections_table(result)
-    print_table(table.head, table.rows)
+    _print(projections_table(result))
     finish({"kind": "projections", **result}, json)
 
 
@@ -208,8 +209,7 @@ def lsh(
     )
     result = run_lsh_bench(args, note=progress)
     clear_progress()
-    table = lsh_table(result)
-    print_table(table.head, table.rows)
+    _print(lsh_table(result))
     finish({"kind": "lsh", **result}, json)
 
 
@@ -227,10 +227,14 @@ def flips(
     result = run_flips_bench(tokens=tokens, batches=integers("--batch", batch), seed=seed, note=progress)
     clear_progress()
     print(result["machine_line"])
-    table = flips_table(result)
-    print_table(table.head, table.rows)
-    print(table.hint)
+    _print(flips_table(result))
     finish({"kind": "flips", **result}, json)
+
+
+def _print(table: TextTable) -> None:
+    print_table(table.head, table.rows)
+    if table.hint:
+        print(table.hint)
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:

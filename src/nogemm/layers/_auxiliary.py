@@ -1,11 +1,15 @@
-"""A loss of a layer's own, added to whatever the layer is trained for."""
+"""What several layers add to training: a loss of their own, and the published baselines' dropout."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Of the published baselines: inside the layer, and of its output before the network around it drops once more.
+PUBLISHED_DROPOUT = 0.1
 
 
 class _Attach(torch.autograd.Function):
@@ -25,3 +29,8 @@ class _Attach(torch.autograd.Function):
 def attach_loss(carrier: Tensor, loss: Tensor) -> Tensor:
     """Return `carrier`; its backward also adds the gradient of `loss`, so that no trainer has to know of it."""
     return _Attach.apply(carrier, loss)  # type: ignore[no-any-return]
+
+
+def drop_input(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Drop a module's input as the published baselines do; a forward pre-hook."""
+    return (F.dropout(inputs[0], PUBLISHED_DROPOUT, module.training), *inputs[1:])

@@ -31,9 +31,6 @@ from nogemm.ops import bucket_union, hash_codes
 from nogemm.projections import Projection
 from nogemm.projections._padded import random_signs
 
-# Of the published code: it drops outputs once more than the network around it does.
-PUBLISHED_DROPOUT = 0.1
-
 
 @dataclass(frozen=True, kw_only=True)
 class HashedConfig(LayerConfig[LayerT]):

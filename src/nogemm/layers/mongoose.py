@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
-from nogemm.layers._auxiliary import attach_loss
+from nogemm.layers._auxiliary import PUBLISHED_DROPOUT, attach_loss
+from nogemm.layers._base import PackedFFN
 from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import PUBLISHED_DROPOUT, HashedConfig, HashedNeurons, extended_product
+from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons, extended_product
 from nogemm.layers.slide import draw_planes
 from nogemm.ops import bucket_union
 
@@ -33,8 +34,8 @@ class MongooseConfig(HashedConfig["MongooseFFN"]):
         bits, tables, chunk, hidden, activation, norm, projection: see `HashedConfig`.
         rebuild: tables are rebuilt in training once this share of the neurons' hash bits has changed; 0: every time.
         triplet_weight: of the loss that teaches the hashes, in every gradient.
-        faithful: as published: one start for all layers, tables rebuilt every time, pairs of the loss drawn at random
-            in each chunk by itself, a dropout of its own in training, the published start.
+        faithful: as published: one start for all layers, tables rebuilt in every forward pass, in evaluation too, pairs
+            of the loss drawn at random in each chunk by itself, a dropout of its own in training, the published start.
     """
 
     kind: ClassVar[str] = "mongoose"
@@ -125,7 +126,7 @@ class MongooseFFN(HashedNeurons):
     def tokens(self, x_ND: Tensor) -> Tensor:
         v_ND = x_ND if self.norm is None else self.norm(x_ND)
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self._hash_parameters())
-        if learning:
+        if learning or self.config.faithful:
             self.rebuild_if_moved()
         y_ND = self.masked(v_ND, self.retrieved(v_ND))
         if learning and self.config.triplet_weight > 0 and v_ND.shape[0]:
@@ -172,6 +173,11 @@ class MongooseFFN(HashedNeurons):
 
     def _hash_parameters(self) -> list[nn.Parameter]:
         return [self.get_parameter("planes")] if self.projection is None else list(self.projection.parameters())
+
+    def _pack(self, dtype: str) -> PackedFFN:
+        if self.config.faithful:  # what the next forward pass would do first
+            self.build_tables()
+        return super()._pack(dtype)
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Take the dense layer's neurons and rebuild the tables: exact up to those that the hashes miss."""

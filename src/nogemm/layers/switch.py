@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.config import (
@@ -26,7 +27,7 @@ from nogemm.config import (
 )
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
-from nogemm.layers._auxiliary import attach_loss
+from nogemm.layers._auxiliary import PUBLISHED_DROPOUT, attach_loss, drop_input
 from nogemm.layers._base import FFN, PackedFFN
 from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
 from nogemm.layers.switch_routing import Routing, choose_experts, dispatch
@@ -52,8 +53,8 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
         projection: the router, E outputs. None: one matrix.
         balance_weight, z_weight: of the load-balancing loss and of the router's z-loss in every gradient.
         faithful: as in the published baseline: RMSNorm, ReLU experts and router without biases, inputs jittered in
-            evaluation too, no auxiliary loss, no limit, and the input added to the output although the model adds it,
-            too.
+            evaluation too, a dropout of hidden activations and of outputs in training, no auxiliary loss, no limit, and
+            the input added to the output although the model adds it, too.
     """
 
     kind: ClassVar[str] = "switch"
@@ -153,6 +154,8 @@ class SwitchFFN(FFN):
         if config.faithful:
             for parameter in (*self.router.parameters(), *self.experts.parameters()):
                 nn.init.normal_(parameter, std=0.02)
+            for expert in self.experts:
+                expert.get_submodule("down").register_forward_pre_hook(drop_input)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         v_ND = x_ND if self.norm is None else self.norm(x_ND)
@@ -161,7 +164,7 @@ class SwitchFFN(FFN):
         routing = self.route(v_ND)
         y_ND = dispatch(list(self.experts), routing, v_ND, self.d_out)
         if self.config.faithful:
-            return x_ND + y_ND
+            return x_ND + F.dropout(y_ND, PUBLISHED_DROPOUT, self.training)
         loss = self.config.balance_weight * routing.balance_loss + self.config.z_weight * routing.z_loss
         return attach_loss(y_ND, loss) if torch.is_grad_enabled() and loss.requires_grad else y_ND
 

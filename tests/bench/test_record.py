@@ -1,0 +1,74 @@
+"""`./run bench` runs the commands that benchmarks/README.md shows, and every recorded result has one."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_SPEC = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
+assert _SPEC is not None
+assert _SPEC.loader is not None
+record: Any = importlib.util.module_from_spec(_SPEC)
+sys.modules["record"] = record  # dataclasses look their module up
+_SPEC.loader.exec_module(record)
+
+
+def test_every_recorded_file_has_its_command() -> None:
+    known = {file for one in record.recordings(record.PAGE.read_text()) for file in one.files}
+    recorded = {path.relative_to(ROOT) for path in (ROOT / "benchmarks" / "results").glob("*.json*")}
+    assert recorded - known == {Path("benchmarks/results/demo.json")}, "demo.json is ./run demo's"
+
+
+def test_blocks_are_read_command_by_command() -> None:
+    page = (
+        "text\n```bash\none \\\n  --json benchmarks/results/a.json\n\nset -e\ntwo > benchmarks/results/b/c.json\n```\n"
+    )
+    page += "```bash\nnogemm env\n```\n"
+    first, second = record.recordings(page)
+    assert first.shell == "one \\\n  --json benchmarks/results/a.json"
+    assert second.files == (Path("benchmarks/results/b/c.json"),)
+    assert second.named("c")
+    assert not second.named("b")
+
+
+@pytest.fixture
+def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project of two recordings, of which one fails; one file is there already."""
+    page = tmp_path / "README.md"
+    page.write_text(
+        '```bash\necho \'{"date": "2026-01-02"}\' > benchmarks/results/good.json\n\n'
+        "false > benchmarks/results/bad.json\ntouch too-far\n```\n"
+    )
+    results = tmp_path / "benchmarks" / "results"
+    results.mkdir(parents=True)
+    (results / "good.json").write_text('{"date": "2026-01-01"}')
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    monkeypatch.setattr(record, "PAGE", page)
+    return tmp_path
+
+
+def test_a_failure_is_told_and_does_not_stop_the_rest(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert record.main([]) == 1
+    assert "failed: bad.json" in capsys.readouterr().out
+    assert "2026-01-02" in (small / "benchmarks/results/good.json").read_text()
+    assert not (small / "too-far").exists(), "went on within a block"
+
+
+def test_what_is_there_or_new_is_left_out(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def listed(*words: str) -> str:
+        assert record.main([*words, "--list"]) == 0
+        return capsys.readouterr().out
+
+    assert "good.json" not in listed("--missing")
+    assert "bad.json" in listed("--missing")
+    assert "good.json" not in listed("--since", "2026-01-01")
+    assert "good.json" in listed("--since", "2026-01-02")
+    assert "bad.json" not in listed("--only", "good")
+    with pytest.raises(SystemExit):
+        record.main(["--only", "nothing"])
+    assert "no command writes 'nothing'" in capsys.readouterr().err

@@ -1,0 +1,48 @@
+"""The wide HireFFN of the benchmarks is trained for real: its loss falls, through the neurons that it keeps."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nogemm
+from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
+from nogemm.layers import HireFFN
+from nogemm.train.masking import Masking
+
+_FILE = Path(__file__).parents[2] / "benchmarks" / "train_hire.py"
+_SPEC = importlib.util.spec_from_file_location("train_hire", _FILE)
+assert _SPEC is not None
+assert _SPEC.loader is not None
+train_hire: Any = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(train_hire)
+
+
+def test_a_narrow_one_learns_and_is_read_back(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(PACKAGED)
+    model = train_hire.encoder(len(tokenizer), hidden=256, width=64)
+    (layer,) = nogemm.converted(model).values()
+    assert isinstance(layer, HireFFN)
+    assert layer.config.keep == 0.05
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    one = next(train_hire.batches(tokenizer, 8))
+    losses = train_hire.train(model, itertools.repeat(one), Masking.of(tokenizer, 0), 40, 3e-3)
+    assert len(losses) == 40
+    assert losses[-1] < 0.8 * losses[0], losses
+    changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
+    assert {name.split(".")[0] for name in changed} >= {"up", "down"}, changed
+    nogemm.save(model.eval(), tmp_path / "model")
+    (again,) = nogemm.converted(load_encoder(tmp_path / "model")).values()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in layer.state_dict().items())
+
+
+def test_batches_go_through_different_texts() -> None:
+    source = train_hire.batches(load_tokenizer(PACKAGED), 2)
+    first, second = next(source), next(source)
+    assert first.ids.shape[0] == 2
+    assert first.ids.shape[1] <= train_hire.LENGTH
+    assert first.ids.tolist() != second.ids.tolist()
