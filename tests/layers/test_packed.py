@@ -116,7 +116,9 @@ def test_codes_do_not_depend_on_the_batch(isa: str, dtype: str) -> None:
         parts_ND = torch.cat([packed(part_ND) for part_ND in x_ND[:count].split(size)])
         other = int(((parts_ND - whole_ND[:count]).abs().amax(1) > 1e-3 * scale).sum())
         assert other <= 1, f"{other} of {count} tokens answer otherwise in calls of {size}"
-    assert bool(((packed(x_ND + 0.02 * torch.randn_like(x_ND)) - whole_ND).abs().amax(1) > 1e-3 * scale).any()), "the comparison sees nothing"
+    assert bool(((packed(x_ND + 0.02 * torch.randn_like(x_ND)) - whole_ND).abs().amax(1) > 1e-3 * scale).any()), (
+        "the comparison sees nothing"
+    )
 
 
 @pytest.mark.parametrize("storage", ["bf16", "int8"])

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.config import Replaced, register
-from nogemm.layers.dense import DenseFFN
 from nogemm.layers._auxiliary import PUBLISHED_DROPOUT
+from nogemm.layers.dense import DenseFFN
 from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons
 
 # Of the published code: every layer draws the same signs from this seed.
