@@ -3,8 +3,8 @@
     python benchmarks/train_hire.py runs/hire/wide
 
 An encoder of one layer, width 2,048, whose FFN has 8,192 ReLU neurons and keeps 5 % of them, learns to name hidden
-words. It is far too little training for a useful model, and enough for neurons, biases and activations that are no longer
-Gaussian. About five minutes on two cores.
+words. It is far too little training for a useful model, and enough for neurons, biases and activations that are no
+longer Gaussian. About five minutes on two cores.
 
 Legend: S sequences, L positions, V words.
 """
