@@ -113,6 +113,19 @@ def test_env_says_what_runs(tmp_path, capsys):
     assert written["threads"] == torch.get_num_threads()
 
 
+def test_convert_says_where_dense_was_faster(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nogemm.bench.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
+    small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", tiny, tmp_path / "out", *small, "--speed", "fp32", "--json", tmp_path / "c.json") == 0
+    (kind,) = json.loads((tmp_path / "c.json").read_text())["speed"]
+    assert kind["sites"] == 2
+    assert {row["contender"] for row in kind["rows"]} == {"nogemm-fp32", "torch-fp32", "torch-bf16", "torch-int8"}
+    assert all(row["verified"] for row in kind["rows"])
+    shape = kind["replaced"]
+    assert f"lookup, fp32, for {shape['d_model']}, {shape['hidden']}: {kind['verdict']}" in capsys.readouterr().out
+
+
 def test_convert_distil_eval_report(tiny, tmp_path, capsys):
     converted, distilled, texts = tmp_path / "converted", tmp_path / "distilled", tmp_path / "texts.jsonl"
     small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]

@@ -12,7 +12,8 @@ import torch
 from nogemm.bench import layer as bench
 from nogemm.bench.check import token_errors
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
-from nogemm.bench.layer_job import dense_work, our_layer, row_bytes, runs_native
+from nogemm.bench.layer_job import COPIES, DenseContender, dense_work, our_layer, row_bytes, runs_native
+from nogemm.bench.pool import write_pool
 from nogemm.bench.rounding import our_bound, rounded
 from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
@@ -51,6 +52,23 @@ TINY: dict[str, Any] = {
 def result() -> dict[str, Any]:
     args = LayerBenchArgs(**TINY, against=("torch-fp32", "torch-int8"), cache=("fresh", "warm"))
     return run_layer_bench(args, _min_rounds=2)
+
+
+@pytest.mark.parametrize("engine", ["torch-fp32", "onnxruntime-fp32", "openvino-f32"])
+def test_a_repeated_token_after_fresh_ones(engine: str, tmp_path: Path) -> None:
+    """One token goes through twelve copies when it is fresh, through one layer when it is repeated."""
+    write_pool(tmp_path / "pool", 400, 8, seed=1)
+    settings = {"engine": engine, "d": 8, "hidden": 16, "activation": "gelu", "seed": 0, "pool": str(tmp_path / "pool")}
+    contender = DenseContender(settings)
+    case = {"batch": 1, "codes": "uniform"}
+    facts = contender.prepare(case | {"cache": "fresh"})
+    assert (facts["layers"], facts["verified"]) == (COPIES, True)
+    assert contender.draw() is not contender.draw()
+    facts = contender.prepare(case | {"cache": "warm"})
+    assert (facts["layers"], facts["verified"]) == (1, True)
+    assert contender.draw() is contender.draw()
+    assert contender.runner is not None
+    assert len(contender.runner.result(contender.run(contender.draw()))) == 1
 
 
 def test_every_contender_has_every_case_and_key(result: dict[str, Any]) -> None:

@@ -21,6 +21,7 @@ from nogemm.bench.tables import (
     hire_recall_table,
     lsh_table,
     methods_table,
+    operator_table,
     projections_table,
     table5_table,
 )
@@ -300,5 +301,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
     "flips": lambda data, results: results.tables.append(flips_table(data)),
     "lsh": lambda data, results: results.tables.append(lsh_table(data)),
+    "operator-host": lambda data, results: results.tables.append(operator_table(data)),
     "table5": lambda data, results: results.tables.append(table5_table(data)),
 }

@@ -142,6 +142,21 @@ def _searcher(row: Mapping[str, Any]) -> str:
     return f"{row['method'].replace('_', ' ')}{rank} sketch, {row['candidates']} candidates"
 
 
+def operator_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `benchmarks/operator_host.py` measured."""
+    times = ("us_median", "us_p10", "us_p90")
+    rows = [
+        [f"{row['graph']}, {row['rest']}", str(row["threads"]), f"{row['batch']:,}", *(_microseconds(row[t]) for t in times)]
+        for row in result["rows"]
+    ]
+    return TextTable(
+        title="The operator inside OpenVINO",
+        head=["graph, precision of the rest", "threads", "tokens", "us", "p10", "p90"],
+        rows=rows,
+        hint="; ".join(result["found"]) + ".",
+    )
+
+
 def table5_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out the summary of `benchmarks/table5.py`: a line per part and batch."""
     rows = []

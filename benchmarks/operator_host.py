@@ -1,0 +1,156 @@
+"""What running inside OpenVINO costs our operator: two threads in one call, and conversions around it.
+
+    python benchmarks/operator_host.py --json benchmarks/results/operator-openvino.json
+
+One packed LookupFFN of MiniLM's shape. `operator` is a graph of it alone, on one thread and on two. `between` has a
+matrix before and after it, `matrices` the same two without it, so between - matrices is what the operator costs there:
+if the host converted, copied or waited around it, that is more than the operator alone. The matrices run in f32, bf16, or
+int8 (quantised by NNCF). All graphs take turns, round after round, in one process; tokens are fresh.
+
+Legend: N tokens, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino
+import torch
+from openvino import opset15 as ov
+from openvino.utils.node_factory import NodeFactory
+
+import nogemm
+from nogemm.bench.measure import summary
+from nogemm.bench.result import origin
+from nogemm.export.extension import extension_path
+from nogemm.export.openvino_host import OPERATOR, quantise, shared_core
+from nogemm.files import write_json
+from nogemm.hardware.cpu import usable_cores
+
+D = 384
+LAYER = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(block=64))
+BATCHES = (64, 512, 4096)
+RESTS = ("f32", "bf16", "int8")
+ROUNDS, SECONDS = 15, 0.03
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="aimed at per turn")
+    parser.add_argument("--batch", default=",".join(map(str, BATCHES)))
+    args = parser.parse_args()
+    batches = tuple(int(word) for word in args.batch.split(","))
+    threads = usable_cores()
+    head = origin({"d": D, "layer": LAYER.to_dict(), "dtype": "int8", "threads": threads, "seconds": args.seconds})
+    packed = packed_layer()
+    graphs = compiled_graphs(packed, threads)
+    rows = []
+    for batch in batches:
+        check(graphs["operator", "f32", threads], packed, batch)
+        rows += timed(graphs, batch, args.seconds)
+    write_json(args.json, {"kind": "operator-host", **head, "rows": rows, "found": found(rows, threads)})
+    for line in found(rows, threads):
+        print(line)
+
+
+def packed_layer() -> Any:
+    """Return the layer, its tables random."""
+    torch.manual_seed(0)
+    layer = LAYER.build(D)
+    torch.nn.init.normal_(layer.get_parameter("tables"))
+    return layer.eval().requires_grad_(False).pack("int8")
+
+
+def compiled_graphs(packed: Any, threads: int) -> dict[tuple[str, str, int], Any]:
+    """Compile every graph: {(what, precision of the rest, threads): model}."""
+    made: dict[tuple[str, str, int], Any] = {}
+    for count in sorted({1, threads}):
+        made["operator", "f32", count] = compiled(graph(packed, "operator"), "f32", count)
+    for rest in RESTS:
+        for what in ("between", "matrices"):
+            made[what, rest, threads] = compiled(graph(packed, what), rest, threads)
+    return made
+
+
+def graph(packed: Any, what: str) -> Any:
+    """Build x [N, D] -> [matrix ->] [operator ->] [matrix ->] y."""
+    factory = NodeFactory()
+    factory.add_extension(str(extension_path()))
+    generator = np.random.default_rng(0)
+    x = node = ov.parameter([-1, D], np.float32, name="x")
+    if what != "operator":
+        node = matrix(node, generator)
+    if what != "matrices":
+        weights = ov.constant(packed.get_buffer("packed").numpy())
+        node = factory.create(OPERATOR, [node.output(0), weights.output(0)], {"d_out": D})
+    if what != "operator":
+        node = matrix(node, generator)
+    return openvino.Model([node.output(0)], [x], what)
+
+
+def matrix(node: Any, generator: Any) -> Any:
+    """Multiply by a random matrix that keeps the scale."""
+    weight_DD = (generator.standard_normal((D, D)) / D**0.5).astype(np.float32)
+    return ov.matmul(node, ov.constant(weight_DD), False, True)
+
+
+def compiled(model: Any, rest: str, threads: int) -> Any:
+    """Compile for latency; int8 is calibrated on random tokens."""
+    if rest == "int8":
+        model = quantise(model, [(torch.randn(64, D),) for _ in range(8)])
+    hint = "bf16" if rest == "bf16" else "f32"
+    config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": hint}
+    return shared_core().compile_model(model, "CPU", config)
+
+
+def check(model: Any, packed: Any, batch: int) -> None:
+    """Raise unless the operator alone gives torch's bits."""
+    x_ND = torch.randn(batch, D)
+    if not np.array_equal(model([x_ND.numpy()])[0], packed(x_ND).numpy()):
+        raise AssertionError(f"the operator differs from torch at {batch} tokens")
+
+
+def timed(graphs: dict[tuple[str, str, int], Any], batch: int, seconds: float) -> list[dict[str, Any]]:
+    """Time every graph in turn; a row each."""
+    pool_ND = np.random.default_rng(1).standard_normal((max(65_536, 2 * batch), D)).astype(np.float32)
+    times: dict[tuple[str, str, int], list[float]] = {key: [] for key in graphs}
+    requests, at = {key: model.create_infer_request() for key, model in graphs.items()}, 0
+    for turn in range(ROUNDS + 1):  # the first is not counted
+        for key, request in requests.items():
+            end, us = time.perf_counter() + seconds, []
+            while not us or time.perf_counter() < end:
+                at = at + batch if at + 2 * batch <= len(pool_ND) else 0
+                start = time.perf_counter()
+                request.infer([pool_ND[at : at + batch]], share_inputs=True, share_outputs=True)
+                us.append((time.perf_counter() - start) * 1e6)
+            if turn:
+                times[key] += us
+    return [
+        {"graph": what, "rest": rest, "threads": count, "batch": batch, "verified": True, **summary(us)}
+        for (what, rest, count), us in times.items()
+    ]
+
+
+def found(rows: list[dict[str, Any]], threads: int) -> list[str]:
+    """Say what follows, a line a batch."""
+    median = {(row["graph"], row["rest"], row["threads"], row["batch"]): row["us_median"] for row in rows}
+    lines = []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        alone = median["operator", "f32", threads, batch]
+        speedup = median["operator", "f32", 1, batch] / alone
+        inside = ", ".join(
+            f"{median['between', rest, threads, batch] - median['matrices', rest, threads, batch]:.0f} between {rest}"
+            for rest in RESTS
+        )
+        lines.append(f"{batch} tokens: {alone:.0f} us alone, {speedup:.2f} times one thread's speed; {inside}")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
