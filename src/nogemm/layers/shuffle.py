@@ -6,6 +6,7 @@ Legend: N tokens, D width, B block width, n groups, F hidden width, H = F / n hi
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -189,12 +190,18 @@ def shuffle(u_NF: Tensor, groups: int) -> Tensor:
 
 
 class PackedShuffle(PackedFFN):
-    """The same in another precision: batched products in fp32 and bf16, torch's dynamic int8 group by group."""
+    """The same in another precision: a product per group, and no shuffle of its own.
+
+    Place j of group g of the first product goes to place j n + g, so what group G of the second one takes is a run of
+    neighbours out of every first group: joining those runs is all that is left of shuffling, once the second
+    matrices' columns are in that order. (The block_product kernel repacks its weights in every call, which is right for
+    training and for the many small blocks of a projection; with these few large blocks it would cost 20 times the
+    product at one token.)
+    """
 
     def __init__(self, layer: ShuffleFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
         self.activation = layer.activation
-        self.groups = layer.groups
         self.block = layer.config.block
         self.norm = None
         if layer.norm is not None:
@@ -202,12 +209,19 @@ class PackedShuffle(PackedFFN):
             self.norm.load_state_dict(layer.norm.state_dict())
             self.norm.requires_grad_(False)
         self.compute = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self.products = nn.ModuleList(
-            _Int8Blocks(weight.detach()) if dtype == "int8" else _Blocks(weight.detach().to(self.compute))
-            for weight in (layer.up, layer.down)
-        )
-        self.register_buffer("up_bias", layer.up_bias.detach().float().clone(), persistent=False)
-        self.register_buffer("bias", layer.bias.detach().float().clone(), persistent=False)
+        groups, width, out = layer.groups, layer.up.shape[1], layer.down.shape[1]
+        self.runs = [
+            [range(-((g - width * G) // groups), -((g - width * (G + 1)) // groups)) for g in range(groups)]
+            for G in range(groups)
+        ]
+        order = [
+            torch.cat([torch.arange(run.start, run.stop) * groups + g for g, run in enumerate(runs)]) - width * G
+            for G, runs in enumerate(self.runs)
+        ]
+        down = [weight[:, columns] for weight, columns in zip(layer.down.detach(), order, strict=True)]
+        bias = F.pad(layer.bias.detach(), (0, groups * out - layer.d_out)).unflatten(0, (groups, out))
+        self.first = _products(layer.up.detach(), layer.up_bias.detach().unflatten(0, (-1, groups)).T, dtype)
+        self.second = _products(down, bias, dtype)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         return each_alone(self._finite, x_ND)
@@ -215,42 +229,36 @@ class PackedShuffle(PackedFFN):
     def _finite(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
-        v_ND = F.pad(v_ND, (0, self.groups * self.block - self.d_model)).to(self.compute)
-        u_NF = shuffle(self.products[0](v_ND), self.groups).float() + self.get_buffer("up_bias")
-        hidden_NF = ACTIVATIONS[self.activation](u_NF).to(self.compute)
-        y = self.products[1](hidden_NF)[:, : self.d_out].float() + self.get_buffer("bias")
-        return y.to(x_ND.dtype)
+        v_ND = F.pad(v_ND, (0, len(self.first) * self.block - self.d_model)).to(self.compute)
+        u = [product(part) for product, part in zip(self.first, v_ND.split(self.block, 1), strict=True)]
+        y = []
+        for product, runs in zip(self.second, self.runs, strict=True):
+            mine = torch.cat([part[:, run.start : run.stop] for part, run in zip(u, runs, strict=True)], 1)
+            y.append(product(ACTIVATIONS[self.activation](mine).to(self.compute)))
+        return torch.cat(y, 1)[:, : self.d_out].to(x_ND.dtype)
 
 
-class _Blocks(nn.Module):
-    """A block-diagonal matrix of few large blocks, multiplied as a batch.
+def _products(weights: Iterable[Tensor], biases: Iterable[Tensor], dtype: str) -> nn.ModuleList:
+    """Make a product with bias for each group, float32 out; int8 by torch's dynamic quantisation."""
+    found = nn.ModuleList()
+    for weight_OI, bias_O in zip(weights, biases, strict=True):
+        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0]).requires_grad_(False)
+        linear.weight.copy_(weight_OI)
+        assert linear.bias is not None
+        linear.bias.copy_(bias_O)
+        found.append(_Bf16Product(linear) if dtype == "bf16" else linear)
+    if dtype == "int8":
+        return torch.ao.quantization.quantize_dynamic(found.eval(), {nn.Linear}, dtype=torch.qint8)
+    return found
 
-    The block_product kernel repacks its weights in every call, which is right for training and for the many small
-    blocks of a projection; here it costs 20 times the product at one token.
-    """
 
-    def __init__(self, weight_nOI: Tensor) -> None:
+class _Bf16Product(nn.Module):
+    """A product in bfloat16 whose bias stays in float32."""
+
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        self.register_buffer("weight_nIO", weight_nOI.transpose(1, 2).contiguous(), persistent=False)
+        self.register_buffer("weight", linear.weight.to(torch.bfloat16), persistent=False)
+        self.register_buffer("bias", linear.bias.clone(), persistent=False)
 
     def forward(self, x_NC: Tensor) -> Tensor:
-        weight_nIO = self.get_buffer("weight_nIO")
-        x_nNI = x_NC.unflatten(1, weight_nIO.shape[:2]).transpose(0, 1)
-        return torch.bmm(x_nNI, weight_nIO).transpose(0, 1).flatten(1)
-
-
-class _Int8Blocks(nn.Module):
-    """A block-diagonal matrix as one dynamically quantised linear layer per block."""
-
-    def __init__(self, weight_nOI: Tensor) -> None:
-        super().__init__()
-        blocks = nn.Sequential()
-        for weight_OI in weight_nOI.float():
-            linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False)
-            linear.weight = nn.Parameter(weight_OI.clone(), requires_grad=False)
-            blocks.append(linear)
-        self.blocks = torch.ao.quantization.quantize_dynamic(blocks.eval(), {nn.Linear}, dtype=torch.qint8)
-
-    def forward(self, x_NC: Tensor) -> Tensor:
-        parts = x_NC.chunk(len(self.blocks), dim=1)
-        return torch.cat([block(part) for block, part in zip(self.blocks, parts, strict=True)], dim=1)
+        return F.linear(x_NC, self.get_buffer("weight")).float() + self.get_buffer("bias")
