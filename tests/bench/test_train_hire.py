@@ -12,7 +12,6 @@ import torch
 import nogemm
 from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
 from nogemm.layers import HireFFN
-from nogemm.train.masking import Masking
 
 _FILE = Path(__file__).parents[2] / "benchmarks" / "train_hire.py"
 _SPEC = importlib.util.spec_from_file_location("train_hire", _FILE)
@@ -23,16 +22,17 @@ _SPEC.loader.exec_module(train_hire)
 
 
 def test_a_narrow_one_learns_and_is_read_back(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(PACKAGED)
-    model = train_hire.encoder(len(tokenizer), hidden=256, width=64)
+    tokenizer, teacher = load_tokenizer(PACKAGED), load_encoder(PACKAGED)
+    model, head = train_hire.encoder(teacher, hidden=256, width=384)
     (layer,) = nogemm.converted(model).values()
     assert isinstance(layer, HireFFN)
     assert layer.config.keep == 0.05
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     one = next(train_hire.batches(tokenizer, 8))
-    losses = train_hire.train(model, itertools.repeat(one), Masking.of(tokenizer, 0), 40, 3e-3)
-    assert len(losses) == 40
+    losses = train_hire.train(model, head, teacher, itertools.repeat(one), 20, 1e-3)
+    assert len(losses) == 20
     assert losses[-1] < 0.8 * losses[0], losses
+    assert 0.2 < train_hire.used(model.eval(), layer, one) <= 1
     changed = [name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])]
     assert {name.split(".")[0] for name in changed} >= {"up", "down"}, changed
     nogemm.save(model.eval(), tmp_path / "model")
