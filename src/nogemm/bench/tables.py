@@ -146,7 +146,12 @@ def operator_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `benchmarks/operator_host.py` measured."""
     times = ("us_median", "us_p10", "us_p90")
     rows = [
-        [f"{row['graph']}, {row['rest']}", str(row["threads"]), f"{row['batch']:,}", *(_microseconds(row[t]) for t in times)]
+        [
+            f"{row['graph']}, {row['rest']}",
+            str(row["threads"]),
+            f"{row['batch']:,}",
+            *(_microseconds(row[t]) for t in times),
+        ]
         for row in result["rows"]
     ]
     return TextTable(
