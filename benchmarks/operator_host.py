@@ -3,9 +3,9 @@
     python benchmarks/operator_host.py --json benchmarks/results/operator-openvino.json
 
 One packed LookupFFN of MiniLM's shape. `operator` is a graph of it alone, on one thread and on two. `between` has a
-matrix before and after it, `matrices` the same two without it, so between - matrices is what the operator costs there:
-if the host converted, copied or waited around it, that is more than the operator alone. The matrices run in f32, bf16, or
-int8 (quantised by NNCF). All graphs take turns, round after round, in one process; tokens are fresh.
+matrix before and after it, `matrices` the same two without it, so between - matrices is what the operator costs
+there: if the host converted, copied or waited around it, that is more than the operator alone. The matrices run in
+f32, bf16, or int8 (quantised by NNCF). All graphs take turns, round after round, in one process; tokens are fresh.
 
 Legend: N tokens, D width.
 """

@@ -2,10 +2,11 @@
 
     python benchmarks/train_hire.py runs/hire/wide
 
-An encoder of one layer, width 2,048, whose FFN has 8,192 ReLU neurons and keeps 5 % of them, learns to give every token
-what all-MiniLM-L6-v2 makes of it in six layers (the cosine of its last hidden state, through one matrix). It starts from
-MiniLM's word vectors, turned into the wider space, and random layers. That is far too little training for a useful
-model, and enough for neurons, biases and activations that are no longer Gaussian. About five minutes on two cores.
+An encoder of one layer, width 2,048, whose FFN has 8,192 ReLU neurons and keeps 5 % of them, learns to give every
+token what all-MiniLM-L6-v2 makes of it in six layers (the cosine of its last hidden state, through one matrix). It
+starts from MiniLM's word vectors, turned into the wider space, and random layers. That is far too little training for
+a useful model, and enough for neurons, biases and activations that are no longer Gaussian. About five minutes on two
+cores.
 
 Legend: S sequences, L positions, D width, d the teacher's width.
 """

@@ -240,25 +240,25 @@ class PackedShuffle(PackedFFN):
 
 def _products(weights: Iterable[Tensor], biases: Iterable[Tensor], dtype: str) -> nn.ModuleList:
     """Make a product with bias for each group, float32 out; int8 by torch's dynamic quantisation."""
+    pairs = zip(weights, biases, strict=True)
+    if dtype != "int8":
+        return nn.ModuleList(_Product(weight_OI, bias_O, dtype) for weight_OI, bias_O in pairs)
     found = nn.ModuleList()
-    for weight_OI, bias_O in zip(weights, biases, strict=True):
+    for weight_OI, bias_O in pairs:
         linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0]).requires_grad_(False)
-        linear.weight.copy_(weight_OI)
-        assert linear.bias is not None
-        linear.bias.copy_(bias_O)
-        found.append(_Bf16Product(linear) if dtype == "bf16" else linear)
-    if dtype == "int8":
-        return torch.ao.quantization.quantize_dynamic(found.eval(), {nn.Linear}, dtype=torch.qint8)
-    return found
+        linear.load_state_dict({"weight": weight_OI, "bias": bias_O})
+        found.append(linear)
+    return torch.ao.quantization.quantize_dynamic(found.eval(), {nn.Linear}, dtype=torch.qint8)
 
 
-class _Bf16Product(nn.Module):
-    """A product in bfloat16 whose bias stays in float32."""
+class _Product(nn.Module):
+    """x W + b, W in the packed precision, b in float32; W lies as [in, out], which is faster for few tokens."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight_OI: Tensor, bias_O: Tensor, dtype: str) -> None:
         super().__init__()
-        self.register_buffer("weight", linear.weight.to(torch.bfloat16), persistent=False)
-        self.register_buffer("bias", linear.bias.clone(), persistent=False)
+        weight_IO = weight_OI.T.to(torch.bfloat16 if dtype == "bf16" else torch.float32, copy=True)
+        self.register_buffer("weight_IO", weight_IO.contiguous(), persistent=False)
+        self.register_buffer("bias", bias_O.float().clone(), persistent=False)
 
-    def forward(self, x_NC: Tensor) -> Tensor:
-        return F.linear(x_NC, self.get_buffer("weight")).float() + self.get_buffer("bias")
+    def forward(self, x_NI: Tensor) -> Tensor:
+        return (x_NI @ self.get_buffer("weight_IO")).float() + self.get_buffer("bias")
