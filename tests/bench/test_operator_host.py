@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmark_scripts import load
 
 from nogemm.bench.report_data import read_results
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "operator_host.py"
-_SPEC = importlib.util.spec_from_file_location("operator_host", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-operator_host: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(operator_host)
+operator_host = load("operator_host")
 
 
 def test_a_short_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

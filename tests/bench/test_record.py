@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from benchmark_scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]
-_SPEC = importlib.util.spec_from_file_location("record", ROOT / "benchmarks" / "record.py")
-assert _SPEC is not None
-assert _SPEC.loader is not None
-record: Any = importlib.util.module_from_spec(_SPEC)
-sys.modules["record"] = record  # dataclasses look their module up
-_SPEC.loader.exec_module(record)
+record = load("record")
 
 
 def test_every_recorded_file_has_its_command() -> None:

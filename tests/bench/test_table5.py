@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from benchmark_scripts import load
 
 from nogemm.bench.gather_peer import EMBEDDING_BAG
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "table5.py"
-_SPEC = importlib.util.spec_from_file_location("table5", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-table5: Any = importlib.util.module_from_spec(_SPEC)
-sys.modules["table5"] = table5  # dataclasses look their module up
-_SPEC.loader.exec_module(table5)
+table5 = load("table5")
 
 
 def test_parts_cover_the_paper_and_have_names_of_their_own() -> None:

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from pathlib import Path
-from typing import Any
 
 import torch
+from benchmark_scripts import load
 
 import nogemm
 from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
 from nogemm.layers import HireFFN
 
-_FILE = Path(__file__).parents[2] / "benchmarks" / "train_hire.py"
-_SPEC = importlib.util.spec_from_file_location("train_hire", _FILE)
-assert _SPEC is not None
-assert _SPEC.loader is not None
-train_hire: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(train_hire)
+train_hire = load("train_hire")
 
 
 def test_a_narrow_one_learns_and_is_read_back(tmp_path: Path) -> None:
