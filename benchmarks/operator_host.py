@@ -34,7 +34,8 @@ from nogemm.hardware.cpu import usable_cores
 D = 384
 LAYER = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(block=64))
 BATCHES = (64, 512, 4096)
-RESTS = ("f32", "bf16", "int8")
+COSINES = {"f32": 0.9999, "bf16": 0.99, "int8": 0.95}  # at least, with the rest in this precision
+RESTS = tuple(COSINES)
 ROUNDS, SECONDS = 15, 0.03
 
 
@@ -52,11 +53,12 @@ def main() -> None:
     graphs = compiled_graphs(packed, threads)
     rows = []
     for batch in batches:
-        check(graphs["operator", "f32", threads], packed, batch)
+        for (what, rest, _), model in graphs.items():
+            check(model, packed, what, rest, batch)
         rows += timed(graphs, batch, args.seconds)
-    write_json(args.json, {"kind": "operator-host", **head, "rows": rows, "found": found(rows, threads)})
-    for line in found(rows, threads):
-        print(line)
+    lines = found(rows, threads)
+    write_json(args.json, {"kind": "operator-host", **head, "rows": rows, "found": lines})
+    print("\n".join(lines))
 
 
 def packed_layer() -> Any:
@@ -82,22 +84,21 @@ def graph(packed: Any, what: str) -> Any:
     """Build x [N, D] -> [matrix ->] [operator ->] [matrix ->] y."""
     factory = NodeFactory()
     factory.add_extension(str(extension_path()))
-    generator = np.random.default_rng(0)
+    before_DD, after_DD = (ov.constant(weight_DD) for weight_DD in matrices())
     x = node = ov.parameter([-1, D], np.float32, name="x")
     if what != "operator":
-        node = matrix(node, generator)
+        node = ov.matmul(node, before_DD, False, True)
     if what != "matrices":
         weights = ov.constant(packed.get_buffer("packed").numpy())
         node = factory.create(OPERATOR, [node.output(0), weights.output(0)], {"d_out": D})
     if what != "operator":
-        node = matrix(node, generator)
-    return openvino.Model([node.output(0)], [x], what)
+        node = ov.matmul(node, after_DD, False, True)
+    return openvino.Model([node.output(0)], [x], what)  # type: ignore[misc]
 
 
-def matrix(node: Any, generator: Any) -> Any:
-    """Multiply by a random matrix that keeps the scale."""
-    weight_DD = (generator.standard_normal((D, D)) / D**0.5).astype(np.float32)
-    return ov.matmul(node, ov.constant(weight_DD), False, True)
+def matrices() -> np.ndarray:
+    """Return the two random matrices, [2, D, D], which keep the scale."""
+    return (np.random.default_rng(0).standard_normal((2, D, D)) / D**0.5).astype(np.float32)
 
 
 def compiled(model: Any, rest: str, threads: int) -> Any:
@@ -109,11 +110,20 @@ def compiled(model: Any, rest: str, threads: int) -> Any:
     return shared_core().compile_model(model, "CPU", config)
 
 
-def check(model: Any, packed: Any, batch: int) -> None:
-    """Raise unless the operator alone gives torch's bits."""
+def check(model: Any, packed: Any, what: str, rest: str, batch: int) -> None:
+    """Raise unless a graph computes what torch does; the operator alone gives the same bits.
+
+    Between matrices a code flips where rounding moves a value across zero, so whole outputs are held by their cosine.
+    """
+    before_DD, after_DD = torch.from_numpy(matrices())
     x_ND = torch.randn(batch, D)
-    if not np.array_equal(model([x_ND.numpy()])[0], packed(x_ND).numpy()):
-        raise AssertionError(f"the operator differs from torch at {batch} tokens")
+    y_ND = x_ND if what == "operator" else x_ND @ before_DD.T
+    y_ND = y_ND if what == "matrices" else packed(y_ND)
+    y_ND = y_ND if what == "operator" else y_ND @ after_DD.T
+    found_ND = torch.from_numpy(model([x_ND.numpy()])[0])
+    cosine = float(torch.nn.functional.cosine_similarity(found_ND, y_ND, dim=-1).mean())
+    if not (torch.equal(found_ND, y_ND) if what == "operator" else cosine >= COSINES[rest]):
+        raise AssertionError(f"{what}, {rest}: differs from torch at {batch} tokens, mean cosine {cosine:.6f}")
 
 
 def timed(graphs: dict[tuple[str, str, int], Any], batch: int, seconds: float) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@
     ./run bench --list                   # the files and their commands
 
 A command is stopped and started as a whole, and a file is replaced when its command ends, so the whole may be
-interrupted: `--since 2026-11-22` then goes on with the files that are older.
+interrupted: `--since 2026-11-22` then goes on with the files that are older. Table 5 keeps the parts that it finds:
+delete `results/table5` to record them anew.
 """
 
 from __future__ import annotations
@@ -57,10 +58,11 @@ def main(words: list[str] | None = None) -> int:
         wanted = [one for one in wanted if not all((ROOT / file).exists() for file in one.files)]
     if args.since:
         wanted = [one for one in wanted if any(recorded(ROOT / file) < args.since for file in one.files)]
-    failed = [] if args.list else run_all(wanted)
     if args.list:
         for one in wanted:
             print(f"{', '.join(file.name for file in one.files)}\n{one.shell}\n")
+        return 0
+    failed = run_all(wanted)
     for one in failed:
         print(f"failed: {', '.join(file.name for file in one.files)}")
     return 1 if failed else 0
@@ -77,7 +79,7 @@ def recordings(page: str) -> list[Recording]:
     return found
 
 
-def separate(block: str) -> Iterable[str]:
+def separate(block: str) -> list[str]:
     """Split a block at its blank lines: what belongs together stands together."""
     return [part.strip() for part in re.split(r"\n\s*\n", block) if part.strip()]
 

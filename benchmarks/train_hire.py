@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import nogemm
 from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
+from nogemm.convert.sites import record_sites
 from nogemm.train.data import Batch
 from nogemm.train.sources import load_split
 
@@ -118,12 +119,10 @@ def one_step(model: Any, head: nn.Linear, teacher: Any, optimiser: torch.optim.O
 
 def used(model: Any, layer: Any, batch: Batch) -> float:
     """Return the share of the neurons that at least one token of a batch keeps and that fires for it."""
-    rows: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0].reshape(-1, layer.d_model)))
-    with torch.inference_mode():
+    with torch.inference_mode(), record_sites(model) as seen:
         model(input_ids=batch.ids, attention_mask=batch.mask)
-        hook.remove()
-        fires_NF = torch.relu(rows[0] @ layer.up.T + layer.up_bias)
+        ((x_SLD, _),) = seen.values()
+        fires_NF = torch.relu(x_SLD.reshape(-1, layer.d_model) @ layer.up.T + layer.up_bias)
         best_Nk = fires_NF.topk(round(layer.config.keep * layer.hidden), 1).indices
         kept_NF = torch.zeros_like(fires_NF).scatter_(1, best_Nk, 1.0) * (fires_NF > 0)
     return float(kept_NF.any(0).double().mean())

@@ -45,8 +45,11 @@ def test_what_follows_from_the_times() -> None:
 def test_another_layer_is_noticed() -> None:
     packed = operator_host.packed_layer()
     model = operator_host.compiled(operator_host.graph(packed, "operator"), "f32", 1)
-    operator_host.check(model, packed, 3)
+    operator_host.check(model, packed, "operator", "f32", 3)
     middle = packed.get_buffer("packed").numel() // 2
     packed.get_buffer("packed")[middle : middle + 65_536] ^= 1
     with pytest.raises(AssertionError, match="differs from torch at 3 tokens"):
-        operator_host.check(model, packed, 3)
+        operator_host.check(model, packed, "operator", "f32", 3)
+    wrong = operator_host.compiled(operator_host.graph(packed, "matrices"), "f32", 1)
+    with pytest.raises(AssertionError, match="between, f32: differs from torch at 3 tokens"):
+        operator_host.check(wrong, packed, "between", "f32", 3)

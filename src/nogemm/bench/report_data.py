@@ -288,6 +288,21 @@ def _read_profile(data: Mapping[str, Any], results: Results) -> None:
     results.profiles.append(data)
 
 
+_TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
+    "methods": methods_table,
+    "projections": projections_table,
+    "hire-recall": hire_recall_table,
+    "flips": flips_table,
+    "lsh": lsh_table,
+    "operator-host": operator_table,
+    "table5": table5_table,
+}
+
+
+def _table_reader(make: Callable[[Mapping[str, Any]], TextTable]) -> Callable[[Mapping[str, Any], Results], None]:
+    return lambda data, results: results.tables.append(make(data))
+
+
 _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "layer": _read_layer,
     "model": _read_model,
@@ -295,12 +310,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "quality": _read_quality,
     "study": _read_study,
     "demo": _read_demo,
-    "methods": lambda data, results: results.tables.append(methods_table(data)),
-    "projections": lambda data, results: results.tables.append(projections_table(data)),
     "profile": _read_profile,
-    "hire-recall": lambda data, results: results.tables.append(hire_recall_table(data)),
-    "flips": lambda data, results: results.tables.append(flips_table(data)),
-    "lsh": lambda data, results: results.tables.append(lsh_table(data)),
-    "operator-host": lambda data, results: results.tables.append(operator_table(data)),
-    "table5": lambda data, results: results.tables.append(table5_table(data)),
+    **{kind: _table_reader(make) for kind, make in _TABLES.items()},
 }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, clear_progress, finish, print_table, progress
+from nogemm.cli.common import Json, clear_progress, finish, print_table, print_text_table, progress
 from nogemm.cli.options import (
     Activation,
     Against,
@@ -28,9 +28,6 @@ from nogemm.cli.options import (
     layer_args,
     words,
 )
-
-if TYPE_CHECKING:
-    from nogemm.bench.tables import TextTable
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -153,7 +150,7 @@ def methods(
     result = run_methods_bench(args, note=progress)
     clear_progress()
     print(result["machine_line"])
-    _print(methods_table(result))
+    print_text_table(methods_table(result))
     finish({"kind": "methods", **result}, json)
 
 
@@ -173,7 +170,7 @@ def projections(
     args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
     result = run_projection_bench(args, note=progress)
     clear_progress()
-    _print(projections_table(result))
+    print_text_table(projections_table(result))
     finish({"kind": "projections", **result}, json)
 
 
@@ -209,7 +206,7 @@ def lsh(
     )
     result = run_lsh_bench(args, note=progress)
     clear_progress()
-    _print(lsh_table(result))
+    print_text_table(lsh_table(result))
     finish({"kind": "lsh", **result}, json)
 
 
@@ -227,14 +224,8 @@ def flips(
     result = run_flips_bench(tokens=tokens, batches=integers("--batch", batch), seed=seed, note=progress)
     clear_progress()
     print(result["machine_line"])
-    _print(flips_table(result))
+    print_text_table(flips_table(result))
     finish({"kind": "flips", **result}, json)
-
-
-def _print(table: TextTable) -> None:
-    print_table(table.head, table.rows)
-    if table.hint:
-        print(table.hint)
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.models import model_directory
+from nogemm.bench.tables import TextTable
 from nogemm.files import write_json
 
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
@@ -71,3 +72,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+
+
+def print_text_table(table: TextTable) -> None:
+    """Print a table of a result, and what its figures mean."""
+    print_table(table.head, table.rows)
+    print(table.hint)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, clear_progress, finish, print_table, progress
+from nogemm.cli.common import Json, clear_progress, finish, print_text_table, progress
 from nogemm.cli.options import (
     Activation,
     Batch,
@@ -59,6 +59,5 @@ def profile(
     for table in (profile_table(result), energy_table(result), projection_table(result)):
         if table.rows:
             print(f"\n{table.title}")
-            print_table(table.head, table.rows)
-            print(table.hint)
+            print_text_table(table)
     finish({"kind": "profile", **result}, json)

@@ -208,7 +208,6 @@ class PackedShuffle(PackedFFN):
             self.norm = nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
             self.norm.load_state_dict(layer.norm.state_dict())
             self.norm.requires_grad_(False)
-        self.compute = torch.bfloat16 if dtype == "bf16" else torch.float32
         groups, width, out = layer.groups, layer.up.shape[1], layer.down.shape[1]
         self.runs = [
             [range(-((g - width * G) // groups), -((g - width * (G + 1)) // groups)) for g in range(groups)]
@@ -229,12 +228,12 @@ class PackedShuffle(PackedFFN):
     def _finite(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
-        v_ND = F.pad(v_ND, (0, len(self.first) * self.block - self.d_model)).to(self.compute)
+        v_ND = F.pad(v_ND, (0, len(self.first) * self.block - self.d_model))
         u = [product(part) for product, part in zip(self.first, v_ND.split(self.block, 1), strict=True)]
         y = []
         for product, runs in zip(self.second, self.runs, strict=True):
             mine = torch.cat([part[:, run.start : run.stop] for part, run in zip(u, runs, strict=True)], 1)
-            y.append(product(ACTIVATIONS[self.activation](mine).to(self.compute)))
+            y.append(product(ACTIVATIONS[self.activation](mine)))
         return torch.cat(y, 1)[:, : self.d_out].to(x_ND.dtype)
 
 
@@ -261,4 +260,5 @@ class _Product(nn.Module):
         self.register_buffer("bias", bias_O.float().clone(), persistent=False)
 
     def forward(self, x_NI: Tensor) -> Tensor:
-        return (x_NI @ self.get_buffer("weight_IO")).float() + self.get_buffer("bias")
+        weight_IO = self.get_buffer("weight_IO")
+        return (x_NI.to(weight_IO.dtype) @ weight_IO).float() + self.get_buffer("bias")
