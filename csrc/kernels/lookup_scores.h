@@ -99,7 +99,12 @@ NOGEMM_INLINE void row_integer_scores(const Lookups& l, const float* scores) {
     _mm_mask_storeu_epi8(l.low() + e / 4, bytes, _mm512_cvtepi32_epi8(low.v));
     sum = sum + q;
   }
-  *l.excess() = static_cast<int32_t>(static_cast<uint32_t>(_mm512_reduce_add_epi32(sum.v)) << 7);
+  // Lane by lane and unsigned: the codes of a broken token are the least integers, and their sum wraps.
+  alignas(64) uint32_t lanes[kLanes];
+  _mm512_store_si512(lanes, sum.v);
+  uint32_t total = 0;
+  for (const uint32_t lane : lanes) total += lane;
+  *l.excess() = static_cast<int32_t>(total << 7);
 }
 
 #else
