@@ -139,6 +139,28 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
     out[r] = (h * 256.0f + l) * x.scale;
   }
 }
+#elif defined(NOGEMM_BYTE_WORDS)
+template <int ROWS>
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
+                              float* out) {
+  Bytes high[ROWS], low[ROWS];
+  for (int r = 0; r < ROWS; ++r) high[r] = low[r] = zero_bytes();
+  for (int64_t c = 0; c < x.padded; c += 64) {
+    for (int r = 0; r < ROWS; ++r) prefetch(ahead[r] + c);
+    NOGEMM_UNROLL
+    for (int64_t i = c; i < c + 64; i += kBytes / 2) {
+      const Bytes a = widen(x.high + i), b = widen(x.low + i);
+      NOGEMM_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        const Bytes w = widen(row[r] + i);
+        high[r] = add32(high[r], pairs32(w, a));
+        low[r] = add32(low[r], pairs32(w, b));
+      }
+    }
+  }
+  for (int r = 0; r < ROWS; ++r)
+    out[r] = (static_cast<float>(hsum32(high[r])) * 256.0f + static_cast<float>(hsum32(low[r]))) * x.scale;
+}
 #else
 template <int ROWS>
 NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,

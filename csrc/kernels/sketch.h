@@ -4,15 +4,21 @@
 //
 // The integer sums are exact, so scores are the same on every instruction set, for any batch and any cut.
 // Codes are stored unsigned (plus 128, or plus 8), as the dot product instruction wants them; sum q times
-// that is taken off again.
+// that is taken off again. Where signed bytes are multiplied, 128 is taken off on the way in.
 #pragma once
 #include "activation.h"
+#include "byte_words.h"
 #include "hire_format.h"
 #include "lookup_vec.h"
 
 namespace nogemm::NOGEMM_NS {
 
 inline constexpr int kSketchTokens = 4;  // tokens per pass over a group of rows
+#if defined(NOGEMM_BYTE_WORDS) || defined(NOGEMM_NEON)
+inline constexpr int kByteOffset = 0;  // of int8 codes, as sketch_sums multiplies them: signed
+#else
+inline constexpr int kByteOffset = 128;  // unsigned
+#endif
 
 // codes[0..width) = x rounded to int8, zero behind; returns the scale. sum: of the codes. A token that is not
 // finite gives zeros.
@@ -98,8 +104,8 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
 
 #elif defined(NOGEMM_NEON)
 
-// Signed by signed bytes is all the baseline has: int8 codes lose their 128 on the way in, and 128 sum q
-// comes back at the end. |code q| <= 128 * 127, so the sum of two products stays in 16 bits.
+// Signed by signed bytes is all the baseline has. |code q| <= 128 * 127, so the sum of two products stays in
+// 16 bits.
 template <int TOKENS, bool NIBBLES>
 NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
   constexpr int kStep = NIBBLES ? 8 : 4, kBlock = TOKENS == 1 ? 16 : 4;  // vectors of four rows in registers
@@ -110,18 +116,15 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
   };
   for (int first = 0; first < kSketchRows / 4; first += kBlock) {
-    int32x4_t acc[TOKENS][kBlock], total[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) {
-      total[t] = vdupq_n_s32(0);
+    int32x4_t acc[TOKENS][kBlock];
+    for (int t = 0; t < TOKENS; ++t)
       for (int b = 0; b < kBlock; ++b) acc[t][b] = vdupq_n_s32(0);
-    }
     for (int64_t s = 0; s < steps; ++s) {
       const uint8_t* p = group + s * 4 * kSketchRows + 16 * first;
       int8x16_t front_q[TOKENS], back_q[TOKENS];
       for (int t = 0; t < TOKENS; ++t) {
         front_q[t] = word(q[t] + s * kStep);
         if constexpr (NIBBLES) back_q[t] = word(q[t] + s * kStep + 4);
-        if constexpr (!NIBBLES) total[t] = vpadalq_s16(total[t], vpaddlq_s8(front_q[t]));
       }
       NOGEMM_UNROLL
       for (int b = 0; b < kBlock; ++b) {
@@ -144,7 +147,65 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
     }
     for (int t = 0; t < TOKENS; ++t)
       for (int b = 0; b < kBlock; ++b)
-        vst1q_s32(sums + t * kSketchRows + 4 * (first + b), vaddq_s32(acc[t][b], vshlq_n_s32(total[t], 7)));
+        vst1q_s32(sums + t * kSketchRows + 4 * (first + b), acc[t][b]);
+  }
+}
+
+#elif defined(NOGEMM_BYTE_WORDS)
+
+// A nibble times an int8 is at most 15 * 127, so 16 bits hold four steps of two pairs each. An int8 code loses its 128
+// and gives its sign to the token: at most 128 * 127 twice, one pair in 16 bits.
+template <int TOKENS, bool NIBBLES>
+NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
+  constexpr int kStep = NIBBLES ? 8 : 4, kChunk = NIBBLES ? 4 : 16, kVectors = 4 * kSketchRows / kBytes;
+  constexpr int kHeld = kRegisters / 2 / TOKENS, kBlock = kHeld < kVectors ? kHeld : kVectors;
+  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
+  const auto word = [](const int8_t* p) {
+    int32_t four;
+    std::memcpy(&four, p, sizeof four);
+    return set_dwords(four);
+  };
+  const Bytes low = set_bytes(15), top = set_bytes(-128), ones = set_words(1);
+  for (int i = 0; i < TOKENS * kSketchRows; ++i) sums[i] = 0;
+  for (int64_t begin = 0; begin < steps; begin += kChunk) {
+    const int64_t end = begin + kChunk < steps ? begin + kChunk : steps;
+    for (int first = 0; first < kVectors; first += kBlock) {
+      Bytes acc[TOKENS][kBlock];
+      for (int t = 0; t < TOKENS; ++t)
+        for (int b = 0; b < kBlock; ++b) acc[t][b] = zero_bytes();
+      for (int64_t s = begin; s < end; ++s) {
+        const uint8_t* p = group + s * 4 * kSketchRows + first * kBytes;
+        Bytes front[kBlock], back[kBlock];
+        const auto unpack = [&](int b) {
+          const Bytes raw = load_bytes(p + b * kBytes);
+          if (b * kBytes % 64 == 0) prefetch(p + kAhead + b * kBytes);
+          front[b] = NIBBLES ? bit_and(raw, low) : bit_xor(raw, top);
+          back[b] = NIBBLES ? bit_and(shift_right4(raw), low) : magnitudes(front[b]);
+        };
+        if constexpr (TOKENS > 1) {
+          NOGEMM_UNROLL
+          for (int b = 0; b < kBlock; ++b) unpack(b);
+        }
+        NOGEMM_UNROLL
+        for (int t = 0; t < TOKENS; ++t) {
+          const Bytes front_q = word(q[t] + s * kStep), back_q = NIBBLES ? word(q[t] + s * kStep + 4) : front_q;
+          NOGEMM_UNROLL
+          for (int b = 0; b < kBlock; ++b) {
+            if constexpr (TOKENS == 1) unpack(b);
+            if constexpr (NIBBLES) {
+              acc[t][b] = add16(acc[t][b], add16(pairs16(front[b], front_q), pairs16(back[b], back_q)));
+            } else {
+              acc[t][b] = add32(acc[t][b], pairs32(pairs16(back[b], copy_sign(front_q, front[b])), ones));
+            }
+          }
+        }
+      }
+      for (int t = 0; t < TOKENS; ++t)
+        for (int b = 0; b < kBlock; ++b) {
+          int32_t* out = sums + t * kSketchRows + (first + b) * kLanes;
+          store(out, I{add32(load(out).v, NIBBLES ? pairs32(acc[t][b], ones) : acc[t][b])});
+        }
+    }
   }
 }
 
@@ -186,7 +247,7 @@ static void sketch_group(const SketchRows& w, int64_t group, const SketchToken* 
   }
   const int64_t first = group * kSketchRows;
   for (int t = 0; t < TOKENS; ++t) {
-    const I offset = set1((w.nibbles ? -8 : -128) * tokens[t].sum);
+    const I offset = set1((w.nibbles ? -8 : -kByteOffset) * tokens[t].sum);
     const F scale = set1(tokens[t].scale);
     for (int64_t r = 0; r < kSketchRows; r += kLanes) {
       const F sum = to_float(load(sums + t * kSketchRows + r) + offset);
