@@ -1,5 +1,5 @@
-// Words for products of bytes on x86 without the int8 dot product instruction: a vector of kBytes bytes, and sums
-// of neighbouring products, exact as long as the caller keeps them within 16 bits.
+// Words for products of bytes on x86 without the int8 dot product instruction: a vector of kBytes bytes, and
+// sums of neighbouring products, exact as long as the caller keeps them within 16 bits.
 //
 //   pairs16(a, b)     unsigned a times signed b, neighbours added: 16-bit lanes, which saturate
 //   pairs32(a, b)     signed 16-bit lanes, neighbours added: 32-bit lanes

@@ -56,6 +56,13 @@ static float sketch_token(const float* x, int64_t width, int64_t padded, int8_t*
   return most / 127.0f;
 }
 
+// The next group follows in memory. The hardware's own fetching stops at the end of every 4 KiB page, so the
+// second-level cache is asked for pages beyond.
+NOGEMM_INLINE void fetch_ahead(const uint8_t* p) {
+  prefetch(p + 4096);
+  prefetch_l2(p + 16384);
+}
+
 #if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
 
 NOGEMM_INLINE __m512i dot_codes(__m512i acc, __m512i codes, __m512i q) {
@@ -77,7 +84,6 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
   for (int t = 0; t < TOKENS; ++t)
     for (int b = 0; b < 4; ++b) acc[t][b] = _mm512_setzero_si512();
   const __m512i low = _mm512_set1_epi8(15);
-  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
   for (int64_t s = 0; s < steps; ++s) {
     const uint8_t* p = group + s * 256;
     __m512i first[TOKENS], second[TOKENS];
@@ -88,7 +94,7 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
     NOGEMM_UNROLL
     for (int b = 0; b < 4; ++b) {
       const __m512i raw = _mm512_load_si512(p + 64 * b);
-      prefetch(p + kAhead + 64 * b);
+      fetch_ahead(p + 64 * b);
       const __m512i front = NIBBLES ? _mm512_and_si512(raw, low) : raw;
       const __m512i back = NIBBLES ? _mm512_and_si512(_mm512_srli_epi16(raw, 4), low) : raw;
       NOGEMM_UNROLL
@@ -109,7 +115,6 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
 template <int TOKENS, bool NIBBLES>
 NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
   constexpr int kStep = NIBBLES ? 8 : 4, kBlock = TOKENS == 1 ? 16 : 4;  // vectors of four rows in registers
-  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
   const auto word = [](const int8_t* p) {
     int32_t four;
     std::memcpy(&four, p, sizeof four);
@@ -129,7 +134,7 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
       NOGEMM_UNROLL
       for (int b = 0; b < kBlock; ++b) {
         const uint8x16_t raw = vld1q_u8(p + 16 * b);
-        if (b % 4 == 0) prefetch(p + kAhead + 16 * b);
+        if (b % 4 == 0) fetch_ahead(p + 16 * b);
         const int8x16_t front =
             vreinterpretq_s8_u8(NIBBLES ? vandq_u8(raw, vdupq_n_u8(15)) : veorq_u8(raw, vdupq_n_u8(128)));
         const int8x16_t back = vreinterpretq_s8_u8(vshrq_n_u8(raw, 4));
@@ -146,20 +151,18 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
       }
     }
     for (int t = 0; t < TOKENS; ++t)
-      for (int b = 0; b < kBlock; ++b)
-        vst1q_s32(sums + t * kSketchRows + 4 * (first + b), acc[t][b]);
+      for (int b = 0; b < kBlock; ++b) vst1q_s32(sums + t * kSketchRows + 4 * (first + b), acc[t][b]);
   }
 }
 
 #elif defined(NOGEMM_BYTE_WORDS)
 
-// A nibble times an int8 is at most 15 * 127, so 16 bits hold four steps of two pairs each. An int8 code loses its 128
-// and gives its sign to the token: at most 128 * 127 twice, one pair in 16 bits.
+// A nibble times an int8 is at most 15 * 127, so 16 bits hold four steps of two pairs each. An int8 code
+// loses its 128 and gives its sign to the token: at most 128 * 127 twice, one pair in 16 bits.
 template <int TOKENS, bool NIBBLES>
 NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t* const* q, int32_t* sums) {
   constexpr int kStep = NIBBLES ? 8 : 4, kChunk = NIBBLES ? 4 : 16, kVectors = 4 * kSketchRows / kBytes;
   constexpr int kHeld = kRegisters / 2 / TOKENS, kBlock = kHeld < kVectors ? kHeld : kVectors;
-  constexpr int kAhead = 4096;  // bytes; the next group follows in memory
   const auto word = [](const int8_t* p) {
     int32_t four;
     std::memcpy(&four, p, sizeof four);
@@ -178,7 +181,7 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
         Bytes front[kBlock], back[kBlock];
         const auto unpack = [&](int b) {
           const Bytes raw = load_bytes(p + b * kBytes);
-          if (b * kBytes % 64 == 0) prefetch(p + kAhead + b * kBytes);
+          if (b * kBytes % 64 == 0) fetch_ahead(p + b * kBytes);
           front[b] = NIBBLES ? bit_and(raw, low) : bit_xor(raw, top);
           back[b] = NIBBLES ? bit_and(shift_right4(raw), low) : magnitudes(front[b]);
         };
@@ -188,7 +191,8 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
         }
         NOGEMM_UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-          const Bytes front_q = word(q[t] + s * kStep), back_q = NIBBLES ? word(q[t] + s * kStep + 4) : front_q;
+          const Bytes front_q = word(q[t] + s * kStep),
+                      back_q = NIBBLES ? word(q[t] + s * kStep + 4) : front_q;
           NOGEMM_UNROLL
           for (int b = 0; b < kBlock; ++b) {
             if constexpr (TOKENS == 1) unpack(b);

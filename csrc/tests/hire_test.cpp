@@ -51,18 +51,26 @@ std::vector<Line> lay_out(const std::vector<int>& codes, int64_t rows, int64_t w
   return lines;
 }
 
-void sketch(int64_t rows, int64_t width, int64_t count, bool nibbles, std::mt19937& rng) {
-  const std::string name = text("sketch F ", rows, " R ", width, " N ", count, nibbles ? " int4" : " int8");
+// `extreme`: the largest and least numbers alone, so that a sum that were too narrow for its products would
+// overflow.
+void sketch(int64_t rows, int64_t width, int64_t count, bool nibbles, bool extreme, std::mt19937& rng) {
+  const std::string name = text("sketch F ", rows, " R ", width, " N ", count, nibbles ? " int4" : " int8",
+                                extreme ? " extreme" : "");
   const int64_t columns = nibbles ? 8 : 4, steps = (width + columns - 1) / columns;
   const int64_t groups = (rows + nogemm::kSketchRows - 1) / nogemm::kSketchRows,
                 padded = groups * nogemm::kSketchRows;
   std::vector<int> codes(at(rows * width));
   for (int& c : codes) c = static_cast<int>(rng() % (nibbles ? 16u : 255u)) - (nibbles ? 8 : 127);
+  std::vector<float> x = normals(rng, count * width);
+  if (extreme) {
+    for (int64_t i = 0; i < rows * width; ++i)
+      codes[at(i)] = i / width % 2 ? (nibbles ? 7 : 127) : (nibbles ? -8 : -128);
+    for (int64_t i = 0; i < count * width; ++i) x[at(i)] = i / width % 2 ? -2.0f : 2.0f;
+  }
   const std::vector<Line> lines = lay_out(codes, rows, width, steps, nibbles);
   std::vector<float> scale(at(padded), 0.0f), bias(at(padded), 0.0f);
   for (int64_t r = 0; r < rows; ++r)
     scale[at(r)] = 0.01f + static_cast<float>(r % 7), bias[at(r)] = static_cast<float>(r % 5);
-  const std::vector<float> x = normals(rng, count * width);
   std::vector<int8_t> q(at(count * steps * columns), 99);
   std::vector<Buffer> scores;
   std::vector<nogemm::SketchToken> tokens;
@@ -277,9 +285,12 @@ void hidden_weights(std::mt19937& rng) {
 void hire_tests() {
   std::mt19937 rng(13);
   for (const bool nibbles : {false, true}) {
-    sketch(1, 1, 1, nibbles, rng);
-    sketch(70, 37, 5, nibbles, rng);
-    sketch(200, 64, 9, nibbles, rng);
+    for (const bool extreme : {false, true}) {
+      sketch(1, 1, 1, nibbles, extreme, rng);
+      sketch(70, 37, 5, nibbles, extreme, rng);
+      sketch(200, 64, 9, nibbles, extreme, rng);
+      sketch(65, 333, 6, nibbles, extreme, rng);
+    }
   }
   broken_token();
   selections(rng);
