@@ -185,7 +185,7 @@ static void bundle_dots_fixed(const BundleRows& rows, const int32_t* index, int6
     float dots[kRowsTogether];
     for (int r = 0; r < kRowsTogether; ++r) {
       const int64_t here = j + r < end ? j + r : end - 1,
-                    next = j + r + 2 * kRowsTogether < end ? j + r + 2 * kRowsTogether : here;
+                    next = j + r + kRowsTogether < end ? j + r + kRowsTogether : here;
       row[r] = reinterpret_cast<const int8_t*>(rows.base + index[here] * rows.stride);
       ahead[r] = rows.base + index[next] * rows.stride;
     }

@@ -74,8 +74,9 @@ static int32_t place_among(const int32_t* keys, int64_t n, int64_t low, int32_t 
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
     const I k = load(keys + i);
-    if (low >= INT32_MIN && mask_bits(lt(least, k) & ~lt(most, k)) == 0) continue;
-    for (int64_t l = 0; l < kLanes; ++l) insert(keys[i + l]);
+    uint32_t inside = mask_bits(~lt(most, k));
+    if (low >= INT32_MIN) inside &= mask_bits(lt(least, k));
+    for (; inside != 0; inside &= inside - 1) insert(keys[i + __builtin_ctz(inside)]);
   }
   for (; i < n; ++i) insert(keys[i]);
   return found[place];
