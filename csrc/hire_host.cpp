@@ -2,11 +2,14 @@
 
 #include "dispatch.h"
 #include "hire_run.h"
+#include "huge_pages.h"
 
 using namespace nogemm;
 
 static_assert(NOGEMM_X_FP32 == static_cast<int>(kF32) && NOGEMM_X_BF16 == static_cast<int>(kBF16) &&
               NOGEMM_X_FP16 == static_cast<int>(kF16));
+
+extern "C" void nogemm_hire_prepare(void* memory, int64_t bytes) { ask_for_huge_pages(memory, bytes); }
 
 extern "C" const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d,
                                          int64_t* d_out) {

@@ -7,6 +7,9 @@
 extern "C" {
 #endif
 
+// For memory that a buffer is about to be written to.
+NOGEMM_API void nogemm_hire_prepare(void* memory, int64_t bytes);
+
 // Null if `packed` is a buffer made by pack_hire for this version; gives its widths. Looks at the header
 // alone.
 NOGEMM_API const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d,

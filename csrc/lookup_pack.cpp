@@ -6,10 +6,7 @@
 #include <cstring>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
+#include "huge_pages.h"
 #include "kernels/dtype.h"
 #include "lookup_layout.h"
 
@@ -171,15 +168,6 @@ void pack_tables(const NogemmLookupSpec& s, const LookupHeader& h, char* out) {
 void copy_padded(const float* from, int64_t count, void* to, int64_t padded, float missing) {
   auto* f = static_cast<float*>(to);
   for (int64_t i = 0; i < padded; ++i) f[i] = i < count ? (from ? from[i] : missing) : 0.0f;
-}
-
-// Rows are read at random: 2 MiB pages save a page walk per row where the system allows them. A hint, so errors do not matter.
-void ask_for_huge_pages(char* out, int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = 4096, start = (reinterpret_cast<uintptr_t>(out) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (end > start + (4u << 20)) (void)madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#endif
 }
 
 }  // namespace

@@ -5,11 +5,8 @@
 #include <cmath>
 #include <cstring>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "dispatch.h"
+#include "huge_pages.h"
 #include "kernels/tree_format.h"
 
 namespace nogemm {
@@ -94,18 +91,6 @@ void store_node(const TreeHeader& h, const float* in, float bias, float threshol
     if (h.mode == NOGEMM_TREE_INT8) head.scale = store_int8(out, h.d_out, record + h.out_at);
   }
   std::memcpy(record, &head, sizeof head);
-}
-
-// Records are read at random: 2 MiB pages save a page walk per record where the system allows them. A hint:
-// errors do not matter.
-void ask_for_huge_pages(char* out, int64_t bytes) {
-#if defined(__linux__)
-  const uintptr_t page = 4096, start = (reinterpret_cast<uintptr_t>(out) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(out) + static_cast<uintptr_t>(bytes)) / page * page;
-  if (end > start + (4u << 20)) (void)madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
-#else
-  (void)out, (void)bytes;
-#endif
 }
 
 }  // namespace

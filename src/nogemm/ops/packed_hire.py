@@ -8,6 +8,7 @@ Legend: D width, E output width, F neurons, R width of the sketch.
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from dataclasses import dataclass
 
@@ -121,7 +122,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     Raises:
         NativeError: no extension. ConfigError: an activation that the kernel does not know.
     """
-    native()
+    library = native()
     if w.activation not in _ACTIVATIONS:
         raise ConfigError(f"pack: the kernel knows {', '.join(_ACTIVATIONS)}, got activation={w.activation!r}")
     hidden, width = w.up.shape
@@ -154,20 +155,23 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
         *(sum(widths[:-1]), sketch, sketch_scale, reduce, always, error, size, bundles, scale_at),
         *(w.keep_z, w.wide_z),
     )
-    return _write(header, (select_bias, up_bias, out_bias), layout, torch.cat(rows, dim=1), bundles, total)
+    buffer = aligned_buffer(total)
+    library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.nogemm_hire_prepare(buffer.data_ptr(), total)
+    _write(header, (select_bias, up_bias, out_bias), layout, torch.cat(rows, dim=1), bundles, buffer)
+    return buffer
 
 
 def _write(
-    header: bytes, biases: tuple[int, int, int], layout: _Layout, bundle_rows: Tensor, bundles: int, total: int
-) -> Tensor:
-    buffer = aligned_buffer(total).zero_()
+    header: bytes, biases: tuple[int, int, int], layout: _Layout, bundle_rows: Tensor, bundles: int, buffer: Tensor
+) -> None:
+    buffer.zero_()
     doubles = struct.calcsize("<2d")
     words = header[:-doubles] + struct.pack("<3q", *biases) + header[-doubles:]
     buffer[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
     for start, values in layout.sections:
         buffer[start : start + values.numel()] = values
     buffer[bundles : bundles + bundle_rows.numel()] = bundle_rows.flatten()
-    return buffer
 
 
 def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
