@@ -1,5 +1,7 @@
 """Packed HireFFN: equal to the unpacked layer on every instruction set, dtype, batch and number of threads."""
 
+from typing import Literal
+
 import pytest
 import torch
 from hire_cases import CASES, HireCase, build_case
@@ -155,6 +157,24 @@ def test_int8_answers_are_equal_on_every_isa() -> None:
             found.append(packed(x))
     for y in found[1:]:
         torch.testing.assert_close(y, found[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sketch", ["int8", "int4"])
+@pytest.mark.parametrize("d", [61, 64, 200])
+def test_candidates_are_equal_on_every_isa(d: int, sketch: Literal["int8", "int4"]) -> None:
+    from nogemm import ops
+
+    layer = build_case(HireCase("", HireConfig(keep=0.2, sketch=sketch), "relu", False, d, d, 333))
+    buffer = layer.pack("int8").get_buffer("packed")
+    for count in (1, 7):
+        x = torch.randn(count, d)
+        found = []
+        for name in ops.supported_isas():
+            with ops.use_isa(name):
+                found.append(packed_hire_chosen(x, buffer, layer.hidden, False))
+        assert all(bool((chosen == found[0]).all()) for chosen in found[1:])
+        other = packed_hire_chosen(-x, buffer, layer.hidden, False)
+        assert not bool((other == found[0]).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
