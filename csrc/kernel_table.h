@@ -25,7 +25,8 @@ struct TreeHeader;    // kernels/tree_format.h
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kDtypes = 4 };
 
 struct HadamardKernels {
-  // y[r] = x[r] H / sqrt(width) for each row; scratch holds width floats; width a power of two; y may be x.
+  // y[r] = x[r] H / sqrt(width) for each row; scratch holds width floats; y may be x.
+  // width is m 2^k with m 1, 12 or 20.
   void (*rows[kDtypes])(const void* x, void* y, float* scratch, int64_t rows, int64_t width);
 };
 

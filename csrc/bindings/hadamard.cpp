@@ -1,5 +1,6 @@
 // nogemm::hadamard(Tensor x) -> Tensor
 #include "bindings/tensor.h"
+#include "kernels/hadamard_order.h"
 
 namespace nogemm {
 namespace {
@@ -13,8 +14,8 @@ void hadamard(StableIValue* stack, uint64_t, uint64_t) {
   check(x.dim() > 0, kOp, "x needs at least one dimension");
   const Dtype dtype = dtype_of(x, kOp, "x");
   const int64_t width = x.size(x.dim() - 1);
-  check(width > 0 && (width & (width - 1)) == 0, kOp,
-        "the last dimension must be a power of two, got x of shape ", x.shape());
+  check(hadamard_order(width) > 0, kOp,
+        "the last dimension must be m 2^k with m 1, 12 or 20, got x of shape ", x.shape());
 
   Tensor y = Tensor::empty(x.sizes(), x.dim(), x.dtype());
   const int64_t rows = x.numel() / width;

@@ -1,12 +1,13 @@
 // Orthonormal fast Hadamard transform of rows, Sylvester order.
 //
-//     y = x H_D / sqrt(D),   H_2D = [[H_D, H_D], [H_D, -H_D]],   D a power of two
+//     y = x H_D / sqrt(D),   H_2P = [[H_P, H_P], [H_P, -H_P]],   H_mP = H_m x H_P (Kronecker),   D = m P
 //
-// D log2(D) additions per row. The levels are done in groups of three (radix 8, in registers), the innermost
-// log2(kLanes) inside a vector, so a row of 1024 floats is read and written four times, in the first-level
-// cache.
+// P is a power of two, m is 1, 12 or 20 (hadamard_steps.h). P log2(P) additions per P numbers. The levels are done
+// in groups of three (radix 8, in registers), the innermost log2(kLanes) inside a vector, so a row of 1024 floats is
+// read and written four times, in the first-level cache; m is one more pass.
 #pragma once
-#include "vec.h"
+#include "hadamard_order.h"
+#include "hadamard_steps.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -73,8 +74,8 @@ static void hadamard_levels(int levels, const In* in, Out* out, int64_t vectors,
 }
 
 // Rows shorter than a vector.
-template <class T>
-static void hadamard_short(const T* x, T* y, int64_t width, float scale) {
+template <class In, class Out>
+static void hadamard_short(const In* x, Out* y, int64_t width, float scale) {
   float row[kLanes];
   for (int64_t i = 0; i < width; ++i) row[i] = to_float(x[i]);
   for (int64_t h = 1; h < width; h *= 2) {
@@ -89,30 +90,57 @@ static void hadamard_short(const T* x, T* y, int64_t width, float scale) {
   for (int64_t i = 0; i < width; ++i) from_float(row[i] * scale, y[i]);
 }
 
-template <class T>
-static void hadamard_rows(const void* x_void, void* y_void, float* scratch, int64_t rows, int64_t width) {
-  const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+// One row of a power of two: y = scale x H. Scratch holds a row and may be y.
+template <class In, class Out>
+static void hadamard_power(const In* x, Out* y, float* scratch, int64_t width, float scale) {
   const int64_t vectors = width / kLanes;
   int levels = 0;
   while ((int64_t{1} << levels) < vectors) ++levels;
   const int first = levels < 3 ? levels : 3;
+  if (vectors == 0) return hadamard_short(x, y, width, scale);
+  if (levels == first) return hadamard_levels<true>(first, x, y, vectors, 1, scale);
+  hadamard_levels<true>(first, x, scratch, vectors, 1, 1.0f);
+  int done = first;
+  for (; levels - done > 3; done += 3) {
+    hadamard_levels<false>(3, scratch, scratch, vectors, int64_t{1} << done, 1.0f);
+  }
+  hadamard_levels<false>(levels - done, scratch, y, vectors, int64_t{1} << done, scale);
+}
+
+// y = scale H_m x for m runs of `power` numbers, lane by lane.
+template <int ORDER, class T>
+static void hadamard_order_pass(const float* x, T* y, int64_t power, float scale) {
+  for (int64_t i = 0; i < power; i += kLanes) {
+    const int lanes = static_cast<int>(power - i < kLanes ? power - i : kLanes);
+    F a[ORDER];
+    for (int k = 0; k < ORDER; ++k) {
+      a[k] = lanes < kLanes ? load_part(x + k * power + i, lanes) : load(x + k * power + i);
+    }
+    order_step<ORDER>(a);
+    for (int k = 0; k < ORDER; ++k) {
+      if (lanes < kLanes) {
+        store_part(y + k * power + i, a[k] * set1(scale), lanes);
+      } else {
+        store(y + k * power + i, a[k] * set1(scale));
+      }
+    }
+  }
+}
+
+template <class T>
+static void hadamard_rows(const void* x_void, void* y_void, float* scratch, int64_t rows, int64_t width) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(width));
+  const int64_t order = hadamard_order(width), power = width / order;
   for (int64_t r = 0; r < rows; ++r) {
     const T* x = static_cast<const T*>(x_void) + r * width;
     T* y = static_cast<T*>(y_void) + r * width;
-    if (vectors == 0) {
-      hadamard_short(x, y, width, scale);
+    if (order == 1) {
+      hadamard_power(x, y, scratch, width, scale);
       continue;
     }
-    if (levels == first) {
-      hadamard_levels<true>(first, x, y, vectors, 1, scale);
-      continue;
-    }
-    hadamard_levels<true>(first, x, scratch, vectors, 1, 1.0f);
-    int done = first;
-    for (; levels - done > 3; done += 3) {
-      hadamard_levels<false>(3, scratch, scratch, vectors, int64_t{1} << done, 1.0f);
-    }
-    hadamard_levels<false>(levels - done, scratch, y, vectors, int64_t{1} << done, scale);
+    for (int64_t i = 0; i < width; i += power) hadamard_power(x + i, scratch + i, scratch + i, power, 1.0f);
+    if (order == 12) hadamard_order_pass<12>(scratch, y, power, scale);
+    if (order == 20) hadamard_order_pass<20>(scratch, y, power, scale);
   }
 }
 
