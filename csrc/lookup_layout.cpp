@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "dispatch.h"
+#include "kernels/hadamard_order.h"
 
 namespace nogemm {
 namespace {
@@ -15,7 +16,7 @@ int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step;
 bool power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 // Of each repeat.
-int64_t lookup_columns(const NogemmLookupSpec& s) { return s.columns > 0 ? s.columns : lookup_padded_width(s.d); }
+int64_t lookup_columns(const NogemmLookupSpec& s) { return s.columns > 0 ? s.columns : s.width; }
 
 uint64_t header_checksum(const LookupHeader& h) {
   const auto* p = reinterpret_cast<const unsigned char*>(&h) + 16;
@@ -29,13 +30,29 @@ uint64_t header_checksum(const LookupHeader& h) {
   return sum;
 }
 
-}  // namespace
-
-int64_t lookup_padded_width(int64_t d) {
-  int64_t width = 1;
-  while (width < d) width *= 2;
-  return width;
+// Why a BH projection cannot be packed, or null.
+const char* check_bh(const NogemmLookupSpec& s) {
+  if (s.rounds < 1 || s.rounds > 1024) return lookup_say("rounds = %lld: must be 1 to 1024", (long long)s.rounds);
+  const int64_t order = s.width < s.d || s.width > (1 << 20) ? 0 : hadamard_order(s.width);
+  if (order == 0)
+    return lookup_say("width = %lld: must be m 2^k with m 1, 12 or 20, at least d = %lld and at most %d",
+                      (long long)s.width, (long long)s.d, 1 << 20);
+  const int64_t power = s.width / order;
+  if (order > 1 && power < 16)
+    return lookup_say("width = %lld is %lld times %lld: the native kernel knows multiples of 16", (long long)s.width,
+                      (long long)order, (long long)power);
+  if (!power_of_two(s.block) || s.block > power)
+    return lookup_say("block = %lld: must be a power of two that divides %lld", (long long)s.block, (long long)power);
+  if (s.columns < 0 || s.columns > s.width)
+    return lookup_say("columns = %lld: must be 0 to %lld", (long long)s.columns, (long long)s.width);
+  const int64_t taken = lookup_columns(s), needed = (s.tables * s.bits + taken - 1) / taken;
+  if (s.repeats < 1 || s.repeats != needed)
+    return lookup_say("repeats = %lld: %lld columns, %lld from each, need %lld", (long long)s.repeats,
+                      (long long)(s.tables * s.bits), (long long)taken, (long long)needed);
+  return nullptr;
 }
+
+}  // namespace
 
 int64_t lookup_element_bytes(int64_t mode) {
   return mode == NOGEMM_LOOKUP_FP32 ? 4 : mode == NOGEMM_LOOKUP_BF16 ? 2 : 1;
@@ -60,16 +77,9 @@ const char* lookup_check_spec(const NogemmLookupSpec& s) {
   if (s.projection < 0 || s.projection > 1)
     return lookup_say("projection %lld: must be 0 (dense) or 1 (BH)", (long long)s.projection);
   if (s.projection == NOGEMM_LOOKUP_BH) {
-    const int64_t width = lookup_padded_width(s.d);
-    if (s.rounds < 1 || s.rounds > 1024) return lookup_say("rounds = %lld: must be 1 to 1024", (long long)s.rounds);
-    if (!power_of_two(s.block) || s.block > width)
-      return lookup_say("block = %lld: must be a power of two that divides %lld", (long long)s.block, (long long)width);
-    if (s.columns < 0 || s.columns > width)
-      return lookup_say("columns = %lld: must be 0 to %lld", (long long)s.columns, (long long)width);
-    const int64_t taken = lookup_columns(s), needed = (s.tables * s.bits + taken - 1) / taken;
-    if (s.repeats < 1 || s.repeats != needed)
-      return lookup_say("repeats = %lld: %lld columns, %lld from each, need %lld", (long long)s.repeats,
-                 (long long)(s.tables * s.bits), (long long)taken, (long long)needed);
+    if (const char* error = check_bh(s)) return error;
+  } else if (s.width != 0) {
+    return lookup_say("width = %lld: a dense projection is not padded", (long long)s.width);
   } else if (s.columns != 0) {
     return lookup_say("columns = %lld: a dense projection has no repeats", (long long)s.columns);
   } else if (s.mix != 1.0) {
@@ -98,16 +108,17 @@ LookupHeader lookup_layout(const NogemmLookupSpec& s) {
   h.tables = static_cast<int32_t>(s.tables);
   h.bits = static_cast<int32_t>(s.bits);
   if (s.projection == NOGEMM_LOOKUP_DENSE) {
-    h.rounds = h.repeats = h.blocks = h.active_blocks = 1;
+    h.rounds = h.repeats = h.blocks = h.order = h.active_blocks = 1;
     h.block_in = static_cast<int32_t>(round_up(s.d, 16));
     h.block_out = static_cast<int32_t>(round_up(columns, 16));
     h.columns = static_cast<int32_t>(columns);
   } else {
-    const int64_t width = lookup_padded_width(s.d), block = std::max<int64_t>(s.block, 16);
+    const int64_t block = std::max<int64_t>(s.block, 16);
     h.rounds = static_cast<int32_t>(s.rounds);
     h.repeats = static_cast<int32_t>(s.repeats);
     h.block_in = h.block_out = static_cast<int32_t>(block);
-    h.blocks = static_cast<int32_t>(std::max<int64_t>(1, width / block));
+    h.blocks = static_cast<int32_t>(std::max<int64_t>(1, s.width / block));
+    h.order = static_cast<int32_t>(hadamard_order(s.width));
     h.active_blocks = static_cast<int32_t>((s.d + block - 1) / block);
     h.columns = static_cast<int32_t>(lookup_columns(s));
   }

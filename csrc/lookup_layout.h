@@ -13,9 +13,6 @@ const char* lookup_check_spec(const NogemmLookupSpec& spec);
 // The header of a valid specification's buffer.
 LookupHeader lookup_layout(const NogemmLookupSpec& spec);
 
-// The next power of two >= d.
-int64_t lookup_padded_width(int64_t d);
-
 // Bytes of a stored table value.
 int64_t lookup_element_bytes(int64_t mode);
 

@@ -23,7 +23,7 @@ void folded_block(const NogemmLookupSpec& s, const LookupHeader& h, int64_t repe
       for (int64_t i = 0; i < s.d; ++i) out[i * wide + o] = s.weight[o * s.d + i];
     return;
   }
-  const int64_t width = lookup_padded_width(s.d), b = s.block, n = width / b;
+  const int64_t width = s.width, b = s.block, n = width / b;
   const int64_t used = std::min<int64_t>(h.block_in, width);  // below 16 the rest is padding
   const bool last = round + 1 == s.rounds;
   const double scale = (last ? s.mix : 1.0) / std::sqrt(static_cast<double>(width));

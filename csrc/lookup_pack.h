@@ -32,7 +32,7 @@ typedef struct NogemmLookupSpec {
   int64_t score;         // NOGEMM_LOOKUP_GELU (A P) | SIGMOID (P) | CONSTANT (1 / T, with one neighbour)
   int64_t projection;    // NOGEMM_LOOKUP_DENSE | NOGEMM_LOOKUP_BH
   int64_t rounds;        // BH: m >= 1
-  int64_t block;         // BH: b, a power of two that divides D = the next power of two >= d
+  int64_t block;         // BH: b, a power of two that divides 2^k (see width)
   int64_t repeats;       // BH: the least r with r columns >= T K
   int64_t tables_dtype;  // dtype of `tables`: NOGEMM_LOOKUP_FP32 | BF16 | INT8
   double eps;            // LayerNorm
@@ -45,6 +45,7 @@ typedef struct NogemmLookupSpec {
   const float* row_scale;     // [T, R] when tables_dtype is INT8, else null
   const float* out_bias;      // [d_out] or null
   int64_t columns;            // BH: how many columns of each repeat z takes, at most D; 0: all D
+  int64_t width;              // BH: D = m 2^k >= d with m 1, 12 or 20, and 2^k >= 16 unless m is 1; dense: 0
 } NogemmLookupSpec;
 
 // Bytes of the packed buffer; -1 for a specification that nogemm_lookup_pack would refuse.

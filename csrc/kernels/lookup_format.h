@@ -1,7 +1,7 @@
 // The packed LookupFFN buffer: a header, then 64-byte aligned sections. Plain data, the same for every instruction set.
 //
 // Projection. Every supported map is "for each repeat, for each round: block product, then butterflies between whole blocks":
-//   BH     the Hadamard factor inside a block, 1/sqrt(D) and the residual mix are multiplied into the weights when packing;
+//   BH     D = m 2^k, and H = H_m x H_2^k with m = 1, 12 or 20 (hadamard_steps.h); the factor inside a block, 1/sqrt(D) and the residual mix are multiplied into the weights when packing;
 //          blocks narrower than 16 are merged into block-diagonal ones of 16, widths below 16 become one zero-padded block.
 //   dense  one repeat, one round, one block of [d -> T K], no butterfly.
 // Weights [repeat][round][block][in][out] in fp32, or [repeat][round][block][in/2][out][2] in 16-bit fixed point with an
@@ -19,7 +19,7 @@
 namespace nogemm {
 
 inline constexpr uint64_t kLookupMagic = 0x4b4f4f4c4d474e01ull;
-inline constexpr uint32_t kLookupVersion = 2;
+inline constexpr uint32_t kLookupVersion = 3;
 inline constexpr int kChunk = 64;    // columns per int8 interleave group
 
 struct LookupHeader {
@@ -33,7 +33,8 @@ struct LookupHeader {
   int32_t d, d_out;
   int32_t tables, bits;
   int32_t rounds, repeats;
-  int32_t blocks;          // n
+  int32_t blocks;          // n = order 2^j
+  int32_t order;           // m
   int32_t active_blocks;   // blocks of the first round that see anything but padding
   int32_t block_in, block_out;      // multiples of 16
   int32_t columns;         // columns of z per repeat

@@ -48,11 +48,11 @@ NOGEMM_INLINE const float* rows_repeat(const Layer& l, int64_t repeat, const Has
       float* row = wide + n * out_stride;
       for (int64_t i = used * h.block_out; i < out_stride; i += kLanes) store(row + i, zero());
       if (!kFixed || last) {
-        butterflies<1, false>(row, h.blocks, h.block_out, nullptr);
+        butterflies<1, false>(row, h.blocks, h.order, h.block_out, nullptr);
         continue;
       }
       I largest = set1(int32_t{0});
-      butterflies<1, true>(row, h.blocks, h.block_out, &largest);
+      butterflies<1, true>(row, h.blocks, h.order, h.block_out, &largest);
       const float most = bits_to_float(static_cast<uint32_t>(hmax(largest))), bounded = most > 1e-30f ? most : 1e-30f;
       scale[n] *= bounded * (1.0f / h.act_max);
       state.poison[n] += most * 0.0f;

@@ -79,7 +79,7 @@ NOGEMM_INLINE float* tile_repeat(const Layer& l, int64_t repeat, const HashScrat
     }
     for (int64_t i = used * span; i < h.blocks * span; i += kLanes) store(wide + i, zero());
     if (!kFixed || round + 1 == h.rounds) {
-      butterflies<NV, false>(wide, h.blocks, span, nullptr);
+      butterflies<NV, false>(wide, h.blocks, h.order, span, nullptr);
       if (round + 1 == h.rounds) return wide;
       in = reinterpret_cast<const Word*>(wide);
       float* swap = wide;
@@ -89,7 +89,7 @@ NOGEMM_INLINE float* tile_repeat(const Layer& l, int64_t repeat, const HashScrat
     }
     I largest[NV];
     for (int v = 0; v < NV; ++v) largest[v] = set1(int32_t{0});
-    butterflies<NV, true>(wide, h.blocks, span, largest);
+    butterflies<NV, true>(wide, h.blocks, h.order, span, largest);
     F inverse[NV];
     for (int v = 0; v < NV; ++v) {
       const F most = as_float(largest[v]), bounded = max(most, set1(1e-30f));

@@ -7,6 +7,7 @@
 //
 // Word: float for fp32 weights, int32_t (a pair of 16-bit inputs) for fixed point; a block has `steps` words of input.
 #pragma once
+#include "hadamard_steps.h"
 #include "lookup_format.h"
 #include "lookup_vec.h"
 
@@ -146,19 +147,42 @@ NOGEMM_INLINE void butterfly_levels(int levels, float* x, int64_t groups, int64_
     if (levels == 4) butterfly_pass<4, NV, MAX>(x, groups, span, largest);
 }
 
-// The Hadamard matrix between `blocks` whole blocks of `span` floats, unnormalised (its factor sits in the weights).
+// The factor of order ORDER over as many runs of `span` floats. Its own function: a body of some hundred operations that
+// six places share.
+template <int ORDER, int NV, bool MAX>
+[[gnu::noinline]] static void order_pass(float* x, int64_t span, I* largest) {
+  for (int64_t at = 0; at < span; at += NV * kLanes)
+    for (int v = 0; v < NV; ++v) {
+      float* p = x + at + v * kLanes;
+      F a[ORDER];
+      NOGEMM_UNROLL
+      for (int i = 0; i < ORDER; ++i) a[i] = load(p + i * span);
+      order_step<ORDER>(a);
+      NOGEMM_UNROLL
+      for (int i = 0; i < ORDER; ++i) store(p + i * span, a[i]);
+      if constexpr (MAX)
+        NOGEMM_UNROLL
+        for (int i = 0; i < ORDER; ++i) largest[v] = max(largest[v], magnitude(a[i]));
+    }
+}
+
+// The Hadamard matrix of order `order` 2^j between whole blocks of `span` floats, unnormalised (its factor sits in the
+// weights): the power of two first, so that the last pass sees the results.
 template <int NV, bool MAX>
-NOGEMM_INLINE void butterflies(float* x, int64_t blocks, int64_t span, I* largest) {
+NOGEMM_INLINE void butterflies(float* x, int64_t blocks, int64_t order, int64_t span, I* largest) {
   constexpr int kMost = kRegisters == 32 ? 4 : 3;
+  const int last = order == 1 ? kMost : 0;  // levels left for the last pass
   int left = 0;
-  while ((int64_t{1} << left) < blocks) ++left;
-  while (left > kMost) {
-    const int levels = left - kMost < kMost ? left - kMost : kMost;
+  while ((order << left) < blocks) ++left;
+  while (left > last) {
+    const int levels = left - last < kMost ? left - last : kMost;
     blocks >>= levels;
     left -= levels;
     butterfly_levels<NV, false>(levels, x, blocks, span, largest);
     span <<= levels;
   }
+  if (order == 12) return order_pass<12, NV, MAX>(x, span, largest);
+  if (order == 20) return order_pass<20, NV, MAX>(x, span, largest);
   if (left > 0 || MAX) butterfly_levels<NV, MAX>(left, x, blocks >> left, span, largest);
 }
 

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "lookup_pack.h"
+#include "tests/hadamard_reference.h"
 
 namespace lookup_reference {
 
@@ -24,6 +25,7 @@ struct Shape {
   double mix = 1.0;
   bool norm = true;
   int64_t columns = 0;  // of each repeat; 0: all
+  int64_t width = 0;    // padded; 0: the next power of two
 };
 
 struct Model {
@@ -45,6 +47,7 @@ struct Model {
     s.block = shape.block;
     s.repeats = repeats;
     s.columns = shape.columns;
+    s.width = shape.block > 0 ? width : 0;
     s.tables_dtype = NOGEMM_LOOKUP_FP32;
     s.eps = 1e-5;
     s.mix = shape.mix;
@@ -80,6 +83,7 @@ inline Model make_model(const Shape& shape, uint64_t seed) {
   Model m;
   m.shape = shape;
   while (m.width < shape.d) m.width *= 2;
+  if (shape.width > 0) m.width = shape.width;
   const int64_t columns = shape.tables * shape.bits;
   m.gamma = normal(rng, static_cast<size_t>(shape.d), 0.2, 1.0);
   m.beta = normal(rng, static_cast<size_t>(shape.d), 0.2);
@@ -115,6 +119,7 @@ inline std::vector<double> projected(const Model& m, const float* x) {
     return z;
   }
   const int64_t b = s.block, n = m.width / b;
+  const int64_t order = hadamard_reference::order_of(m.width), power = m.width / order;
   for (int64_t r = 0; r < m.repeats; ++r) {
     std::vector<double> u = v;
     for (int64_t j = 0; j < s.rounds; ++j) {
@@ -124,7 +129,7 @@ inline std::vector<double> projected(const Model& m, const float* x) {
         for (int64_t i = 0; i < b; ++i) p[o] += static_cast<double>(w[o * b + i]) * u[o / b * b + i];
       for (int64_t o = 0; o < m.width; ++o)
         for (int64_t i = 0; i < m.width; ++i)
-          q[o] += (__builtin_popcountll(static_cast<unsigned long long>(o & i)) % 2 ? -p[i] : p[i]);
+          q[o] += hadamard_reference::entry(order, power, o, i) * p[i];
       for (double& f : q) f /= std::sqrt(static_cast<double>(m.width));
       u = q;
     }

@@ -50,7 +50,7 @@ std::string name_of(const Shape& s, int64_t mode, int64_t tokens) {
 }
 
 const Shape kShapes[] = {
-    // d, d_out, tables, bits, block, rounds, neighbours, score, mix, norm, columns
+    // d, d_out, tables, bits, block, rounds, neighbours, score, mix, norm, columns, width
     {1, 1, 1, 1, 1, 1, 1, 0, 1.0, false},
     {5, 3, 3, 2, 1, 2, 2, 0, 1.0, true},
     {5, 7, 11, 3, 8, 1, 4, 1, 0.7, true},
@@ -69,6 +69,10 @@ const Shape kShapes[] = {
     {20, 33, 14, 5, 1, 3, 1, 2, 1.0, false, 30},   // two columns of each repeat are left out
     {9, 17, 30, 3, 0, 1, 1, 2, 1.0, true},
     {100, 40, 40, 7, 32, 2, 2, 0, 0.7, true, 90},  // and tables that straddle the repeats
+    {192, 33, 25, 8, 16, 3, 1, 0, 1.0, true, 0, 192},   // 12 blocks, repeats 2
+    {330, 20, 13, 6, 8, 2, 2, 1, 0.7, false, 0, 384},   // 24 blocks, merged and padded
+    {320, 35, 41, 8, 16, 2, 4, 0, 0.7, true, 0, 320},   // 20 blocks, repeats 2
+    {600, 24, 9, 5, 32, 2, 1, 2, 1.0, true, 30, 640},   // 20 blocks, one of them padding, two repeats
 };
 
 std::vector<float> tokens_of(const Shape& s, int64_t tokens, uint64_t seed) {
@@ -231,7 +235,9 @@ void refused() {
              refuses(with(&S::rounds, 0)) && refuses(with(&S::repeats, 1)) && refuses(with(&S::mode, 3)) &&
              refuses(with(&S::d, 0)) && refuses(with(&S::d_out, -1)) && refuses(with(&S::score, 3)) &&
              refuses(with(&S::score, 2)) && refuses(with(&S::columns, 65)) && refuses(with(&S::columns, -1)) &&
-             refuses(with(&S::columns, 60)) && refuses(with(&S::tables, int64_t{1} << 40)),
+             refuses(with(&S::columns, 60)) && refuses(with(&S::tables, int64_t{1} << 40)) &&
+             refuses(with(&S::width, 0)) && refuses(with(&S::width, 32)) && refuses(with(&S::width, 96)) &&
+             refuses(with(&S::width, 192)) && refuses(with(&S::width, 160)) && refuses(with(&S::width, 112)),
          "a bad specification was packed");
   NogemmLookupSpec s = good;
   s.table_rows = nullptr;

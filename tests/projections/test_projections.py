@@ -12,11 +12,13 @@ import nogemm
 from nogemm.config import LayerConfig, ProjectionConfig, layer_config
 from nogemm.errors import ConfigError
 from nogemm.ops import dct
-from nogemm.projections import DiagonalChain, ShuffleProjection
+from nogemm.ops.hadamard import hadamard_matrix
+from nogemm.projections import BHProjection, DiagonalChain, ShuffleProjection
 
 CONFIGS: list[ProjectionConfig] = [
     nogemm.DenseProjectionConfig(),
     nogemm.BHConfig(rounds=2, block=8),
+    nogemm.BHConfig(rounds=2, block=8, pad="hadamard"),
     nogemm.AcdcConfig(depth=2),
     nogemm.HadamardChainConfig(depth=2),
     nogemm.RandomHadamardConfig(),
@@ -24,7 +26,9 @@ CONFIGS: list[ProjectionConfig] = [
     nogemm.ShuffleProjectionConfig(block=8),
     nogemm.LowRankConfig(rank=11),
 ]
-every = pytest.mark.parametrize("config", CONFIGS, ids=lambda c: f"{c.kind}-{getattr(c, 'learnable', '')}")
+every = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda c: f"{c.kind}-{getattr(c, 'learnable', getattr(c, 'pad', ''))}"
+)
 SHAPES = [(16, 16), (12, 40), (37, 9), (1, 3), (8, 1)]
 
 
@@ -54,7 +58,7 @@ def sylvester(width: int) -> Tensor:
     return matrix / math.sqrt(width)
 
 
-@pytest.mark.parametrize("config", CONFIGS[2:6], ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", CONFIGS[3:7], ids=lambda c: c.kind)
 def test_chains_are_the_products_they_claim(config: ProjectionConfig) -> None:
     projection = config.build(6, 20).double()  # padded to 8, three repeats
     assert isinstance(projection, DiagonalChain)
@@ -77,6 +81,58 @@ def test_identity_diagonals_give_the_identity() -> None:
         with torch.no_grad():
             projection.weight.fill_(1.0)
         torch.testing.assert_close(projection.dense_matrix(), torch.eye(16, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("block", [1, 8, 16])
+@pytest.mark.parametrize(("d_in", "width", "order"), [(180, 192, 12), (384, 384, 12), (300, 320, 20)])
+def test_bh_of_other_orders_is_the_product_it_claims(d_in: int, width: int, order: int, block: int) -> None:
+    projection = nogemm.BHConfig(rounds=2, block=block, pad="hadamard").build(d_in, width + 50).double()
+    assert isinstance(projection, BHProjection)
+    assert projection.width == width
+    transform = torch.kron(hadamard_matrix(order) / math.sqrt(order), sylvester(width // order))
+    rows = []
+    for blocks in projection.weight:
+        product = torch.eye(width, dtype=torch.float64)
+        for blocks_nBB in blocks:  # rows of a block are outputs
+            product = product @ torch.block_diag(*blocks_nBB.mT) @ transform
+        rows.append(product[:d_in].T)
+    torch.testing.assert_close(projection.dense_matrix(), torch.cat(rows)[: width + 50], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("d_in", "block", "width"),
+    [
+        *((d, 64, d) for d in (64, 512, 768, 1280, 1536, 3072, 5120)),
+        (640, 32, 640),
+        (640, 64, 768),  # 20 * 32 has no room for a block of 64
+        (384, 64, 512),
+        (384, 32, 384),
+        (700, 64, 768),
+        (769, 64, 1024),
+        (1025, 64, 1280),
+        (90, 1, 128),  # 12 * 8 is too narrow for the packed kernel
+        (1, 1, 1),
+    ],
+)
+def test_widths_that_hadamard_matrices_have(d_in: int, block: int, width: int) -> None:
+    with torch.device("meta"):
+        assert nogemm.BHConfig(rounds=1, block=block, pad="hadamard").build(d_in, 1).width == width
+
+
+def test_cost_of_bh_at_768() -> None:
+    bias_free = {"rounds": 4, "block": 64, "bias": False}
+    wide, narrow = (nogemm.BHConfig(pad=pad, **bias_free).build(768, 1530) for pad in ("power_of_two", "hadamard"))
+    assert wide.cost(4).flops == 2 * 4 * (2 * 1024 * 64 + 1024 * 10)
+    assert narrow.cost(4).flops == 2 * 4 * (2 * 768 * 64 + 64 * 68 + 768 * 6)
+    assert narrow.cost(4).parameters == narrow.weight.numel() == 2 * 4 * 768 * 64
+
+
+def test_a_config_without_pad_is_the_published_one() -> None:
+    data = nogemm.LookupConfig(tables=5, bits=3).to_dict()
+    del data["projection"]["pad"]
+    read = layer_config(data)
+    assert isinstance(read, nogemm.LookupConfig)
+    assert read.projection == nogemm.BHConfig(pad="power_of_two")
 
 
 def test_shuffle_by_hand() -> None:
@@ -169,7 +225,7 @@ def test_gradients_against_float64(config: ProjectionConfig) -> None:
 
 
 def test_diagonals_are_vectors_to_an_optimiser() -> None:
-    for config in CONFIGS[2:6]:
+    for config in CONFIGS[3:7]:
         assert config.build(16, 40).weight.dim() == 1
 
 
@@ -200,6 +256,11 @@ def test_lower_precision_models_run(config: ProjectionConfig) -> None:
         (lambda: nogemm.AcdcConfig(depth=0), "AcdcConfig: depth must be an integer at least 1, got depth=0"),
         (lambda: nogemm.HadamardChainConfig(depth=1.5), "depth=1.5"),  # type: ignore[arg-type]
         (lambda: nogemm.LowRankConfig(rank=0), "rank=0"),
+        (lambda: nogemm.BHConfig(pad="none"), "BHConfig: pad must be one of power_of_two, hadamard, got pad='none'"),
+        (
+            lambda: nogemm.BHConfig(pad="hadamard").build(20, 20),
+            r"padded width 32 \(d_in=20 padded with pad='hadamard'",
+        ),
         (lambda: nogemm.ShuffleProjectionConfig(block=0), "block=0"),
         (lambda: nogemm.ShuffleProjectionConfig(block=64).build(20, 20), "block=64 is wider than the input, d_in=20"),
         (lambda: nogemm.RandomHadamardConfig(learnable="yes"), "learnable=yes"),  # type: ignore[arg-type]

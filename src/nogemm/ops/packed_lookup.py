@@ -29,7 +29,7 @@ class LookupWeights:
 
     Attributes:
         score: "gelu", "sigmoid", or "constant": 1 / T for every code, with one neighbour.
-        weight: dense projection [M, D], or BH blocks [r, m, n, B, B], rows are outputs.
+        weight: dense projection [M, D], or BH blocks [r, m, n, B, B], rows are outputs; n B is the padded width.
         mix: share of the BH product in mix * product + (1 - mix) * x; 1 for none.
         columns: how many outputs of each BH repeat become bits; 0 for all D.
         rows: [T, R, d_out] float32, bfloat16, or int8 with `row_scale` [T, R].
@@ -62,7 +62,7 @@ class _Spec(ctypes.Structure):
         ("mix", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("gamma", "beta", "weight", "proj_bias")),
         *((name, ctypes.c_void_p) for name in ("table_rows", "row_scale", "out_bias")),
-        ("columns", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("columns", "width")),
     )
 
 
@@ -109,7 +109,8 @@ def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
         y [..., d_out] in x's dtype, accumulated in float32.
     Raises:
         ValueError: a buffer that `pack_lookup` did not make, or a width that is not the layer's.
-    Cost: hash 2 r m D B + r m D log2 D FLOP, gather 2 T F d_out FLOP per token; see `LookupFFN.cost`.
+    Cost: hash 2 r m D B + r m D log2 D FLOP for D a power of two, gather 2 T F d_out FLOP per token; see
+        `LookupFFN.cost`.
     """
     return torch.ops.nogemm.packed_lookup(x, packed, d_out)
 
@@ -142,6 +143,7 @@ def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
         row_scale=address.of(weights.row_scale),
         out_bias=address.of(weights.bias),
         columns=weights.columns,
+        width=weight.shape[2] * weight.shape[4] if is_bh else 0,
     )
 
 

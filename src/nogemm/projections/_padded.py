@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.config import ProjectionConfig
+from nogemm.ops.hadamard import ORDERS
 from nogemm.projections._base import Projection
 
 
@@ -43,6 +44,18 @@ class PaddedProjection(Projection):
 def power_of_two(d_in: int) -> int:
     """Return the least power of two that is at least `d_in`."""
     return 1 << max(d_in - 1, 0).bit_length()
+
+
+def padded_width(d_in: int, block: int, pad: str) -> int:
+    """Return the width that a BH projection with blocks of `block` pads `d_in` to; see `BHConfig.pad`.
+
+    With pad="hadamard" the factor of order 12 or 20 acts between whole blocks, which in the packed kernel are at least
+    16 wide.
+    """
+    if pad == "power_of_two":
+        return power_of_two(d_in)
+    least = max(block, 16)
+    return min(power_of_two(d_in), *(m * max(power_of_two(math.ceil(d_in / m)), least) for m in ORDERS))
 
 
 def random_signs(like: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """BH{m}: m rounds of a block-diagonal matrix followed by a Hadamard transform.
 
-Legend: N tokens, D padded width (a power of two), B block width, n = D/B blocks, r repeats, m rounds, M outputs.
+Legend: N tokens, D padded width (see `BHConfig.pad`), B block width, n = D/B blocks, r repeats, m rounds, M outputs.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import ProjectionConfig, check_int, register
+from nogemm.config import ProjectionConfig, check_choice, check_int, register
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.ops import block_product, hadamard
+from nogemm.ops.hadamard import hadamard_flops
 from nogemm.projections._base import Projection
+from nogemm.projections._padded import padded_width
 
 
 @register
@@ -30,6 +32,8 @@ class BHConfig(ProjectionConfig):
         block: B, a power of two that divides the padded width.
         residual: None, or the share c of the product in c * product + (1 - c) * x (the reference code uses 0.7).
         bias: add a trainable bias to the output.
+        pad: what D is: "power_of_two", the next one, as published; or "hadamard", the least m 2^k with m = 1, 12 or 20,
+            and 2^k a multiple of `block` and of 16 where m is not 1: 768 stays 768, and 1280 stays 1280.
     """
 
     kind: ClassVar[str] = "bh"
@@ -37,6 +41,7 @@ class BHConfig(ProjectionConfig):
     block: int = 64
     residual: float | None = None
     bias: bool = True
+    pad: str = "power_of_two"
 
     def __post_init__(self) -> None:
         check_int("BHConfig", "rounds", self.rounds, 1)
@@ -45,6 +50,7 @@ class BHConfig(ProjectionConfig):
             raise ConfigError(f"BHConfig: block must be a power of two, got block={self.block}")
         if self.residual is not None and not (0.0 < self.residual <= 1.0):
             raise ConfigError(f"BHConfig: residual must be in (0, 1] or None, got residual={self.residual}")
+        check_choice("BHConfig", "pad", self.pad, ("power_of_two", "hadamard"))
 
     def build(self, d_in: int, d_out: int) -> BHProjection:
         return BHProjection(self, d_in, d_out)
@@ -55,8 +61,9 @@ class BHProjection(Projection):
 
         v = pad(x) tiled r times;   m times: v <- blockdiag(W_i) v,  v <- v H / sqrt(D);   z = v[:M] + bias
 
-    H is orthonormal here; the reference's unnormalised H is absorbed by the importer. With `residual` c, the product is
-    replaced by c * product + (1 - c) * tiled pad(x) before the cut.
+    H is orthonormal here, symmetric, of order D = 2^k or, with `pad="hadamard"`, also 12 2^k or 20 2^k (a choice of
+    ours: the published layer pads to a power of two). The reference's unnormalised H is absorbed by the importer. With
+    `residual` c, the product is replaced by c * product + (1 - c) * tiled pad(x) before the cut.
 
     | parameter | shape | |
     |---|---|---|
@@ -64,16 +71,16 @@ class BHProjection(Projection):
     | bias | [M] | |
 
     Source: LookupFFN (Zeng et al., 2023), equation 11; padding, repeats and bias as in its code.
-    Cost: r m (2 D B + D log2 D) FLOP per token; r m D B weights.
+    Cost: r m (2 D B + D log2 D) FLOP per token, D a power of two (others: `hadamard_flops`); r m D B weights.
     """
 
     def __init__(self, config: BHConfig, d_in: int, d_out: int) -> None:
         super().__init__(config, d_in, d_out)
-        self.width = 1 << max(d_in - 1, 0).bit_length()
+        self.width = padded_width(d_in, config.block, config.pad)
         if config.block > self.width:
             raise ConfigError(
                 f"BHConfig: block={config.block} does not divide the padded width {self.width} (d_in={d_in} "
-                "padded to a power of two)"
+                f"padded with pad={config.pad!r})"
             )
         self.repeats = max(1, math.ceil(d_out / self.width))
         blocks = self.width // config.block
@@ -111,7 +118,7 @@ class BHProjection(Projection):
 
     def cost(self, itemsize: int) -> Cost:
         rounds, block = self.weight.shape[1], self.weight.shape[-1]
-        flops = self.repeats * rounds * (2 * self.width * block + self.width * math.log2(self.width))
+        flops = self.repeats * rounds * (2 * self.width * block + hadamard_flops(self.width))
         stored = self.weight.numel() + (0 if self.bias is None else self.bias.numel())
         return Cost(flops, stored * itemsize, stored)
 

@@ -46,6 +46,16 @@ LOOKUP_CASES = (
     LookupCase(
         "no biases", LookupConfig(tables=8, bits=3, bias=False, projection=BHConfig(block=8, bias=False)), 24, 24
     ),
+    LookupCase(
+        "order 12", LookupConfig(tables=25, bits=8, projection=BHConfig(rounds=3, block=16, pad="hadamard")), 192, 40
+    ),
+    LookupCase("order 12 padded", LookupConfig(tables=90, bits=9, projection=BHConfig(pad="hadamard")), 700, 30),
+    LookupCase(
+        "order 20",
+        LookupConfig(tables=30, bits=6, projection=BHConfig(rounds=2, block=8, residual=0.7, pad="hadamard")),
+        620,
+        33,
+    ),
     LookupCase("dense", LookupConfig(tables=11, bits=4, projection=DenseProjectionConfig()), 29, 45),
     LookupCase("sigmoid", LookupConfig(tables=10, bits=7, score="sigmoid", projection=BHConfig(block=32)), 64, 40),
     LookupCase("two neighbours", LookupConfig(tables=10, bits=6, neighbours=2, projection=BHConfig(block=16)), 32, 70),
