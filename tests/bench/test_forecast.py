@@ -39,6 +39,12 @@ def test_terms_by_hand() -> None:
     assert far == pytest.approx(moved * (64e6 / held / 50 + (1 - 64e6 / held) / 20) * 1e-3)
 
 
+def test_another_padding_has_narrower_rounds() -> None:
+    narrow = replace(SHAPE, pad="hadamard")
+    slots = 4096 * (2 * 64 * 4 * 768 + 2 * 4 * 64 * 68 + 7 * 170 * 9)
+    assert features("hash", narrow, MACHINE)[0] == pytest.approx(2 * slots / 200 * 1e-3)
+
+
 def test_one_token_runs_on_one_thread_and_many_do_not() -> None:
     one = features("gather", replace(SHAPE, batch=1, copies=12), MACHINE)
     alone = features("gather", replace(SHAPE, batch=1, copies=12), replace(MACHINE, threads=1))

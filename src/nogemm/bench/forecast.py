@@ -9,7 +9,7 @@ Work follows from shapes, rates are the measured roofline, so a change of either
 says that the part runs at the machine's speed, above 1 how far it is from it. The error that counts is that of a point
 which the fit has not seen (`left_out`).
 
-Legend: N tokens, D width padded to a power of two, T tables, K bits, R = 2^K, m rounds, r repeats, B block width.
+Legend: N tokens, D padded width, T tables, K bits, R = 2^K, m rounds, r repeats, B block width.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 
 from nogemm.cost import distinct_rows
+from nogemm.ops.hadamard import hadamard_flops
+from nogemm.projections._padded import padded_width
 
 FEATURES = {"hash": ("arithmetic", "weights", "call"), "gather": ("rows from L2", "distinct rows", "call")}
 # What the kernels do (csrc/kernels/lookup_forward.h): tokens per tile by batch, tokens per block of the gather.
@@ -43,11 +45,12 @@ class LookupShape:
     dtype: str
     batch: int
     copies: int
+    pad: str = "power_of_two"
 
     @property
     def width(self) -> int:
-        """D: the power of two from d on."""
-        return 1 << max(self.d - 1, 0).bit_length()
+        """D: d as the projection pads it."""
+        return padded_width(self.d, self.block, self.pad)
 
     @property
     def itemsize(self) -> int:
@@ -102,7 +105,7 @@ def _slots(s: LookupShape) -> float:
     block = max(s.block, 16)
     first = -(-s.d // block) * block  # padding is skipped in the first round
     products = repeats * block * (first + (s.rounds - 1) * s.width) * (1.0 if s.dtype == "fp32" else 0.5)
-    butterflies = repeats * s.rounds * s.width * max(0, (s.width // block).bit_length() - 1)
+    butterflies = repeats * s.rounds * block * hadamard_flops(max(1, s.width // block))
     return s.batch * (products + butterflies + _EXPONENTIAL * s.tables * s.bits)
 
 

@@ -151,6 +151,7 @@ def shape_of(layer: LayerBenchArgs, built: LookupFFN, batch: int) -> LookupShape
         tables=built.config.tables,
         bits=built.config.bits,
         block=projection.block,
+        pad=projection.pad,
         rounds=projection.rounds,
         neighbours=built.config.neighbours,
         dtype=layer.dtype,
