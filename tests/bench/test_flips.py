@@ -10,6 +10,7 @@ from nogemm.bench.flips import (
     FlipCase,
     compare_bits,
     exact_bits,
+    flip_rate,
     marked_leaves,
     marked_tables,
     read_bits,
@@ -101,9 +102,26 @@ def test_turns_after_the_first_other_one_do_not_count() -> None:
 
 
 def test_a_row_that_cannot_be_told_is_refused() -> None:
-    layer = build(replace(TREE, activation="relu"))
+    layer = build(TREE)
+    assert isinstance(layer, TreeFFN)
+    for values in (layer.weight_in, layer.bias_in):
+        assert values is not None
+        values.zero_()
     with pytest.raises(ArithmeticError, match="cannot be told"):
         read_bits(layer, "fp32", torch.randn(20, 24), 20)
+
+
+@pytest.mark.parametrize("config", [SMALL, TREE, replace(TREE, activation="relu")], ids=["lookup", "tree", "relu"])
+def test_the_rate_alone_is_that_of_the_comparison(config: LookupConfig | TreeConfig) -> None:
+    layer, x = build(config), torch.randn(4000, 24)
+    for dtype in ("fp32", "int8"):
+        rate = flip_rate(layer, dtype, x, 1000)
+        assert rate == shares(layer, read_bits(layer, dtype, x, 1000), x)["bits_differ"]
+    assert rate > 0, "16-bit routing flips none of sixteen thousand decisions"
+
+
+def test_a_tree_of_one_level_decides_nothing() -> None:
+    assert flip_rate(build(replace(TREE, depth=0)), "bf16", torch.randn(5, 24), 5) is None
 
 
 def test_result_and_its_table() -> None:

@@ -14,6 +14,9 @@ from nogemm.bench.check import token_errors
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
 from nogemm.bench.layer_job import COPIES, DenseContender, dense_work, our_layer, row_bytes, runs_native
 from nogemm.bench.pool import write_pool
+from nogemm.bench.report import render
+from nogemm.bench.report_data import Results, _layer_row
+from nogemm.bench.report_svg import number
 from nogemm.bench.rounding import our_bound, rounded
 from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
@@ -101,6 +104,30 @@ def test_rates_follow_from_time_and_work(result: dict[str, Any]) -> None:
 def test_batch_one_goes_through_twelve_copies_when_fresh(result: dict[str, Any]) -> None:
     layers = {(row["batch"], row["cache"]): row["layers"] for row in result["rows"]}
     assert layers == {(1, "fresh"): 12, (16, "fresh"): 1, (1, "warm"): 1, (16, "warm"): 1}
+
+
+def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pytest.CaptureFixture[str]) -> None:
+    fields = ("tables=128", "bits=6", "projection.block=8")
+    tiny: dict[str, Any] = TINY | {"batch": (300,), "dtype": "fp32,int8", "set": fields}
+    lookup = run_layer_bench(LayerBenchArgs(**tiny, against=("torch-fp32",)), _min_rounds=2)
+    found = {row["contender"]: row.get("flip_rate", "none") for row in lookup["rows"]}
+    assert found["torch-fp32"] == "none"
+    assert 0 <= found["nogemm-fp32"] < found["nogemm-int8"] < 0.01
+    bench_cli._print_rows(lookup, ("batch",), "us", 1.0)
+    assert f"{found['nogemm-int8']:.1e}" in capsys.readouterr().out
+    page = render(Results(layers=[_layer_row(row, lookup) for row in lookup["rows"]]))
+    assert "<th>flip rate</th>" in page
+    assert number(found["nogemm-int8"], 2) in page
+
+    tiny |= {"method": "tree", "set": ("depth=6", "trees=8"), "activation": "relu", "dtype": "int8", "against": ()}
+    (row,) = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)["rows"]
+    assert row["verified"] is True
+    assert 0 < row["flip_rate"] < 0.01
+    tiny |= {"method": "dense", "set": ()}
+    (row,) = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)["rows"]
+    assert "flip_rate" not in row
+    bench_cli._print_rows({"machine_line": "", "rows": [row]}, ("batch",), "us", 1.0)
+    assert "flip rate" not in capsys.readouterr().out
 
 
 def test_the_file_says_where_it_comes_from(result: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ What a packed layer chose is not among its outputs. So it is packed once more wi
 that say where they stand (`marked_tables`, `marked_leaves`), and the choice is read off its output, bit by bit.
 
 Legend: N tokens, D width, T tables or trees, K bits per table or decisions per path, R = 2^K rows per table.
-Reading order: `CASES`, `run_flips_bench`, `read_bits`, `compare_bits`.
+Reading order: `CASES`, `run_flips_bench`, `flip_rate`, `read_bits`, `compare_bits`.
 """
 
 from __future__ import annotations
@@ -98,6 +98,18 @@ def run_flips_bench(
     return origin(settings | {"layers": layers}) | {"rows": rows}
 
 
+def flip_rate(layer: LookupFFN | TreeFFN, dtype: str, x_ND: Tensor, batch: int) -> float | None:
+    """Return the share of code bits, or of turns, that the packed layer decides otherwise than the layer in float64.
+
+    Tokens go in calls of `batch`. None for a tree of a single level, which decides nothing.
+    """
+    values_NTK, bits_NTK = exact_bits(copy.deepcopy(layer).double(), x_ND.double())
+    if bits_NTK.numel() == 0:
+        return None
+    found_NTK = read_bits(layer, dtype, x_ND, batch)
+    return compare_bits(found_NTK, bits_NTK, values_NTK, path=isinstance(layer, TreeFFN))["bits_differ"]
+
+
 def exact_bits(layer: LookupFFN | TreeFFN, x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """Return what an unpacked layer decides on, [N, T, K], and its bits: value > 0, or > threshold in a tree."""
     with torch.inference_mode():
@@ -151,13 +163,18 @@ def marked_tables(layer: LookupFFN, first: int, last: int) -> LookupFFN:
 
 
 def marked_leaves(layer: TreeFFN) -> TreeFFN:
-    """Return the tree with out-rows of 0, 1 and -1: a leaf answers act(z) (1, then +1 or -1 for each turn to it)."""
+    """Return the tree with out-rows of 0, 1 and -1: a leaf answers act(z) (1, then +1 or -1 for each turn to it).
+
+    Turns do not depend on the activation, so it is SiLU whatever the layer's is: relu answers half of all leaves, and
+    gelu those of very negative z, with a zero that tells nothing.
+    """
     config, depth = layer.config, layer.levels - 1
     probe = copy.deepcopy(layer)
     marks = torch.zeros(config.trees, 2**layer.levels - 1, config.trees, layer.levels)
     for t in range(config.trees):
         marks[t, -(2**depth) :, t, :1] = 1.0
         marks[t, -(2**depth) :, t, 1:] = code_marks(depth)
+    probe.activation = "silu"
     probe.d_out = config.trees * layer.levels
     probe.weight_out = torch.nn.Parameter(marks.flatten(2), requires_grad=False)
     probe.core_in = probe.core_in_bias = probe.core_out = probe.bias = None

@@ -77,7 +77,8 @@ def run_layer_bench(
         `nogemm.bench.result.origin` and {"roofline", "pool", "rows"}; a row has "contender", "batch",
         "cache", "codes", "verified", "max_error", "us_median", "us_p10", "us_p90" (per call of one layer),
         "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". Ours also has
-        "native": false where PyTorch operators stood in for the kernel, null where there is none by design. A
+        "native": false where PyTorch operators stood in for the kernel, null where there is none by design; a
+        LookupFFN or TreeFFN "flip_rate" (`nogemm.bench.flips`), a HireFFN "recall" and "energy". A
         contender that is not installed has "missing", one that failed or does not match its reference has "error";
         neither has a time.
     Raises:

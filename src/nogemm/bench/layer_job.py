@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows
+from nogemm.bench.flips import flip_rate
 from nogemm.bench.pool import TokenPool
 from nogemm.bench.rounding import check_packed, rounded
 from nogemm.config import layer_class, parse_set
@@ -209,7 +210,13 @@ class OurContender(LayerContender):
             if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
                 way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
                 facts |= {"other_way": float(way)}
-        return facts
+        return facts | self._flips(x_ND)
+
+    def _flips(self, x_ND: Tensor) -> dict[str, Any]:
+        """Return how many of the decisions on these tokens rounding turns over; nothing where none are discrete."""
+        if not isinstance(self.layer, (LookupFFN, TreeFFN)):
+            return {}
+        return {"flip_rate": flip_rate(self.layer, self.settings["dtype"], x_ND, self.batch)}
 
     def run(self, inputs: Any) -> Any:
         with torch.inference_mode():

@@ -207,6 +207,7 @@ def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:
         (key, name)
         for key, name in (
             ("max_error", "max error"),
+            ("flip_rate", "flip rate"),
             ("roofline_fraction", "of roofline"),
             ("bound", "bound"),
         )

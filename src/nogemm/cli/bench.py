@@ -235,6 +235,8 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
     head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]
     agrees = any("agreement" in row for row in result["rows"])
     head += ["agreement"] if agrees else []
+    flips = any("flip_rate" in row for row in result["rows"])
+    head += ["flip rate"] if flips else []
     rows = []
     for row in result["rows"]:
         start = [shown_name(row), *(str(row[key]) for key in keys)]
@@ -246,7 +248,8 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
         ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
         error = "" if row.get("max_error") is None else f"{row['max_error']:.1e}"
         agreement = [f"{row['agreement']:.4f}" if "agreement" in row else ""] if agrees else []
-        rows.append([*start, *times, ratio, error, *agreement])
+        flipped = ["" if row.get("flip_rate") is None else f"{row['flip_rate']:.1e}"] if flips else []
+        rows.append([*start, *times, ratio, error, *agreement, *flipped])
     print_table(head, rows)
     if any(row.get("native") is False for row in result["rows"]):
         print("not native: PyTorch operators stood in for the compiled kernel, so these are not the kernel's times")
