@@ -32,12 +32,15 @@ from nogemm.config import layer_class, parse_set
 from nogemm.cost import Cost
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line, usable_cores
+from nogemm.layers import FFN, HireFFN, TreeFFN
 
 COMMAND = "python benchmarks/table5.py"
 OURS = "nogemm-lookup-int8"  # what ratios are to
 DENSE = (*peers.CONTENDERS, *peers.LAYERS_ONLY)
 FEW_DENSE = ("torch-fp32", "torch-int8", "openvino-int8")
+NARROW_DENSE = ("torch-fp32", "openvino-int8")
 BATCHES = (1, 8, 64, 512, 4096, 32768)
+MAIN_BATCHES = (1, 8, 64, 512, 4096, 16384, 32768)
 COPIES = 12  # of a layer at batches up to 8; see `nogemm.bench.layer_job`
 LONGEST_CALL = 5.0
 MEMORY_SHARE = 0.25  # of the machine's memory that one contender's copies may take
@@ -68,6 +71,7 @@ class Part:
     ours: tuple[Layer, ...]
     dense: tuple[str, ...] = FEW_DENSE
     equal_flop: tuple[str, ...] = ()  # engines of a dense layer as narrow as our FLOP
+    equal_active: tuple[str, ...] = ()  # engines of dense layers of as many neurons as a tree visits, as HireFFN keeps
     gather: bool = False
     batches: tuple[int, ...] = (1, 4096)
     threads: int = 0
@@ -102,10 +106,10 @@ def all_parts(checkpoint: Path | None) -> list[Part]:
     """
     parts = []
     for d, choices in LOOKUPS.items():
-        full = Part(name=f"d{d}", d=d, hidden=4 * d, ours=lookups(choices), dense=DENSE, batches=BATCHES)
+        full = Part(name=f"d{d}", d=d, hidden=4 * d, ours=lookups(choices), dense=DENSE, batches=MAIN_BATCHES)
         parts.append(full)
-        others = replace(full, name=f"d{d}-methods", ours=methods(d, choices), dense=FEW_DENSE)
-        parts.append(replace(others, equal_flop=FEW_DENSE, gather=True))
+        others = replace(full, name=f"d{d}-methods", ours=methods(d, choices), dense=FEW_DENSE, batches=BATCHES)
+        parts.append(replace(others, equal_flop=FEW_DENSE, equal_active=NARROW_DENSE, gather=True))
     for d, choices in LOOKUPS.items():
         some = Part(name=f"d{d}-1-thread", d=d, hidden=4 * d, ours=lookups(choices), threads=1)
         parts.append(replace(some, batches=(1, 64, 512, 4096)))
@@ -199,13 +203,38 @@ def specs(part: Part, pool: Path) -> list[Spec]:
         width = equal_width(part)
         settings = shape | {"engine": name, "hidden": width}
         found.append(Spec(name=f"{name}, {width} wide", factory=dense, settings=settings, missing=peers.missing(name)))
-    return found
+    return found + [
+        Spec(
+            name=f"{name}, {width} neurons as {layer.method}",
+            factory=dense,
+            settings=shape | {"engine": name, "hidden": width},
+            missing=peers.missing(name),
+        )
+        for layer in part.ours
+        if (width := active_neurons(part, layer)) is not None
+        for name in part.equal_active
+    ]
+
+
+def build(part: Part, layer: Layer) -> FFN:
+    """Build a layer of ours without numbers in it."""
+    with torch.device("meta"):  # shapes are enough
+        return parse_set(layer_class(layer.method), layer.set).build(part.d, hidden=part.hidden)
 
 
 def cost_of(part: Part, layer: Layer) -> Cost:
     """Return what a layer of ours costs for one token."""
-    with torch.device("meta"):  # shapes are enough
-        return parse_set(layer_class(layer.method), layer.set).build(part.d, hidden=part.hidden).cost(1)
+    return build(part, layer).cost(1)
+
+
+def active_neurons(part: Part, layer: Layer) -> int | None:
+    """Return how many neurons answer a token, where that is a fixed number: in a tree and in a HireFFN."""
+    built = build(part, layer)
+    if isinstance(built, TreeFFN):
+        return built.config.trees * built.levels + built.config.core
+    if isinstance(built, HireFFN):
+        return min(built.hidden, built.kept * built.config.group)
+    return None
 
 
 def too_large(part: Part, bytes_each: float) -> str | None:

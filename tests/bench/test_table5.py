@@ -17,14 +17,17 @@ def test_parts_cover_the_paper_and_have_names_of_their_own() -> None:
     parts = table5.all_parts(Path("somewhere"))
     names = [part.name for part in parts]
     assert len(set(names)) == len(names)
-    full = {part.name: part for part in parts if part.batches == (1, 8, 64, 512, 4096, 32768)}
+    full = {part.name: part for part in parts if {1, 8, 64, 512, 4096, 32768} <= set(part.batches)}
     assert set(full) == {"d512", "d512-methods", "d768", "d768-methods"}
     for d in (512, 768):
         engines, others = full[f"d{d}"], full[f"d{d}-methods"]
         assert {layer.dtype for layer in engines.ours} == {"int8", "bf16", "fp32"}
         assert set(engines.dense) >= {"torch-fp32", "inductor-bf16", "onnxruntime-int8", "openvino-int8", "jax-fp32"}
         assert {layer.method for layer in others.ours} == {"lookup", "tree", "hire", "slide", "mongoose", "yoso"}
+        assert 16384 in engines.batches
         assert others.gather
+        assert others.equal_active == ("torch-fp32", "openvino-int8")
+        assert not engines.equal_active
         assert table5.OURS in {layer.name for layer in others.ours}, "no common yardstick"
     assert any(part.threads == 1 for part in parts)
     assert any(part.cache == "warm" for part in parts)
@@ -47,8 +50,23 @@ def test_the_dense_layer_of_equal_flop() -> None:
     assert 300 < table5.equal_width(part) < 400
 
 
+def test_dense_layers_of_as_many_neurons_as_answer(tmp_path: Path) -> None:
+    (part,) = (part for part in table5.all_parts(None) if part.name == "d768-methods")
+    active = {layer.method: table5.active_neurons(part, layer) for layer in part.ours}
+    assert active == {"lookup": None, "tree": 12, "hire": 154, "slide": None, "mongoose": None, "yoso": None}
+    specs = {spec.name: spec.settings.get("hidden") for spec in table5.specs(part, tmp_path)}
+    narrow = {name: hidden for name, hidden in specs.items() if " neurons as " in name}
+    assert narrow == {
+        "torch-fp32, 12 neurons as tree": 12,
+        "openvino-int8, 12 neurons as tree": 12,
+        "torch-fp32, 154 neurons as hire": 154,
+        "openvino-int8, 154 neurons as hire": 154,
+    }
+
+
 def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ours = table5.lookups(("tables=4", "bits=3", "projection.block=8"), "int8")
+    tree = table5.Layer(name="nogemm-tree-int8", method="tree", set=("depth=2",), dtype="int8")
+    ours = (*table5.lookups(("tables=4", "bits=3", "projection.block=8"), "int8"), tree)
     part = table5.Part(
         name="small",
         d=32,
@@ -56,6 +74,7 @@ def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pyte
         ours=ours,
         dense=("torch-fp32", "jax-fp32"),
         equal_flop=("torch-fp32",),
+        equal_active=("torch-fp32", "openvino-int8"),
         gather=True,
         batches=(3,),
         threads=1,
@@ -66,7 +85,8 @@ def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pyte
     assert found["settings"]["threads"] == 1
     rows = {row["contender"]: row for row in found["rows"]}
     width = table5.equal_width(part)
-    names = {"nogemm-lookup-int8", EMBEDDING_BAG, "torch-fp32", "jax-fp32", f"torch-fp32, {width} wide"}
+    names = {"nogemm-lookup-int8", "nogemm-tree-int8", EMBEDDING_BAG, "torch-fp32", "jax-fp32"}
+    names |= {f"torch-fp32, {width} wide", "torch-fp32, 3 neurons as tree", "openvino-int8, 3 neurons as tree"}
     assert set(rows) == names
     assert all(row["verified"] and row["us_median"] > 0 for row in rows.values()), rows
     assert rows["nogemm-lookup-int8"]["ratio"] == 1.0
@@ -77,5 +97,6 @@ def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pyte
     table5.summarise(["small", "not there"], tmp_path)
     (case,) = json.loads((tmp_path / "table5.json").read_text())["cases"]
     assert case["fastest_dense"] in ("torch-fp32", "jax-fp32")
+    assert case["fastest_equal_flop"] == f"torch-fp32, {width} wide"
     assert case["ratio"] == pytest.approx(case["fastest_dense_us"] / case["ours"]["nogemm-lookup-int8"])
     assert "ours int8" in capsys.readouterr().out
