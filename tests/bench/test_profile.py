@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,28 @@ import pytest
 import torch
 
 from nogemm.bench import profile as bench
+from nogemm.bench import profile_job
 from nogemm.bench.counts import Counts
 from nogemm.bench.layer import LayerBenchArgs
 from nogemm.bench.layer_job import our_layer
 from nogemm.bench.pool import write_pool
 from nogemm.bench.profile import ProfileArgs, run_profile
-from nogemm.bench.profile_job import FIRST, WHOLE, PhaseContender, kind_of
+from nogemm.bench.profile_job import (
+    FIRST,
+    KINDS,
+    WHOLE,
+    PhaseContender,
+    SketchContender,
+    join_small,
+    kind_of,
+    operator_times,
+)
 from nogemm.bench.profile_rows import phase_rows, roofline_points
 from nogemm.bench.profile_tables import energy_table, profile_table
+from nogemm.bench.report_profile import profile_charts
 from nogemm.errors import ConfigError, NativeError
 from nogemm.hardware.roofline import Roofline
+from nogemm.layers.lookup_packed import PackedLookup
 
 TINY: dict[str, Any] = {
     "d": 32,
@@ -82,17 +96,143 @@ def test_phases_add_up_to_the_call() -> None:
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("method", "fields", "phases"),
-    [("tree", ("depth=4",), ["descent", "sum"]), ("hire", ("keep=0.25",), None), ("switch", ("experts=2",), None)],
+    [
+        ("tree", ("depth=4",), ["descent", "sum"]),
+        ("hire", ("keep=0.25",), ["sketch", "rows"]),
+        ("hire", ("keep=1.0",), []),
+    ],
 )
-def test_other_layers_have_their_own_phases(method: str, fields: tuple[str, ...], phases: list[str] | None) -> None:
-    result = profiled(method=method, set=fields, hidden=64, batch=(4,), against=())
-    assert result["phases"] == phases
-    found = [row["phase"] for row in result["rows"]]
-    if phases is not None:
-        assert found == ["whole", "kernel", *phases, "rest"]
-    else:
-        assert found == (["whole", "kernel", "rest"] if method == "hire" else ["whole"])
-    assert all(row["us_median"] is not None for row in result["rows"])
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_other_layers_have_their_own_phases(
+    method: str, fields: tuple[str, ...], phases: list[str], dtype: str
+) -> None:
+    result = profiled(method=method, set=fields, dtype=dtype, hidden=64, batch=(4,), against=())
+    assert result["phases"] == (phases or None)
+    assert [row["phase"] for row in result["rows"]] == ["whole", "kernel", *phases, "rest"]
+    us = {row["phase"]: row["us_median"] for row in result["rows"]}
+    assert None not in us.values()
+    if phases:
+        assert us[phases[0]] + us[phases[1]] == pytest.approx(us["kernel"])
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    ("method", "fields", "operator"),
+    [
+        ("switch", ("experts=2",), "op:aten::gelu"),
+        ("yoso", ("hashes=4", "bits=3"), "op:nogemm::packed_lookup"),
+        ("slide", ("tables=2", "bits=3"), "op:nogemm::hash_codes"),
+        ("leaf_tree", ("depth=2", "leaf_width=4"), "op:nogemm::tree_descend"),
+        ("dense", (), "op:aten::addmm"),
+    ],
+)
+def test_a_layer_of_several_operators_has_a_row_for_each(method: str, fields: tuple[str, ...], operator: str) -> None:
+    result = profiled(method=method, set=fields, hidden=64, batch=(4, 200), against=())
+    for batch in (4, 200):
+        rows = [row for row in result["rows"] if row["batch"] == batch]
+        us = {row["phase"]: row["us_median"] for row in rows}
+        assert operator in us
+        assert (rows[0]["phase"], rows[-1]["phase"]) == ("whole", "rest")
+        assert sum(us.values()) == pytest.approx(2 * us["whole"])
+        for row in rows[1:-1]:
+            assert (row["source"], row["counted"], row["l1_miss_rate"]) == ("torch profiler", False, None)
+            assert "profiler" in row["why_not"]
+            assert 0 <= row["us_p10"] <= row["us_median"] <= row["us_p90"]
+    assert len(profile_table(result).rows) == len(result["rows"])
+    assert len(profile_charts(result)) == 2
+
+
+class TwoOperators:
+    """Draws nothing, and multiplies three times and adds once."""
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        return {"verified": True}
+
+    def draw(self) -> torch.Tensor:
+        return torch.rand(300, 300).sin()
+
+    def run(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs @ inputs @ inputs @ inputs + 1
+
+
+def test_operators_are_those_of_the_calls_alone() -> None:
+    contender = TwoOperators()
+    start = time.perf_counter()
+    found = operator_times(contender, 1)
+    elapsed = 1e6 * (time.perf_counter() - start)
+    assert "op:aten::sin" not in found, "drawing is not the layer's"
+    assert max(found, key=lambda name: sum(found[name])) == "op:aten::mm"
+    assert {len(us) for us in found.values()} == {len(found["op:aten::mm"])}
+    assert len(found["op:aten::mm"]) >= 3
+    assert 0 < sum(map(sum, found.values())) < elapsed
+
+
+def test_small_operators_are_added_up() -> None:
+    times = {"op:a": [1.0, 2.0, 999.0], "op:b": [900.0] * 3, "op:c": [0.0, 3.0, 1.0], "op:d": [100.0, 50.0, 20.0]}
+    assert list(join_small(times).items()) == [
+        ("op:b", [900.0, 900.0, 900.0]),
+        ("op:d", [100.0, 50.0, 20.0]),
+        ("op:others", [1.0, 5.0, 1000.0]),
+    ]
+    assert "op:others" not in join_small({"op:b": [900.0]})
+
+
+def test_a_sketch_that_misses_what_answers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pool(tmp_path / "tokens", 400, 32, seed=1)
+    settings = {"method": "hire", "set": ["keep=0.25"], "d": 32, "hidden": 64, "activation": "gelu", "seed": 0}
+    settings |= {"dtype": "int8", "pool": str(tmp_path / "tokens"), "events": False, "path": "rows"}
+    contender = SketchContender(settings)
+    case = {"batch": 16, "cache": "fresh"}
+    assert contender.prepare(case)["verified"] is True
+    (mask,) = contender.run(contender.draw())
+    assert (mask.shape, mask.dtype) == ((16, 64), torch.bool)
+    assert 16 <= mask.sum(1).min() < 64
+    honest = profile_job.packed_hire_chosen
+
+    def without(x: torch.Tensor, packed: torch.Tensor, hidden: int, kept: bool) -> torch.Tensor:
+        found = honest(x, packed, hidden, kept)
+        return found if kept else torch.zeros_like(found)
+
+    monkeypatch.setattr(profile_job, "packed_hire_chosen", without)
+    assert contender.prepare(case)["error"] == "neurons answer that are not among the candidates"
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize(
+    ("method", "fields", "counted"),
+    [
+        ("lookup", TINY["set"], {"kernel", "hash", "gather"}),
+        ("tree", ("depth=3",), {"kernel", "descent", "sum"}),
+        ("hire", ("keep=0.25",), {"kernel"}),
+    ],
+)
+def test_narrow_layers_are_simulated_where_their_kernel_stops(
+    method: str, fields: tuple[str, ...], counted: set[str], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Valgrind itself runs in tests/extra; here it answers with counts made up."""
+    monkeypatch.setattr(bench, "choose_source", lambda wanted: bench.Source("cachegrind", ""))
+    monkeypatch.setattr(bench.profile_counting, "count_program", lambda: Path("count_calls"))
+    asked: list[list[str]] = []
+
+    def simulate(commands: Sequence[Callable[[bool], Sequence[str]]], g: Any) -> list[Counts]:
+        words = list(commands[0](True))
+        asked.append(words[1:3])
+        return [COUNTS.scaled(1.0), COUNTS.scaled(3.0 if words[2] == "0" else 2.0)]
+
+    monkeypatch.setattr(bench.profile_counting, "simulate", simulate)
+    result = profiled(counters="cachegrind", method=method, set=fields, dtype=dtype, hidden=64, batch=(16,), against=())
+    assert {row["phase"] for row in result["rows"] if row["counted"]} == counted
+    assert {row["phase"] for row in result["energy"]["rows"]} == counted
+    assert {point["phase"] for point in result["points"]} <= counted
+    kind = {"lookup": "0", "tree": "1", "hire": "2"}[method]
+    assert asked == [[kind, str(phase)] for phase in ((WHOLE,) if method == "hire" else (WHOLE, FIRST))]
+    why = {row["phase"]: row["why_not"] for row in result["rows"] if not row["counted"]}
+    assert why["rest"].startswith("Python and torch")
+    if method == "hire":
+        assert (
+            why["sketch"] == why["rows"] == "the kernel cannot be stopped between its phases, so they are not simulated"
+        )
 
 
 @pytest.mark.usefixtures("quick")
@@ -193,7 +333,7 @@ def test_the_first_phase_writes_no_output(tmp_path: Path) -> None:
 def test_only_single_native_calls_have_a_kind() -> None:
     shape = {"d": 32, "hidden": 64, "activation": "gelu", "seed": 0}
     lookup = our_layer(shape | {"method": "lookup", "set": TINY["set"]}).pack("int8")
-    assert kind_of(lookup) == (0, ("hash", "gather"))
+    assert kind_of(lookup) is KINDS[PackedLookup]
     assert kind_of(our_layer(shape | {"method": "switch", "set": ["experts=2"]}).pack()) is None
     assert kind_of(torch.nn.Identity()) is None
 

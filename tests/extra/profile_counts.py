@@ -1,7 +1,8 @@
-"""Check what valgrind counted for a small LookupFFN against counts worked out by hand: `profile_counts.py RESULT`.
+"""Check what valgrind counted for small layers: `profile_counts.py RESULT [OTHER RESULTS]`.
 
-The layer is 64 wide with 16 tables of 4 bits and blocks of 16: one repeat of four rounds of 64 x 16 multiply-adds a
-token in the hash, 16 rows of 64 in the gather.
+The first is a LookupFFN, held against counts worked out by hand: 64 wide, with 16 tables of 4 bits and blocks of 16, so
+one repeat of four rounds of 64 x 16 multiply-adds a token in the hash, 16 rows of 64 in the gather. Other results, of
+any layer and dtype, must at least have read every token and written every output.
 """
 
 from __future__ import annotations
@@ -33,6 +34,19 @@ def check(result: dict[str, Any]) -> list[str]:
     return found
 
 
+def check_other(result: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the counts of the whole kernel."""
+    settings = result["settings"]
+    counts = {entry["batch"]: entry for entry in result["counts"] if entry["phase"] == "kernel"}
+    found = []
+    for batch in settings["batch"]:
+        least = batch * 2 * 4 * settings["d"]
+        moved = counts[batch]["access_bytes"] if batch in counts else 0.0
+        if moved < least:
+            found.append(f"{settings['method']} {settings['dtype']}: {moved} bytes, at least {least} wanted")
+    return found
+
+
 if __name__ == "__main__":
     data = json.loads(Path(sys.argv[1]).read_text())
     wrong = check(data)
@@ -40,5 +54,7 @@ if __name__ == "__main__":
         entry["multiply_adds"] = 0.0
     if not check(data):
         wrong.append("control: no multiply-adds at all passed")
+    for name in sys.argv[2:]:
+        wrong += check_other(json.loads(Path(name).read_text()))
     print("\n".join(wrong) or "simulated counts are as worked out by hand")
     sys.exit(bool(wrong))

@@ -24,7 +24,7 @@ from nogemm.bench.layer_job import our_layer
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.pool import pool_size, write_pool
 from nogemm.bench.profile_counting import DENSE
-from nogemm.bench.profile_job import FIRST, WHOLE, kind_of
+from nogemm.bench.profile_job import FIRST, WHOLE, Kind, kind_of
 from nogemm.bench.profile_project import check_projectable, project
 from nogemm.bench.profile_rows import phase_rows, roofline_points
 from nogemm.bench.result import origin, our_names
@@ -91,7 +91,7 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, _min_rounds: int
         plan = Plan(threads=layer.threads, rounds=layer.rounds, seconds=layer.seconds)
         cases = [{"batch": batch, "cache": "fresh"} for batch in layer.batch]
         timed = measure(specs, cases, plan, note=note, _min_rounds=_min_rounds)
-        names = known[1] if known is not None else None
+        names = known.phases if known is not None else None
         roofline = rooflines.get(head["isa"])
         projection = None
         if args.project and roofline is not None:
@@ -146,16 +146,18 @@ def choose_source(wanted: str) -> Source:
 
 def profile_specs(layer: LayerBenchArgs, ours: str, pool: Path, packed: PackedFFN, *, events: bool) -> list[Spec]:
     """Return the contenders: our module, its kernel and first phase where it has them, and dense layers."""
-    common = _shape(layer) | {"pool": str(pool), "events": events}
+    known = kind_of(packed)
+    # A layer with a kernel answers by it, whatever else would be quicker: the kernel is what is looked at.
+    common = _shape(layer) | {"pool": str(pool), "events": events, "path": layer.path if known is None else "rows"}
     job = "nogemm.bench.profile_job"
     specs = [Spec(name=ours, factory=f"{job}:CallContender", settings=common)]
-    known = kind_of(packed)
     if known is not None:
-        phases = [("kernel", WHOLE)] if known[1] is None else [("kernel", WHOLE), (known[1][0], FIRST)]
-        specs += [
-            Spec(name=f"{ours} {name}", factory=f"{job}:PhaseContender", settings=common | {"phase": number})
-            for name, number in phases
-        ]
+        settings = common | {"phase": WHOLE}
+        specs.append(Spec(name=f"{ours} kernel", factory=f"{job}:PhaseContender", settings=settings))
+    if known is not None and known.phases is not None:
+        factory = f"{job}:{'PhaseContender' if known.stops else 'SketchContender'}"
+        settings = common | {"phase": FIRST}
+        specs.append(Spec(name=f"{ours} {known.phases[0]}", factory=factory, settings=settings))
     for name in layer.against:
         settings = common | {"engine": name}
         specs.append(Spec(name=name, factory=f"{job}:CountedDense", settings=settings, missing=peers.missing(name)))
@@ -185,15 +187,13 @@ def _count(
     return counted, how
 
 
-def _events(
-    timed: Sequence[Mapping[str, Any]], ours: str, known: tuple[int, tuple[str, str] | None] | None
-) -> dict[Key, Counts]:
+def _events(timed: Sequence[Mapping[str, Any]], ours: str, known: Kind | None) -> dict[Key, Counts]:
     found: dict[Key, Counts] = {}
     for row in timed:
         if "events" in row:
             name, _, phase = row["contender"].partition(" ")
             found[name, phase or "whole", row["batch"]] = from_events(row["events"], 1.0)
-    names = known[1] if known is not None else None
+    names = known.phases if known is not None else None
     for batch in {row["batch"] for row in timed}:
         whole, kernel = found.get((ours, "whole", batch)), found.get((ours, "kernel", batch))
         if whole is not None and kernel is not None:

@@ -48,7 +48,7 @@ def simulate_phases(
     """
     known = kind_of(packed)
     assert known is not None
-    kind, names = known
+    names = known.phases if known.stops else None
     program = count_program()
     found: dict[Key, Counts] = {}
     with tempfile.TemporaryDirectory(prefix="nogemm-profile-") as folder:
@@ -63,7 +63,7 @@ def simulate_phases(
                 commands = [
                     count_command(
                         program,
-                        kind=kind,
+                        kind=known.number,
                         phase=phase,
                         batch=size,
                         copies=copies,

@@ -2,20 +2,29 @@
 
 The module's call is timed as everywhere. A phase is one native call (csrc/phases.h) with a clock of its own around it,
 so neither Python nor the dispatcher is in it: the whole kernel, or the kernel stopped after its first phase. Nothing
-in the kernels reads a clock.
+in the kernels reads a clock. Layers of several operators are taken apart by torch's profiler instead.
 
 Legend: N tokens, D width.
+Reading order: `KINDS`, `CallContender`, `PhaseContender`, `SketchContender`, `operator_times`.
 """
 
 from __future__ import annotations
 
+import bisect
 import ctypes
+import math
+import time
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from nogemm.bench.layer_job import DenseContender, OurContender
+from nogemm.bench.measure import summary
 from nogemm.bench.worker import Contender
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
@@ -23,22 +32,45 @@ from nogemm.layers.hire_packed import PackedHire
 from nogemm.layers.lookup_packed import PackedLookup
 from nogemm.layers.tree_packed import PackedTree
 from nogemm.ops._library import native
+from nogemm.ops.packed_hire import packed_hire_chosen
 
 WHOLE, FIRST = 0, 1
-# kind of csrc/phases.h, and what its two phases are called; a kind with one phase has no names
-KINDS: dict[type[nn.Module], tuple[int, tuple[str, str] | None]] = {
-    PackedLookup: (0, ("hash", "gather")),
-    PackedTree: (1, ("descent", "sum")),
-    PackedHire: (2, None),
-}
 _COUNTED_CALLS = 24
+_PROFILED_SECONDS = 1.0
+_SMALL = 0.01  # of all operators' time: those that take less are one row
+_CALL = "nogemm profiled call"
 
 
-def kind_of(packed: nn.Module) -> tuple[int, tuple[str, str] | None] | None:
-    """Return a packed layer's kind and the names of its phases; None if it is not one native call."""
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """Say how a layer of one native call is profiled.
+
+    Attributes:
+        number: of csrc/phases.h.
+        phases: names of its two phases; None for a single one.
+        stops: the native call can be stopped after the first, and so be simulated.
+    """
+
+    number: int
+    phases: tuple[str, str] | None
+    stops: bool = True
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    PackedLookup: Kind(number=0, phases=("hash", "gather")),
+    PackedTree: Kind(number=1, phases=("descent", "sum")),
+    PackedHire: Kind(number=2, phases=("sketch", "rows"), stops=False),
+}
+
+
+def kind_of(packed: nn.Module) -> Kind | None:
+    """Return a packed layer's kind; None if it is not one native call."""
     if not getattr(packed, "native", False):
         return None
-    return KINDS.get(type(packed))
+    kind = KINDS.get(type(packed))
+    if kind is not None and isinstance(packed, PackedHire) and not packed.sketched:
+        return replace(kind, phases=None)
+    return kind
 
 
 def count_events(contender: Contender, layers: int) -> dict[str, float]:
@@ -60,18 +92,21 @@ def with_events(contender: OurContender | DenseContender, facts: dict[str, Any])
     return facts | ({"events": count_events(contender, contender.copies)} if contender.settings["events"] else {})
 
 
-class RowsContender(OurContender):
-    """A packed layer that answers in its one native call, whatever else would be quicker."""
+class _Ours(OurContender):
+    """A packed layer, verified as in `bench layer`; a profile does not show its flip rate, which takes seconds."""
 
-    def _pack(self) -> nn.Module:
-        return self.layer.pack(self.settings["dtype"], "rows")
+    def _flips(self, x_ND: Tensor) -> dict[str, Any]:
+        return {}
 
 
-class CallContender(RowsContender):
-    """The packed module's call, as `bench layer` times it."""
+class CallContender(_Ours):
+    """The packed module's call, as `bench layer` times it, and its operators if it is not one native call."""
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        return with_events(self, super().prepare(case))
+        facts = super().prepare(case)
+        if facts["verified"] and kind_of(self.packed[0]) is None:
+            facts |= {"operators": {name: summary(us) for name, us in operator_times(self, self.copies).items()}}
+        return with_events(self, facts)
 
 
 class CountedDense(DenseContender):
@@ -81,7 +116,7 @@ class CountedDense(DenseContender):
         return with_events(self, super().prepare(case))
 
 
-class PhaseContender(RowsContender):
+class PhaseContender(_Ours):
     """The native kernel alone, whole or its first phase; settings["phase"] says which."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -99,7 +134,7 @@ class PhaseContender(RowsContender):
         known = kind_of(self.packed[0])
         if known is None:
             raise NativeError(f"{type(self.packed[0]).__name__} is not one native call")
-        self.kind = known[0]
+        self.kind = known.number
         self.outputs = [torch.zeros(self.batch, layer.d_out) for layer in self._layers()]
         if facts["verified"]:
             facts |= self._same_as_module()
@@ -136,3 +171,75 @@ class PhaseContender(RowsContender):
         if all(torch.equal(a, b) for a, b in zip(self.outputs, expected, strict=True)):
             return {}
         return {"verified": False, "error": "the native entry does not match the module"}
+
+
+class SketchContender(_Ours):
+    """A HireFFN's first phase, as the operator that names the candidates: its kernel cannot be stopped after it."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.verifying = True
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.verifying = True
+        facts = super().prepare(case)
+        self.verifying = False
+        if facts["verified"] and not self._holds_all_that_answer():
+            facts |= {"verified": False, "error": "neurons answer that are not among the candidates"}
+        return with_events(self, facts)
+
+    def run(self, inputs: Any) -> Any:
+        return super().run(inputs) if self.verifying else self._chosen(inputs, kept=False)
+
+    def _chosen(self, inputs: Any, *, kept: bool) -> list[Tensor]:
+        found = []
+        with torch.inference_mode():
+            for layer, x in zip(self.packed, inputs, strict=True):
+                assert isinstance(layer, PackedHire)
+                found.append(packed_hire_chosen(x, layer.get_buffer("packed"), layer.hidden, kept))
+        return found
+
+    def _holds_all_that_answer(self) -> bool:
+        tokens = self._tokens()
+        pairs = zip(self._chosen(tokens, kept=True), self._chosen(tokens, kept=False), strict=True)
+        return all(bool((~answering | candidate).all()) for answering, candidate in pairs)
+
+
+def operator_times(contender: Contender, layers: int) -> dict[str, list[float]]:
+    """Time the operators of calls on fresh input by torch's profiler.
+
+    Returns:
+        {"op:NAME": us per layer, a number for each call}: time in the operator itself, not in those that it calls, with
+        the profiler's own for each. The smallest, together, are "op:others".
+    """
+    start = time.perf_counter()
+    contender.run(contender.draw())
+    once = time.perf_counter() - start
+    calls = max(3, min(_COUNTED_CALLS, int(_PROFILED_SECONDS / once)))
+    inputs = [contender.draw() for _ in range(1 + calls)]
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for one in inputs:
+            with record_function(_CALL):
+                contender.run(one)
+    events = profiler.events() or []
+    marks = sorted((event for event in events if event.name == _CALL), key=lambda event: event.time_range.start)
+    starts = [mark.time_range.start for mark in marks]
+    found: dict[str, list[float]] = defaultdict(lambda: [0.0] * len(marks))
+    for event in events:
+        # An operator that others start in threads of the pool runs while its caller's clock does.
+        at = bisect.bisect_right(starts, event.time_range.start) - 1
+        if at >= 0 and event.name != _CALL and event.thread == marks[0].thread:
+            found[f"op:{event.name}"][at] += event.self_cpu_time_total / layers
+    # The profiler sets itself up in the first call.
+    return join_small({name: us[1:] for name, us in found.items()})
+
+
+def join_small(times: dict[str, list[float]]) -> dict[str, list[float]]:
+    """Order operators by their median, the longest first, and add up those that take less than a hundredth of all."""
+    usual = {name: median(us) for name, us in times.items()}
+    least = _SMALL * sum(usual.values())
+    kept = {name: times[name] for name in sorted(times, key=lambda name: -usual[name]) if usual[name] >= least}
+    small = [us for name, us in times.items() if name not in kept]
+    if small:
+        kept["op:others"] = [math.fsum(us) for us in zip(*small, strict=True)]
+    return kept

@@ -9,6 +9,8 @@ from nogemm.bench.counts import Counts, rates
 from nogemm.hardware.roofline import Roofline
 
 _NO_REST = "Python and torch, which run around the kernel, are not simulated"
+_NO_PHASE = "the kernel cannot be stopped between its phases, so they are not simulated"
+_NO_OPERATOR = "torch's profiler times an operator and counts nothing"
 Key = tuple[str, str, int]
 
 
@@ -23,7 +25,8 @@ def phase_rows(
     """Turn timings into one row per contender and phase.
 
     The second phase takes what the kernel takes longer than its first; the rest is what the module takes longer than
-    its kernel: Python, the dispatcher, and fresh memory for y.
+    its kernel: Python, the dispatcher, and fresh memory for y. A layer without a kernel has its operators instead, as
+    torch's profiler timed them ("source" says so), and the rest is what they leave.
     """
     peak = None if roofline is None else roofline.gflops.get("fp32")
     rows = []
@@ -39,6 +42,8 @@ def phase_rows(
             rows.append(_difference(ours, names[1], batch, kernel, first))
         if kernel is not None:
             rows.append(_difference(ours, "rest", batch, whole, kernel))
+        elif "operators" in whole:
+            rows += _operator_rows(ours, batch, whole)
         rows += [_row(name, "whole", batch, row) for name, row in found.items()]
     for row in rows:
         # The whole call's events are the kernel's: the rest is not counted by a simulator.
@@ -58,6 +63,13 @@ def _row(name: str, phase: str, batch: int, row: Mapping[str, Any]) -> dict[str,
     }
 
 
+def _operator_rows(name: str, batch: int, whole: Mapping[str, Any]) -> list[dict[str, Any]]:
+    times = whole["operators"]
+    rows = [_row(name, operator, batch, us) | {"source": "torch profiler"} for operator, us in times.items()]
+    together = {"us_median": sum(us["us_median"] for us in times.values())}
+    return [*rows, _difference(name, "rest", batch, whole, together)]
+
+
 def _difference(
     name: str, phase: str, batch: int, longer: Mapping[str, Any], shorter: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -67,11 +79,13 @@ def _difference(
 
 
 def _why_not(row: Mapping[str, Any], how: Mapping[str, Any]) -> str:
+    if row.get("source") == "torch profiler":
+        return _NO_OPERATOR
     if how["source"] is None:
         return str(how["why_not"])
     if how["source"] == "cachegrind" and row["phase"] in ("whole", "rest"):
         return str(how.get("not_native") or _NO_REST)
-    return "not counted"
+    return _NO_PHASE if how["source"] == "cachegrind" else "not counted"
 
 
 def roofline_points(
