@@ -32,6 +32,7 @@ struct Model {
   Shape shape;
   int64_t width = 1, repeats = 1, taken = 0;  // taken: columns of each repeat
   std::vector<float> gamma, beta, weight, proj_bias, rows, out_bias;
+  std::vector<int8_t> signs;  // the Hadamard matrix [width, width]
 
   NogemmLookupSpec spec(int64_t mode) const {
     NogemmLookupSpec s{};
@@ -92,6 +93,11 @@ inline Model make_model(const Shape& shape, uint64_t seed) {
     m.repeats = (columns + m.taken - 1) / m.taken;
     m.weight = normal(rng, static_cast<size_t>(m.repeats * shape.rounds * m.width * shape.block),
                       1 / std::sqrt(static_cast<double>(shape.block)));
+    const int64_t order = hadamard_reference::order_of(m.width);
+    m.signs.reserve(static_cast<size_t>(m.width * m.width));
+    for (int64_t o = 0; o < m.width; ++o)
+      for (int64_t i = 0; i < m.width; ++i)
+        m.signs.push_back(static_cast<int8_t>(hadamard_reference::entry(order, m.width / order, o, i)));
   } else {
     m.weight = normal(rng, static_cast<size_t>(columns * shape.d), 1 / std::sqrt(static_cast<double>(shape.d)));
   }
@@ -119,7 +125,6 @@ inline std::vector<double> projected(const Model& m, const float* x) {
     return z;
   }
   const int64_t b = s.block, n = m.width / b;
-  const int64_t order = hadamard_reference::order_of(m.width), power = m.width / order;
   for (int64_t r = 0; r < m.repeats; ++r) {
     std::vector<double> u = v;
     for (int64_t j = 0; j < s.rounds; ++j) {
@@ -128,8 +133,7 @@ inline std::vector<double> projected(const Model& m, const float* x) {
       for (int64_t o = 0; o < m.width; ++o)
         for (int64_t i = 0; i < b; ++i) p[o] += static_cast<double>(w[o * b + i]) * u[o / b * b + i];
       for (int64_t o = 0; o < m.width; ++o)
-        for (int64_t i = 0; i < m.width; ++i)
-          q[o] += hadamard_reference::entry(order, power, o, i) * p[i];
+        for (int64_t i = 0; i < m.width; ++i) q[o] += m.signs[o * m.width + i] * p[i];
       for (double& f : q) f /= std::sqrt(static_cast<double>(m.width));
       u = q;
     }
