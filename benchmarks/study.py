@@ -93,7 +93,7 @@ def record(row: Row, args: argparse.Namespace) -> None:
     test = scores["test"]
     facts |= {"scores": test["ours"], "kept": test["kept"], "teacher": test["teacher"]}
     facts |= {"other_domain": scores["wordnet"], "recorded": time.strftime("%Y-%m-%d"), "command": COMMAND}
-    facts |= cost(model if row.trained else load_encoder(TEACHER))  # an engine's own copy has no parameters to count
+    facts |= cost(model if row.trained else load_encoder(row.source))  # an engine's own copy has no parameters to count
     write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,8 @@ FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 FITTING_TEXTS = 1_000
 LOOKUP = nogemm.LookupConfig(tables=56, bits=9, neighbours=4, projection=nogemm.BHConfig(rounds=2, block=64))
 EQUAL_FLOP_WIDTH = 213  # 203 would be equal to ours: the rival gets 5 % more
+QUARTER_WIDTH = 384  # a quarter of the neurons: the model that is to be fast in OpenVINO int8
+QUARTER_MODEL = "runs/study-models/dense384-0"  # where `study.py --save runs/study-models` writes it
 CALIBRATION_TEXTS = 128
 INPUTS = ("input_ids", "attention_mask")
 KEPT_LAYERS = (0, 2, 5)
@@ -40,6 +43,7 @@ class Row:
     make: Callable[[], nn.Module]
     seed: int = 0
     trained: bool = True
+    source: str = TEACHER  # what an untrained row's engine runs
     tuned_as: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -52,11 +56,17 @@ def all_rows() -> list[Row]:
             Row(
                 f"dense{EQUAL_FLOP_WIDTH}-{s}",
                 f"dense, {EQUAL_FLOP_WIDTH} best neurons, seed {s}",
-                narrow,
+                partial(narrow, EQUAL_FLOP_WIDTH),
                 seed=s,
                 tuned_as="dense",
             )
             for s in (0, 1)
+        ),
+        Row(
+            f"dense{QUARTER_WIDTH}-0",
+            f"dense, {QUARTER_WIDTH} best neurons",
+            partial(narrow, QUARTER_WIDTH),
+            tuned_as="dense",
         ),
         # A constant is fitted already, so the whole budget goes to the second stage.
         Row("no-ffn", "no FFN", removed, tuned_as="no-ffn", options={"stage1_share": 0.0}),
@@ -69,6 +79,13 @@ def all_rows() -> list[Row]:
         ),
         Row("dense-int8", "dense, torch int8, no training", dynamic_int8, trained=False),
         Row("dense-int8-openvino", "dense, OpenVINO int8, no training", calibrated_int8, trained=False),
+        Row(
+            f"dense{QUARTER_WIDTH}-int8-openvino",
+            f"dense, {QUARTER_WIDTH} best neurons, then OpenVINO int8",
+            partial(calibrated_int8, QUARTER_MODEL),
+            trained=False,
+            source=QUARTER_MODEL,
+        ),
     ]
 
 
@@ -79,10 +96,10 @@ def lookup() -> nn.Module:
     return model
 
 
-def narrow() -> nn.Module:
-    """Rival (b): the best neurons of every FFN at equal FLOP, the second matrix refitted by least squares."""
+def narrow(width: int) -> nn.Module:
+    """Rival (b): the best neurons of every FFN, the second matrix refitted by least squares."""
     model = load_encoder(TEACHER)
-    nogemm.convert(model, nogemm.DenseConfig(hidden=EQUAL_FLOP_WIDTH), data=fitting_texts(), tokenizer=tokenizer())
+    nogemm.convert(model, nogemm.DenseConfig(hidden=width), data=fitting_texts(), tokenizer=tokenizer())
     return model
 
 
@@ -106,13 +123,13 @@ def dynamic_int8() -> nn.Module:
     return torch.ao.quantization.quantize_dynamic(load_encoder(TEACHER), {nn.Linear}, dtype=torch.qint8)
 
 
-def calibrated_int8() -> nn.Module:
+def calibrated_int8(source: str = TEACHER) -> nn.Module:
     """Rival (d), the other engine: OpenVINO int8, calibrated on training texts."""
     samples = [
         tuple(tokenizer()([text], return_tensors="pt", truncation=True, max_length=128)[name] for name in INPUTS)
         for text in fitting_texts()[:CALIBRATION_TEXTS]
     ]
-    model = Encoder(load_encoder(TEACHER)).eval().requires_grad_(False)
+    model = Encoder(load_encoder(source)).eval().requires_grad_(False)
     return EngineEncoder(OpenVinoEngine("int8", static=False).compile(model, samples[0], samples))
 
 

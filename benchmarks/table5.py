@@ -155,7 +155,10 @@ def sweeps() -> list[Part]:
             choices = tuple(word for word in LOOKUPS[768] if not word.startswith(f"{field}="))
             ours = lookups((*choices, f"{field}={value}"), "int8")
             parts.append(Part(name=f"{name}-{value}", d=768, hidden=3072, ours=ours, dense=("torch-fp32",)))
-    return parts
+    both = lookups(LOOKUPS[768], "int8", "fp32")
+    unpadded = [replace(x, name=f"{x.name}-unpadded", set=(*x.set, "projection.pad=hadamard")) for x in both]
+    pair = Part(name="unpadded", d=768, hidden=3072, ours=(*both, *unpadded), dense=FEW_DENSE)
+    return [*parts, replace(pair, batches=(1, 64, 512, 4096, 16384))]
 
 
 def record(part: Part, target: Path, seconds: float) -> None:

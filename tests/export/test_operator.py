@@ -172,5 +172,5 @@ def test_damage_is_noticed_when_the_model_is_built(kind: str, library: Path) -> 
 def test_a_packed_layer_of_another_version_is_refused(library: Path) -> None:
     packed = packed_layer("lookup", "fp32").get_buffer("packed").numpy().copy()
     packed[16] += 1
-    with pytest.raises(RuntimeError, match="packed by version 3 of the format, this is version 2"):
+    with pytest.raises(RuntimeError, match="packed by version 4 of the format, this is version 3"):
         graph(packed, library)
