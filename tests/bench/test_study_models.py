@@ -1,4 +1,4 @@
-"""The rows of the recorded study: names of their own, learning rates for all that train, engines on models that exist."""
+"""The rows of the recorded study: names of their own, learning rates for all that train, engines on saved models."""
 
 from __future__ import annotations
 
