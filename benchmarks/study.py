@@ -64,14 +64,14 @@ def main() -> None:
         return
     if args.save is not None:
         for name in wanted:
-            save_trained(rows[name], args)
+            save_trained(rows[name], args.save, args)
         return
     for name in [] if args.table else wanted:
-        record(rows[name], args)
+        record(rows[name], rows, args)
     table(list(rows.values()), args)
 
 
-def record(row: Row, args: argparse.Namespace) -> None:
+def record(row: Row, rows: dict[str, Row], args: argparse.Namespace) -> None:
     """Do what is not done yet of one row."""
     target = args.results / "study" / f"{row.name}.json"
     if target.exists():
@@ -84,6 +84,9 @@ def record(row: Row, args: argparse.Namespace) -> None:
         model, report = train(row, factor, args.tokens, row.seed, args.work / row.name)
         facts |= {"tokens": report["tokens"], "seconds": report["seconds"], "options": report["options"]}
     else:
+        source = Path(row.source)
+        if source.name in rows and not source.exists():  # another row's model, which nobody has saved yet
+            save_trained(rows[source.name], source.parent, args)
         model = row.make()
     scores = {}
     for split, (queries, documents) in test_sets().items():
@@ -97,15 +100,15 @@ def record(row: Row, args: argparse.Namespace) -> None:
     write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
 
 
-def save_trained(row: Row, args: argparse.Namespace) -> None:
+def save_trained(row: Row, folder: Path, args: argparse.Namespace) -> None:
     """Write a row's trained model and its tokenizer, read from the checkpoint that the row's training left."""
     file = args.results / "study" / f"{row.name}.json"
     if not row.trained or not file.exists():
         say(f"{row.name}: no trained model to save")
         return
     model, _ = train(row, read_json(file)["rate_factor"], args.tokens, row.seed, args.work / row.name)
-    nogemm.save(model, args.save / row.name, tokenizer=tokenizer())
-    say(f"{row.name}: saved in {args.save / row.name}")
+    nogemm.save(model, folder / row.name, tokenizer=tokenizer())
+    say(f"{row.name}: saved in {folder / row.name}")
 
 
 def test_sets() -> dict[str, tuple[list[str], list[str]]]:

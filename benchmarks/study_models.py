@@ -28,7 +28,7 @@ FITTING_TEXTS = 1_000
 LOOKUP = nogemm.LookupConfig(tables=56, bits=9, neighbours=4, projection=nogemm.BHConfig(rounds=2, block=64))
 EQUAL_FLOP_WIDTH = 213  # 203 would be equal to ours: the rival gets 5 % more
 QUARTER_WIDTH = 384  # a quarter of the neurons: the model that is to be fast in OpenVINO int8
-QUARTER_MODEL = "runs/study-models/dense384-0"  # where `study.py --save runs/study-models` writes it
+QUARTER_MODEL = f"runs/study-models/dense{QUARTER_WIDTH}-0"  # where `study.py --save runs/study-models` writes it
 CALIBRATION_TEXTS = 128
 INPUTS = ("input_ids", "attention_mask")
 KEPT_LAYERS = (0, 2, 5)
@@ -43,7 +43,7 @@ class Row:
     make: Callable[[], nn.Module]
     seed: int = 0
     trained: bool = True
-    source: str = TEACHER  # what an untrained row's engine runs
+    source: str = TEACHER  # what an untrained row's engine runs: the teacher, or where a trained row is saved
     tuned_as: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -202,21 +202,20 @@ def specs(part: Part, pool: Path) -> list[Spec]:
     for name in part.dense:
         missing = peers.missing(name) or too_large(part, 8 * part.d * part.hidden)
         found.append(Spec(name=name, factory=dense, settings=shape | {"engine": name}, missing=missing))
-    for name in part.equal_flop:
-        width = equal_width(part)
+    for name, width, label in narrow_dense(part):
         settings = shape | {"engine": name, "hidden": width}
-        found.append(Spec(name=f"{name}, {width} wide", factory=dense, settings=settings, missing=peers.missing(name)))
-    return found + [
-        Spec(
-            name=f"{name}, {width} neurons as {layer.method}",
-            factory=dense,
-            settings=shape | {"engine": name, "hidden": width},
-            missing=peers.missing(name),
-        )
-        for layer in part.ours
-        if (width := active_neurons(part, layer)) is not None
-        for name in part.equal_active
-    ]
+        found.append(Spec(name=f"{name}, {label}", factory=dense, settings=settings, missing=peers.missing(name)))
+    return found
+
+
+def narrow_dense(part: Part) -> list[tuple[str, int, str]]:
+    """List the narrow dense layers of a part, engine by engine: of our FLOP, or of as many neurons as answer."""
+    widths = [(equal_width(part), "wide", part.equal_flop)] if part.equal_flop else []
+    for layer in part.ours if part.equal_active else ():
+        neurons = active_neurons(part, layer)
+        if neurons is not None:
+            widths.append((neurons, f"neurons as {layer.method}", part.equal_active))
+    return [(name, width, f"{width} {what}") for width, what, engines in widths for name in engines]
 
 
 def build(part: Part, layer: Layer) -> FFN:

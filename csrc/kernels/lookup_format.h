@@ -1,7 +1,8 @@
 // The packed LookupFFN buffer: a header, then 64-byte aligned sections. Plain data, the same for every instruction set.
 //
 // Projection. Every supported map is "for each repeat, for each round: block product, then butterflies between whole blocks":
-//   BH     D = m 2^k, and H = H_m x H_2^k with m = 1, 12 or 20 (hadamard_steps.h); the factor inside a block, 1/sqrt(D) and the residual mix are multiplied into the weights when packing;
+//   BH     D = m 2^k, and H = H_m x H_2^k with m = 1, 12 or 20 (hadamard_steps.h); the factor inside a block, 1/sqrt(D) and
+//          the residual mix are multiplied into the weights when packing;
 //          blocks narrower than 16 are merged into block-diagonal ones of 16, widths below 16 become one zero-padded block.
 //   dense  one repeat, one round, one block of [d -> T K], no butterfly.
 // Weights [repeat][round][block][in][out] in fp32, or [repeat][round][block][in/2][out][2] in 16-bit fixed point with an

@@ -176,10 +176,6 @@ class PhaseContender(_Ours):
 class SketchContender(_Ours):
     """A HireFFN's first phase, as the operator that names the candidates: its kernel cannot be stopped after it."""
 
-    def __init__(self, settings: dict[str, Any]) -> None:
-        super().__init__(settings)
-        self.verifying = True
-
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         self.verifying = True
         facts = super().prepare(case)
