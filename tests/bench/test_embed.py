@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from nogemm.bench import evaluate as bench
 from nogemm.bench.embed import embed, logits, masked_losses
 from nogemm.bench.evaluate import EvalArgs, correct, evaluate, run_eval
 from nogemm.bench.models import PACKAGED, load_tokenizer
 from nogemm.errors import ConfigError
+from nogemm.train.errors import DataError
 
 TEXTS = [
     "a text",
@@ -157,7 +157,7 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
         run_eval(EvalArgs(model="m"))
     with pytest.raises(ConfigError, match=r"config.json is missing"):
         run_eval(EvalArgs(model=str(tmp_path), teacher=str(tmp_path)))
-    with pytest.raises(ConfigError, match="needs a JSONL file"):
+    with pytest.raises(DataError, match="no such data file: nowhere"):
         run_eval(EvalArgs(model="m", task="classify", data="nowhere"))
-    with pytest.raises(ConfigError, match="label 'joy' is not one of the model's"):
-        bench._label_id(tiny("BertForSequenceClassification"), "joy")
+    with pytest.raises(DataError, match="the packaged sample has no labels"):
+        run_eval(EvalArgs(model="m", task="classify"))

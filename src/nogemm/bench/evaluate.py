@@ -5,12 +5,10 @@ Reading order: `EvalArgs`, `run_eval`, `evaluate` (search), the masked-token and
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +19,9 @@ from nogemm.bench.models import load_encoder, load_model, load_tokenizer
 from nogemm.bench.quality import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nogemm.train.sources import Labelled
 
 Note = Callable[[str], None]
 TASKS = ("search", "mlm", "classify")
@@ -33,8 +34,8 @@ class EvalArgs:
     Attributes:
         model, teacher: directories of transformers models; without a teacher the model's own figures alone are given
             ("search" needs one: agreement is measured against it).
-        task: "search" (pairs), "mlm" (texts), "classify" (JSONL rows with "text" and "label").
-        data: "sample", or a JSONL file (also .gz).
+        task: "search" (pairs), "mlm" (texts), "classify" (rows with "text" and "label").
+        data: "sample", or a JSONL or CSV file; for "mlm" also a text file with one text a line (each also .gz).
         split: of the data, where it has splits.
         limit: at most so many pairs, texts or rows; 0 means all.
         pack: evaluate the packed model, "fp32", "bf16" or "int8"; None as it is.
@@ -60,7 +61,8 @@ def run_eval(args: EvalArgs, *, note: Note | None = None) -> dict[str, Any]:
         `nogemm.bench.result.origin` and {"samples", "teacher": {figure}, "ours": {figure}, "kept" or
         "difference"}; a figure is {"value", "low", "high", "samples"}.
     Raises:
-        ConfigError: an unknown task, no teacher for a search, or a directory without a model.
+        ConfigError: an unknown task, no teacher for a search, a directory without a model, or one class for labels.
+        DataError: a file, a row or a label that does not fit; the message names file, line and field.
         ValueError: a non-finite embedding or loss.
     """
     if args.task not in TASKS:
@@ -152,19 +154,22 @@ def _mlm(args: EvalArgs, note: Note) -> dict[str, Any]:
 
 
 def _classify(args: EvalArgs, note: Note) -> dict[str, Any]:
-    rows = _labelled(args)
+    from nogemm.train.sources import load_labels
+
+    rows = load_labels(args.data, args.split)[: args.limit or None]
     found: dict[str, Any] = {"samples": len(rows)}
     right: dict[str, NDArray[np.bool_]] = {}
     for whose, path in _both(args):
         model = load_model(path, "classify")
+        labels = _class_ids(model, rows)  # before the minutes that the logits take
         score = logits(
             _packed(model, args.pack if whose == "ours" else None),
             load_tokenizer(path),
-            [text for text, _ in rows],
+            [row.text for row in rows],
             max_length=args.max_length,
             progress=_progress(note, f"labels, {whose}"),
         )
-        right[whose] = correct(score, [_label_id(model, label) for _, label in rows])
+        right[whose] = correct(score, labels)
         found[whose] = _plain({"accuracy": bootstrap_mean(right[whose], seed=args.seed)})
     if "teacher" in right:
         difference = bootstrap_difference(right["ours"], right["teacher"], seed=args.seed)
@@ -189,29 +194,14 @@ def correct(logits_NC: NDArray[np.floating], labels: Sequence[int]) -> NDArray[n
     return (score >= mine[:, None]).sum(axis=1) == 1
 
 
-def _labelled(args: EvalArgs) -> list[tuple[str, Any]]:
-    path = Path(args.data)
-    if not path.is_file():
-        raise ConfigError(f"--task classify needs a JSONL file with text and label in each row; no such file: {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    rows = []
-    with opener(path, "rt", encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or "text" not in row or "label" not in row:
-                raise ConfigError(f"{path}: line {number} needs the fields text and label")
-            if row.get("split", args.split) == args.split:
-                rows.append((row["text"], row["label"]))
-    return rows[: args.limit or None]
-
-
-def _label_id(model: nn.Module, label: Any) -> int:
-    known: dict[str, int] = getattr(model.config, "label2id", None) or {}  # type: ignore[union-attr]
-    if isinstance(label, int):
-        return label
-    if label not in known:
-        raise ConfigError(f"label {label!r} is not one of the model's: {', '.join(known)}")
-    return known[label]
+def _class_ids(model: nn.Module, rows: Sequence[Labelled]) -> list[int]:
+    config: Any = model.config
+    classes = int(config.num_labels)
+    if classes < 2:
+        raise ConfigError(
+            f"--task classify needs a model with two classes or more; {type(model).__name__} has {classes}"
+        )
+    return [row.class_of(classes, getattr(config, "label2id", None) or {}) for row in rows]
 
 
 def _both(args: EvalArgs) -> list[tuple[str, str]]:

@@ -26,7 +26,7 @@ ModelArgument = Annotated[
 ]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One choice; may be repeated.")]
-Data = Annotated[str, typer.Option(help="Text or JSONL file (also .gz), or `sample` for the packaged one.")]
+Data = Annotated[str, typer.Option(help="Text, JSONL or CSV file (also .gz), or `sample` for the packaged one.")]
 Teacher = Annotated[str, typer.Option(help="Directory of the dense model.")]
 
 
@@ -74,7 +74,7 @@ def distil(
     output: OutputArgument,
     teacher: Teacher,
     data: Data = "sample",
-    field: Annotated[str | None, typer.Option(help="Field of JSON rows that holds the text.")] = None,
+    field: Annotated[str | None, typer.Option(help="Field of JSONL or CSV rows that holds the text.")] = None,
     validation: Annotated[str | None, typer.Option(help="Texts to measure agreement on while training.")] = None,
     run: Annotated[Path | None, typer.Option(help="Directory of checkpoints [OUTPUT with `-run` added].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")] = False,

@@ -6,7 +6,7 @@ from nogemm.train.errors import DataError, TrainingError, TrainingInterrupted
 from nogemm.train.lazy_adam import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
-from nogemm.train.sources import SearchPairs, load_split, texts
+from nogemm.train.sources import SearchPairs, load_labels, load_split, text_pairs, texts
 
 __all__ = [
     "Batch",
@@ -22,7 +22,9 @@ __all__ = [
     "TrainingInterrupted",
     "distil",
     "keep_freed_memory",
+    "load_labels",
     "load_split",
+    "text_pairs",
     "texts",
     "tokenise",
 ]

@@ -1,30 +1,31 @@
-"""Read texts: from a file, a `datasets` dataset, any iterable, or the sample shipped in the package.
+"""Texts, search pairs and labelled texts: from a file, a `datasets` dataset, any iterable, or the packaged sample.
 
     texts("sample")                       the training split of the packaged sample
     texts("notes.txt")                    one text a line
     texts("rows.jsonl.gz", field="body")  one field (or several) of every JSON object
+    texts("rows.csv", field="body")       one column (or several)
     texts(dataset, field="text")          a datasets.Dataset or IterableDataset
     texts(["a text", "another"])          any iterable of strings
+    text_pairs("rows.jsonl", ("query", "document"))   two fields that a model reads together
     load_split("sample", "test")          search pairs for evaluation
+    load_labels("rows.csv")               labelled texts for evaluation
 
-Everything is read as a stream; nothing is held in memory. Reading order: `texts`, `load_split`, the helpers.
+Files are read by `reader.py`; `texts` and `text_pairs` hold nothing in memory.
+Reading order: `texts`, `text_pairs`, `load_split`, `load_labels`, the helpers.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from nogemm.train.errors import DataError
+from nogemm.train.reader import SAMPLE, Row, read
 
-SAMPLE = "sample"
 SPLITS = ("train", "validation", "test")
 DEFAULT_FIELDS = (("text",), ("short", "long"), ("sentence",), ("content",))
 """Tried in this order when no field is named; every field of the first fitting entry is one text."""
@@ -41,132 +42,175 @@ class SearchPairs:
         return len(self.queries)
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A text, its label (a number or a name), and where it stands in its file."""
+
+    text: str
+    label: int | str
+    where: str
+
+    def class_of(self, classes: int, names: Mapping[str, int]) -> int:
+        """Return the number of the label's class, of `classes`; `names` are the model's own.
+
+        Raises:
+            DataError: the label is neither a name nor the number of a class.
+        """
+        if isinstance(self.label, str) and self.label in names:
+            return names[self.label]
+        number = int(self.label) if isinstance(self.label, int) or self.label.strip().isdecimal() else -1
+        if not 0 <= number < classes:
+            known = ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
+            raise DataError(
+                f"{self.where}, field 'label': label {self.label!r} is not one of the model's {classes}: "
+                f"0 to {classes - 1}, or by name {known}"
+            )
+        return number
+
+
 def texts(
     data: str | Path | Iterable[Any], field: str | Sequence[str] | None = None, split: str | None = "train"
 ) -> Iterator[str]:
-    """Yield the non-empty texts of `data`, in order.
+    """Yield the non-empty texts of `data`, in order; a field that is null is left out as an empty one is.
 
     Args:
-        data: "sample", the path of a text file (one text a line) or of a JSONL file, either also gzipped, a `datasets`
-            dataset, or an iterable of strings or mappings.
-        field: which fields of JSON objects or mappings to take, each as a text of its own; by default `text`, or
-            `short` and `long`, or `sentence`, or `content`.
+        data: "sample", the path of a text file (one text a line), of a JSONL file or of a CSV file with a header row,
+            each also gzipped, a `datasets` dataset, or an iterable of strings or mappings.
+        field: which fields of JSON objects, CSV rows or mappings to take, each as a text of its own; by default `text`,
+            or `short` and `long`, or `sentence`, or `content`.
         split: rows that name another split (in a field `split`) or, in Debian package rows without that field, whose
             opening hashes into another one, are left out. None takes every row.
     Raises:
-        DataError: no such file, a file that is not text or JSONL, a row without the field.
+        DataError: no such file, one that is not UTF-8, not JSON or not CSV, a row without the field or with something
+            else than text in it, or no text at all. The message names file, line and field.
     """
     names = (field,) if isinstance(field, str) else None if field is None else tuple(field)
-    for number, row in enumerate(_rows(data), start=1):
-        if isinstance(row, str):
-            if row.strip():
-                yield row.strip()
-        elif isinstance(row, Mapping):
-            if split is None or _split_of(row) in (None, split):
-                yield from _fields(row, names, number)
+    found, left_out = False, 0
+    for row in read(data):
+        if isinstance(row.value, str):
+            some = [row.checked(row.value)]
+        elif not _within(row, split):
+            left_out += 1
+            continue
         else:
-            raise DataError(f"text {number}: expected a string or a mapping, got {type(row).__name__}")
+            chosen = names or _default_fields(row)
+            some = [row.text(name) for name in chosen if row.field(name) is not None]
+        for text in some:
+            if text.strip():
+                found = True
+                yield text.strip()
+    if not found:
+        raise DataError(_empty(data, "text", split, left_out))
+
+
+def text_pairs(
+    data: str | Path | Iterable[Any], fields: Sequence[str], split: str | None = "train"
+) -> Iterator[tuple[str, str]]:
+    """Yield two fields of every row as a pair that a model reads together, such as a query and a document.
+
+    Args:
+        data, split: as in `texts`; every row needs named fields.
+        fields: the first and the second text's.
+    Raises:
+        DataError: as `texts`; a null is refused, too, because its partner would stand alone.
+    """
+    first, second = fields
+    found, left_out = False, 0
+    for row in read(data):
+        if _within(row, split):
+            found = True
+            yield row.text(first).strip(), row.text(second).strip()
+        else:
+            left_out += 1
+    if not found:
+        raise DataError(_empty(data, "pair", split, left_out))
 
 
 def load_split(path: str | Path, split: str = "test") -> SearchPairs:
     """Return the search pairs of one split: the query is `short`, the document `long`.
 
     Args:
-        path: "sample", a JSONL file with `short` and `long` (and perhaps `split`), or one with `words` and `gloss`,
-            whose query is the words joined by ", " and which has no splits: every row is returned.
+        path: "sample", a JSONL or CSV file with `short` and `long` (and perhaps `split`), or a JSONL file with `words`
+            and `gloss`, whose query is the words joined by ", " and which has no splits: every row is returned.
         split: "train", "validation" or "test".
     Raises:
-        DataError: an unknown split, no pairs in it, or rows without these fields.
+        DataError: an unknown split, no pairs in it, or rows without text in these fields.
     """
     if split not in SPLITS:
         raise DataError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     pairs = SearchPairs([], [])
-    for number, row in enumerate(_rows(path), start=1):
-        if not isinstance(row, Mapping):
-            raise DataError(f"{path}: search pairs need a JSONL file, line {number} is plain text")
-        if "words" in row and "gloss" in row:
-            pairs.queries.append(", ".join(row["words"]))
-            pairs.documents.append(row["gloss"])
-        elif "short" not in row or "long" not in row:
-            raise DataError(f"{path}: line {number} has neither `short` and `long` nor `words` and `gloss`")
-        elif _split_of(row) in (None, split):
-            pairs.queries.append(row["short"])
-            pairs.documents.append(row["long"])
+    for row in read(path):
+        value = row.fields()
+        if "words" in value and "gloss" in value:
+            words = value["words"]
+            if not isinstance(words, list):
+                raise DataError(f"{row.where}, field 'words': {type(words).__name__}, not a list of words")
+            pairs.queries.append(", ".join(row.checked(word, ", field 'words'") for word in words))
+            pairs.documents.append(row.text("gloss"))
+        elif "short" not in value or "long" not in value:
+            raise DataError(f"{row.where} has neither `short` and `long` nor `words` and `gloss`")
+        elif _within(row, split):
+            pairs.queries.append(row.text("short"))
+            pairs.documents.append(row.text("long"))
     if not pairs.queries:
         raise DataError(f"{path} has no rows in the split {split!r}")
     return pairs
 
 
+def load_labels(path: str | Path, split: str = "test") -> list[Labelled]:
+    """Return the rows of a JSONL or CSV file with `text` and `label` (and perhaps `split`).
+
+    Raises:
+        DataError: no such file, no row in the split, or a row without text and label.
+    """
+    if str(path) == SAMPLE:
+        raise DataError("the packaged sample has no labels: name a JSONL or CSV file with text and label in each row")
+    rows: list[Labelled] = []
+    for row in read(path):
+        if _within(row, split):
+            text, label = row.text("text"), row.field("label")
+            if isinstance(label, bool) or not isinstance(label, (int, str)):
+                kind = "null" if label is None else f"{label!r}"
+                raise DataError(f"{row.where}, field 'label': {kind}, neither a whole number nor a name")
+            rows.append(Labelled(text, label, row.where))
+    if not rows:
+        raise DataError(f"{path} has no rows in the split {split!r}")
+    return rows
+
+
 def describe(data: object) -> str:
-    """Name a data source for reports and for the check that a resumed run uses the same one."""
+    """Name a data source for reports."""
     if isinstance(data, (str, Path)):
         return str(data)
     fingerprint = getattr(data, "_fingerprint", None)
     return f"{type(data).__name__}({fingerprint or ''})"
 
 
-def _rows(data: str | Path | Iterable[Any]) -> Iterator[Any]:
-    if isinstance(data, str) and data == SAMPLE:
-        with resources.as_file(resources.files("nogemm").joinpath("data/sample.jsonl.gz")) as path:
-            yield from _file_rows(path)
-    elif isinstance(data, (str, Path)):
-        yield from _file_rows(Path(data))
-    elif isinstance(data, Mapping):
-        raise DataError(
-            f"data has several splits ({', '.join(map(str, data))}): pass one of them, such as data['train']"
-        )
-    else:
-        yield from data
+def _empty(data: object, what: str, split: str | None, left_out: int) -> str:
+    name = data if isinstance(data, (str, Path)) else "the data"
+    return f"{name} holds no {what}" + (f" of the split {split!r}, only {left_out:,} other rows" if left_out else "")
 
 
-def _file_rows(path: Path) -> Iterator[Any]:
-    if not path.is_file():
-        raise DataError(f"no such data file: {path} (or pass {SAMPLE!r} for the packaged sample)")
-    is_json = any(suffix in (".jsonl", ".json", ".ndjson") for suffix in path.suffixes)
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                yield _json_row(path, number, line) if is_json else line
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-
-
-def _json_row(path: Path, number: int, line: str) -> Any:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: line {number} is not JSON ({error.msg}); expected one object a line") from error
-    if not isinstance(row, (dict, str)):
-        raise DataError(f"{path}: line {number} is neither a JSON object nor a string")
-    return row
-
-
-def _fields(row: Mapping[str, Any], names: tuple[str, ...] | None, number: int) -> Iterator[str]:
+def _default_fields(row: Row) -> tuple[str, ...]:
+    value = row.fields()
+    names = next((entry for entry in DEFAULT_FIELDS if all(name in value for name in entry)), None)
     if names is None:
-        names = next((entry for entry in DEFAULT_FIELDS if all(name in row for name in entry)), None)
-        if names is None:
-            raise DataError(
-                f"row {number} has the fields {', '.join(map(str, row))}: name the one that holds the text (field=...)"
-            )
-    for name in names:
-        if name not in row:
-            raise DataError(f"row {number} has no field {name!r}; it has: {', '.join(map(str, row))}")
-        value = row[name]
-        if value is not None and not isinstance(value, str):
-            raise DataError(f"row {number}: field {name!r} is {type(value).__name__}, not text")
-        if value and value.strip():
-            yield value.strip()
+        raise DataError(
+            f"{row.where} has the fields {', '.join(map(str, value))}: name the one that holds the text (field=...)"
+        )
+    return names
+
+
+def _within(row: Row, split: str | None) -> bool:
+    return split is None or _split_of(row.fields()) in (None, split)
 
 
 def _split_of(row: Mapping[str, Any]) -> str | None:
     """Return the split a row names or, for Debian package rows, the one its opening hashes into."""
     if "split" in row:
-        return str(row["split"])
+        return str(row["split"]) if row["split"] else None
     if not {"name", "section", "short", "long"} <= row.keys():
         return None
     opening = re.sub(r"\d", "", str(row["long"])[:120].lower())
-    group = int(hashlib.sha1(opening.encode()).hexdigest()[:8], 16) % 100
+    group = int(hashlib.sha1(opening.encode(errors="replace")).hexdigest()[:8], 16) % 100
     return "test" if group < 5 else "validation" if group < 10 else "train"
