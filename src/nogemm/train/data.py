@@ -101,7 +101,10 @@ def tokenise(
     if (directory / "info.json").is_file():
         stored = TokenFile(directory)
         if stored.key != key:
-            raise DataError(f"{directory} holds tokens of {stored.key}, this run needs {key}: choose another directory")
+            raise DataError(
+                f"{directory} holds tokens of other data or choices ({'; '.join(_changes(stored.key, key))}): "
+                "go on with what they were made from, or start a new run: without resume, or choose another directory"
+            )
         return stored
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -116,6 +119,14 @@ def tokenise(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return TokenFile(directory)
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """List what differs; a source of the same name has changed itself."""
+    same_name = before.get("data") == now.get("data")
+    words = {"content": f"{now.get('data')} has changed since" if same_name else "its content", "data": "the data"}
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return [f"{words.get(name, name)}: {before.get(name, 'not recorded')}, now {now.get(name)}" for name in names]
 
 
 def _write_tokens(

@@ -69,7 +69,7 @@ def distil(
         TrainingError: a loss or gradient is not finite (the last checkpoint stays), a directory in use, or one that
             holds an earlier run without `resume`.
         TrainingInterrupted: Ctrl-C; the state was saved, and the message says how to resume.
-        DataError: no text, an unreadable file, or a directory with other data.
+        DataError: no text, an unreadable file, or data or a tokenizer that changed since the run that is resumed.
     Example:
         >>> report = nogemm.distil(model, teacher, "sample", tokens=1_000_000, output_dir="run")  # doctest: +SKIP
     """
@@ -82,7 +82,7 @@ def distil(
         with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
             if not resume:
                 ckpt.refuse_earlier_run(directory)
-            feed = open_feed(inner_model(teacher), options, directory, data, validation, tokenizer)
+            feed = open_feed(inner_model(teacher), options, directory, data, validation, tokenizer, resume)
             job = Run(model, teacher, options, feed, directory, start, keep=scratch is None)
             if resume and scratch is None:
                 job.restore()

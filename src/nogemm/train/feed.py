@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from nogemm.train.data import Batch, Batches, tokenise
+from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.errors import TrainingError
+from nogemm.train.identity import data_identity, tokenizer_identity
 from nogemm.train.masking import Masking
 from nogemm.train.options import DistilOptions
-from nogemm.train.sources import describe, texts
+from nogemm.train.sources import texts
 from nogemm.train.validation import VALIDATION_TOKENS, Validation
 
 
@@ -33,21 +36,39 @@ class Feed:
 
 
 def open_feed(
-    teacher: nn.Module, options: DistilOptions, directory: Path, data: Any, validation: Any, tokenizer: Any
+    teacher: nn.Module,
+    options: DistilOptions,
+    directory: Path,
+    data: Any,
+    validation: Any,
+    tokenizer: Any,
+    resume: bool = False,
 ) -> Feed:
-    """Tokenise what is not yet tokenised in `directory`, and open it; arguments as `distil` takes them."""
+    """Tokenise into `directory` and open it; arguments as `distil` takes them.
+
+    Tokens of an earlier run are used to resume it, and then only if data, tokenizer and choices are what they were.
+    """
     tokenizer = tokenizer or default_tokenizer(teacher)
     masking = Masking.of(tokenizer, options.seed) if options.output == "mlm" else None
-    key = {
-        "data": describe(data),
-        "tokenizer": type(tokenizer).__name__,
-        "vocabulary": len(tokenizer),
-        "field": options.field,
-    }
-    common = {"tokenizer": tokenizer, "max_length": options.max_length}
-    file = tokenise(
-        texts(data, options.field), directory=directory / "tokens", key=key, max_tokens=options.tokens, **common
-    )
+    if not resume:
+        _forget(directory)
+
+    common = {"tokenizer": tokenizer_identity(tokenizer), "field": options.field}
+
+    def tokens(name: str, source: Any, split: str | None, limit: int | None) -> TokenFile:
+        def rows() -> Iterator[str]:
+            return texts(source, options.field, split)
+
+        return tokenise(
+            rows(),
+            tokenizer,
+            directory / name,
+            max_length=options.max_length,
+            key={**data_identity(source, rows), **common, "split": split},
+            max_tokens=limit,
+        )
+
+    file = tokens("tokens", data, "train", options.tokens)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     batches = Batches(file, batch_tokens=options.batch_tokens, seed=options.seed, pad_id=pad)
     split: str | None = None
@@ -55,14 +76,17 @@ def open_feed(
         validation, split = "sample", "validation"
     if validation is None:
         return Feed(batches, None, masking)
-    held_out = tokenise(
-        texts(validation, options.field, split),
-        directory=directory / "validation",
-        key={**key, "data": f"{describe(validation)} {split}"},
-        max_tokens=VALIDATION_TOKENS,
-        **common,
-    )
+    held_out = tokens("validation", validation, split, VALIDATION_TOKENS)
     return Feed(batches, Validation(teacher, held_out, 2 * options.batch_tokens, pad), masking)
+
+
+def _forget(directory: Path) -> None:
+    """Remove the tokens of a run that ended before its first checkpoint: nobody knows what they were made from."""
+    for name in ("tokens", "validation"):
+        if (directory / name / "info.json").is_file():
+            shutil.rmtree(directory / name)
+        for leftover in directory.glob(f"{name}.tmp-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def default_tokenizer(teacher: nn.Module) -> Any:
