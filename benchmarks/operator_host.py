@@ -25,10 +25,10 @@ from openvino.utils.node_factory import NodeFactory
 
 import nogemm
 from nogemm.bench.measure import summary
+from nogemm.bench.partial import recording
 from nogemm.bench.result import origin
 from nogemm.export.extension import extension_path
 from nogemm.export.openvino_host import OPERATOR, quantise, shared_core
-from nogemm.files import write_json
 from nogemm.hardware.cpu import usable_cores
 
 D = 384
@@ -51,13 +51,16 @@ def main() -> None:
     head = origin({"d": D, "layer": LAYER.to_dict(), "dtype": "int8", "threads": threads, "seconds": args.seconds})
     packed = packed_layer()
     graphs = compiled_graphs(packed, threads)
-    rows = []
-    for batch in batches:
-        for (what, rest, _), model in graphs.items():
-            check(model, packed, what, rest, batch)
-        rows += timed(graphs, batch, args.seconds)
-    lines = found(rows, threads)
-    write_json(args.json, {"kind": "operator-host", **head, "rows": rows, "found": lines})
+    rows: list[dict[str, Any]] = []
+    with recording(args.json, "operator-host") as file:
+        for batch in batches:
+            print(f"timing {batch:,} tokens", flush=True)
+            for (what, rest, _), model in graphs.items():
+                check(model, packed, what, rest, batch)
+            rows += timed(graphs, batch, args.seconds)
+            file.keep(head | {"rows": list(rows), "found": []})
+        lines = found(rows, threads)
+        file.done(head | {"rows": rows, "found": lines})
     print("\n".join(lines))
 
 

@@ -5,9 +5,9 @@
     ./run bench --only layer-tree,flips  # these files
     ./run bench --list                   # the files and their commands
 
-A command is stopped and started as a whole, and a file is replaced when its command ends, so the whole may be
-interrupted: `--since 2026-11-22` then goes on with the files that are older. Table 5 keeps the parts that it finds:
-delete `results/table5` to record them anew.
+A command is stopped and started as a whole; one that was stopped leaves a file that says it is partial. So the whole
+may be interrupted: `--since 2026-11-22` then goes on with the files that are older or partial. Table 5 keeps the parts
+that it finds: delete `results/table5` to record them anew.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from nogemm.bench.partial import sigterm_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
@@ -55,14 +57,15 @@ def main(words: list[str] | None = None) -> int:
             parser.error(f"no command writes {unknown[0]!r}; see --list")
         wanted = [one for one in known if any(one.named(name) for name in names)]
     if args.missing:
-        wanted = [one for one in wanted if not all((ROOT / file).exists() for file in one.files)]
+        wanted = [one for one in wanted if not all(recorded(ROOT / file) is not None for file in one.files)]
     if args.since:
-        wanted = [one for one in wanted if any(recorded(ROOT / file) < args.since for file in one.files)]
+        wanted = [one for one in wanted if any((recorded(ROOT / file) or "") < args.since for file in one.files)]
     if args.list:
         for one in wanted:
             print(f"{', '.join(file.name for file in one.files)}\n{one.shell}\n")
         return 0
-    failed = run_all(wanted)
+    with sigterm_interrupts():
+        failed = run_all(wanted)
     for one in failed:
         print(f"failed: {', '.join(file.name for file in one.files)}")
     return 1 if failed else 0
@@ -84,13 +87,13 @@ def separate(block: str) -> list[str]:
     return [part.strip() for part in re.split(r"\n\s*\n", block) if part.strip()]
 
 
-def recorded(file: Path) -> str:
-    """Return the day that a result says it was recorded on, "" if there is none."""
+def recorded(file: Path) -> str | None:
+    """Return the day that a result says it was recorded on, "" if it does not say; None: no file, or half of one."""
     if not file.exists():
-        return ""
+        return None
     text = file.read_text(encoding="utf-8")
     first = json.loads(text.splitlines()[0] if file.suffix == ".jsonl" else text)
-    return str(first.get("date", ""))
+    return None if first.get("partial") else str(first.get("date", ""))
 
 
 def run_all(wanted: Iterable[Recording]) -> list[Recording]:

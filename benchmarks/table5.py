@@ -26,6 +26,7 @@ from nogemm.bench import peers
 from nogemm.bench.gather_peer import EMBEDDING_BAG
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.models import site_inputs
+from nogemm.bench.partial import recording
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import origin
 from nogemm.config import layer_class, parse_set
@@ -94,9 +95,11 @@ def main() -> None:
     unknown = [name for name in wanted if name not in parts]
     if unknown:
         parser.error(f"unknown part {unknown[0]!r}; the parts are: {', '.join(parts)}")
-    for name in [] if args.summary else wanted:
-        record(parts[name], args.results / "table5" / f"{name}.json", args.seconds)
-    summarise(list(parts), args.results)
+    try:
+        for name in [] if args.summary else wanted:
+            record(parts[name], args.results / "table5" / f"{name}.json", args.seconds)
+    finally:  # of what is there, when it is stopped, too
+        summarise(list(parts), args.results)
 
 
 def all_parts(checkpoint: Path | None) -> list[Part]:
@@ -163,7 +166,7 @@ def sweeps() -> list[Part]:
 
 def record(part: Part, target: Path, seconds: float) -> None:
     """Run a part that has no file yet."""
-    if target.exists():
+    if target.exists() and not json.loads(target.read_text(encoding="utf-8")).get("partial"):
         say(f"{part.name}: recorded already in {target}")
         return
     start, threads = time.monotonic(), part.threads or usable_cores()
@@ -178,10 +181,21 @@ def record(part: Part, target: Path, seconds: float) -> None:
         codes = "uniform" if part.checkpoint is None else "trained"
         cases = [{"batch": batch, "cache": part.cache, "codes": codes} for batch in part.batches]
         plan = Plan(threads=threads, rounds=MIN_ROUNDS, seconds=seconds, longest_call=LONGEST_CALL)
-        rows = measure(specs(part, pool), cases, plan, note=lambda line: say(f"{part.name}: {line}"))
-    add_ratios(rows, OURS, ("batch", "cache", "codes"))
-    head |= {"kind": "table5-part", "part": part.name, "command": COMMAND, "pool": size.to_dict()}
-    write_json(target, head | {"minutes": (time.monotonic() - start) / 60, "rows": rows})
+        head |= {"part": part.name, "command": COMMAND, "pool": size.to_dict()}
+
+        def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+            add_ratios(rows, OURS, ("batch", "cache", "codes"))
+            return head | {"minutes": (time.monotonic() - start) / 60, "rows": rows}
+
+        with recording(target, "table5-part") as file:
+            rows = measure(
+                specs(part, pool),
+                cases,
+                plan,
+                note=lambda line: say(f"{part.name}: {line}"),
+                keep=lambda rows: file.keep(finished(rows)),
+            )
+            file.done(finished(rows))
 
 
 def specs(part: Part, pool: Path) -> list[Spec]:

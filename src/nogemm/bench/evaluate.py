@@ -16,6 +16,7 @@ from torch import nn
 
 from nogemm.bench.embed import MAX_LENGTH, embed, logits, masked_losses
 from nogemm.bench.models import load_encoder, load_model, load_tokenizer
+from nogemm.bench.partial import Keep
 from nogemm.bench.quality import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
@@ -54,8 +55,8 @@ class EvalArgs:
     seed: int = 0
 
 
-def run_eval(args: EvalArgs, *, note: Note | None = None) -> dict[str, Any]:
-    """Evaluate a model directory against its teacher's.
+def run_eval(args: EvalArgs, *, note: Note | None = None, keep: Keep | None = None) -> dict[str, Any]:
+    """Evaluate a model directory against its teacher's; `keep` gets the result as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"samples", "teacher": {figure}, "ours": {figure}, "kept" or
@@ -68,7 +69,14 @@ def run_eval(args: EvalArgs, *, note: Note | None = None) -> dict[str, Any]:
     if args.task not in TASKS:
         raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
     run = {"search": _search, "mlm": _mlm, "classify": _classify}[args.task]
-    return origin(asdict(args)) | run(args, note or (lambda line: None))
+    head = origin(asdict(args))
+
+    def kept(found: dict[str, Any]) -> None:
+        if keep is not None:
+            keep(head | found)
+
+    kept({"samples": 0})
+    return head | run(args, note or (lambda line: None), kept)
 
 
 def evaluate(
@@ -111,13 +119,14 @@ def evaluate(
     return {"samples": count} | {group: _plain(figures[group]) for group in ("teacher", "ours", "kept")}
 
 
-def _search(args: EvalArgs, note: Note) -> dict[str, Any]:
+def _search(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     from nogemm.train.sources import load_split
 
     if args.teacher is None:
         raise ConfigError("--task search compares with the dense teacher: give --teacher DIRECTORY")
     split = load_split(args.data, args.split)
     pairs = list(zip(split.queries, split.documents, strict=True))[: args.limit or None]
+    keep({"samples": len(pairs)})  # no figure is known before both have embedded everything
     model = _packed(load_encoder(args.model), args.pack)
     return evaluate(
         model,
@@ -130,7 +139,7 @@ def _search(args: EvalArgs, note: Note) -> dict[str, Any]:
     )
 
 
-def _mlm(args: EvalArgs, note: Note) -> dict[str, Any]:
+def _mlm(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     from nogemm.train.sources import texts
 
     sample = list(texts(args.data, split=args.split))[: args.limit or None]
@@ -147,13 +156,14 @@ def _mlm(args: EvalArgs, note: Note) -> dict[str, Any]:
             progress=_progress(note, f"masked tokens, {whose}"),
         )
         found[whose] = _plain({"mlm_loss": bootstrap_ratio(*sums[whose], seed=args.seed)})
+        keep(dict(found))
     if "teacher" in sums:
         (ours, count), (theirs, _) = sums["ours"], sums["teacher"]
         found["difference"] = _plain({"mlm_loss": bootstrap_ratio(ours - theirs, count, seed=args.seed)})
     return found
 
 
-def _classify(args: EvalArgs, note: Note) -> dict[str, Any]:
+def _classify(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     from nogemm.train.sources import load_labels
 
     rows = load_labels(args.data, args.split)[: args.limit or None]
@@ -171,6 +181,7 @@ def _classify(args: EvalArgs, note: Note) -> dict[str, Any]:
         )
         right[whose] = correct(score, labels)
         found[whose] = _plain({"accuracy": bootstrap_mean(right[whose], seed=args.seed)})
+        keep(dict(found))
     if "teacher" in right:
         difference = bootstrap_difference(right["ours"], right["teacher"], seed=args.seed)
         found["difference"] = _plain({"accuracy": difference})

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nogemm import ops
 from nogemm.bench.check import token_errors
+from nogemm.bench.partial import Keep
 from nogemm.bench.result import DTYPES, origin
 from nogemm.config import LayerConfig
 from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
@@ -56,17 +57,22 @@ def run_flips_bench(
     tokens: int = TOKENS,
     seed: int = 0,
     note: Callable[[str], None] = lambda line: None,
+    keep: Keep = lambda result: None,
 ) -> dict[str, Any]:
     """Measure every case in every packed dtype, on every instruction set of this machine and build, at every batch.
 
     Args:
         batches: tokens per call; the same tokens are cut into calls of each size.
         note: called with a line of progress.
+        keep: called with the result so far.
     Returns:
         `nogemm.bench.result.origin` and {"rows"}: "layer", "method", "d", "isa", "dtype", "batch", the shares of
         `compare_bits`, "other_batch" (share of bits that differ from those of the first batch size, same kernel), and
         "max_error", "rms_error" of the output as `nogemm.bench.check.compare` defines them.
     """
+    settings = {"tokens": tokens, "batch": list(batches), "seed": seed}
+    layers = {case.layer: {"d": case.d, "config": case.config.to_dict()} for case in cases}
+    head = origin(settings | {"layers": layers})
     rows: list[dict[str, Any]] = []
     for case in cases:
         torch.manual_seed(seed)
@@ -93,9 +99,8 @@ def run_flips_bench(
                             | {"other_batch": float((found_NTK != first).double().mean())}
                             | {"max_error": float(errors.max()), "rms_error": float(errors.square().mean().sqrt())}
                         )
-    settings = {"tokens": tokens, "batch": list(batches), "seed": seed}
-    layers = {case.layer: {"d": case.d, "config": case.config.to_dict()} for case in cases}
-    return origin(settings | {"layers": layers}) | {"rows": rows}
+                        keep(head | {"rows": list(rows)})
+    return head | {"rows": rows}
 
 
 def flip_rate(layer: LookupFFN | TreeFFN, dtype: str, x_ND: Tensor, batch: int) -> float | None:

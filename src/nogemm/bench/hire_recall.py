@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nogemm.bench.partial import Keep, recording
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
-from nogemm.files import write_json
 from nogemm.layers import HireFFN
 
 _TOKENS = 2048
@@ -49,7 +49,7 @@ def recall_rows(
     return rows
 
 
-def measure_checkpoint(path: str, tokens: int = _TOKENS) -> dict[str, Any]:
+def measure_checkpoint(path: str, tokens: int = _TOKENS, *, keep: Keep | None = None) -> dict[str, Any]:
     """Measure all HireFFN layers of a model's directory on the packaged sample.
 
     Returns:
@@ -60,14 +60,17 @@ def measure_checkpoint(path: str, tokens: int = _TOKENS) -> dict[str, Any]:
     from nogemm.bench.models import load_encoder, site_inputs
     from nogemm.convert import converted
 
+    head = origin({"checkpoint": Path(path).name, "tokens": tokens})
     rows: list[dict[str, Any]] = []
     for site, layer in enumerate(converted(load_encoder(path)).values()):
         if isinstance(layer, HireFFN):
             x_ND = site_inputs(path, site, tokens=tokens)
             rows += [{"site": site, **row} for row in recall_rows(layer, x_ND)]
+            if keep is not None:
+                keep(head | {"rows": list(rows)})
     if not rows:
         raise ConfigError(f"--checkpoint {path}: there is no HireFFN in this model")
-    return origin({"checkpoint": Path(path).name, "tokens": tokens}) | {"rows": rows}
+    return head | {"rows": rows}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -77,9 +80,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, required=True, help="result file")
     parser.add_argument("--tokens", type=int, default=_TOKENS)
     given = parser.parse_args(words)
-    with torch.inference_mode():
-        result = measure_checkpoint(given.checkpoint, given.tokens)
-    write_json(given.json, {"kind": "hire-recall", **result})
+    with recording(given.json, "hire-recall") as record, torch.inference_mode():
+        result = measure_checkpoint(given.checkpoint, given.tokens, keep=record.keep)
+        record.done(result)
     for row in result["rows"]:
         shown = f"recall {row['recall']:.4f}  energy {row['energy']:.4f}  computed {row['computed']:.3f}"
         print(f"site {row['site']}  {row['sketch']:5} x{row['oversample']}  {shown}")

@@ -13,6 +13,7 @@ from typing import Any
 
 from nogemm.bench import peers
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.partial import Keep
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import origin, our_names
 from nogemm.config import layer_class, parse_set
@@ -66,9 +67,13 @@ class LayerBenchArgs:
 
 
 def run_layer_bench(
-    args: LayerBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+    args: LayerBenchArgs,
+    *,
+    note: Callable[[str], None] | None = None,
+    keep: Keep | None = None,
+    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
-    """Verify and time our packed layer and its dense contenders.
+    """Verify and time our packed layer and its dense contenders; `keep` gets the result as it grows.
 
     "fresh": every timed call takes the next tokens of a pool that is larger than the caches, and up to 8 tokens go
     through 12 copies of the layer in turn, dense peers too. "warm": one layer, the same tokens again and again.
@@ -89,18 +94,26 @@ def run_layer_bench(
     head = origin(asdict(args) | {"ours": ours})
     roofline = measure_roofline(args.threads)
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
+    head |= {"roofline": None if roofline is None else roofline.to_dict(), "pool": size.to_dict()}
+
+    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        add_ratios(rows, ours, _KEYS)
+        for row in rows:
+            _add_rates(row, roofline, args)
+        return head | {"rows": rows}
+
+    def kept(rows: list[dict[str, Any]]) -> None:
+        if keep is not None:
+            keep(finished(rows))
+
     with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
         pool = Path(folder) / "tokens"
         write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=token_source(args))
         codes = "uniform" if args.checkpoint is None else "trained"
         cases = [{"batch": b, "cache": cache, "codes": codes} for cache in args.cache for b in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
-        rows = measure(_specs(args, pool), cases, plan, note=note, _min_rounds=_min_rounds)
-    add_ratios(rows, ours, _KEYS)
-    for row in rows:
-        _add_rates(row, roofline, args)
-    measured = None if roofline is None else roofline.to_dict()
-    return head | {"roofline": measured, "pool": size.to_dict(), "rows": rows}
+        rows = measure(_specs(args, pool), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
+    return finished(rows)
 
 
 def checked(args: LayerBenchArgs) -> LayerBenchArgs:

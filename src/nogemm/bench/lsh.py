@@ -10,6 +10,7 @@ Reading order: `LshBenchArgs`, `run_lsh_bench`, the three searches; what is coun
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +27,7 @@ from nogemm.bench.lsh_search import (
     mean_search,
 )
 from nogemm.bench.models import PACKAGED
+from nogemm.bench.partial import Keep
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.layers import HireConfig, MongooseConfig, SlideConfig
@@ -67,8 +69,10 @@ class LshBenchArgs:
     seed: int = 0
 
 
-def run_lsh_bench(args: LshBenchArgs, *, note: Note | None = None) -> dict[str, Any]:
+def run_lsh_bench(args: LshBenchArgs, *, note: Note | None = None, keep: Keep | None = None) -> dict[str, Any]:
     """Search two layers by random hashes (SLIDE), learned hashes (MONGOOSE) and sketches (HiRE).
+
+    `keep` gets the result as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"cases"}: each has "case", "d", "hidden", "tokens", "dense" (FLOP and bytes of
@@ -85,21 +89,19 @@ def run_lsh_bench(args: LshBenchArgs, *, note: Note | None = None) -> dict[str, 
     _check(args)
     say = note or (lambda line: None)
     say(f"activations of {args.model}")
+    head = origin(asdict(args))
     real = model_case(args.model, args.site, args.tokens, args.training_tokens, args.seed)
-    cases = []
+    cases: list[dict[str, Any]] = []
+
+    def kept() -> None:
+        if keep is not None:
+            keep(head | {"cases": copy.deepcopy(cases)})
+
     for case in (real, gaussian_case(real, args.seed)):
         if max(args.top) > case.hidden:
             raise ConfigError(f"--top {max(args.top)}: the layer has {case.hidden} neurons")
         rows: list[dict[str, Any]] = []
         buckets: list[dict[str, Any]] = []
-        for method, search in (("random", search_by_random_hashes), ("learned", search_by_learned_hashes)):
-            for part in search(case, args):
-                say(f"{case.name}: {method}, {part['bits']} bits")
-                rows += [{"method": method, **row} for row in part["rows"]]
-                buckets.append({"method": method, "bits": part["bits"], **part["buckets"]})
-        for row in search_by_sketches(case, args):
-            say(f"{case.name}: {row['method']}")
-            rows.append(row)
         products = 2.0 * case.d * case.hidden
         cases.append(
             {
@@ -113,7 +115,17 @@ def run_lsh_bench(args: LshBenchArgs, *, note: Note | None = None) -> dict[str, 
                 "buckets": buckets,
             }
         )
-    return origin(asdict(args)) | {"cases": cases}
+        for method, search in (("random", search_by_random_hashes), ("learned", search_by_learned_hashes)):
+            for part in search(case, args):
+                say(f"{case.name}: {method}, {part['bits']} bits")
+                rows += [{"method": method, **row} for row in part["rows"]]
+                buckets.append({"method": method, "bits": part["bits"], **part["buckets"]})
+                kept()
+        for row in search_by_sketches(case, args):
+            say(f"{case.name}: {row['method']}")
+            rows.append(row)
+            kept()
+    return head | {"cases": cases}
 
 
 def _degrees(case: Case, args: LshBenchArgs) -> dict[str, float]:

@@ -6,7 +6,8 @@ The rules, each here because breaking it has produced wrong tables elsewhere:
 - equal threads; at least seven rounds; the order turns every round, so that a slow minute hits everybody;
 - a contender is compared with its reference in its own process before any clock starts; a mismatch is a row without
   a time;
-- figures are medians with p10 and p90 over all calls of all rounds.
+- figures are medians with p10 and p90 over all calls of all rounds; where a run was stopped, or ran out of time, a row
+  says in "rounds" how many there were, or in "skipped" that there was none.
 
 Reading order: Spec and Plan, `measure`, the worker's handle.
 """
@@ -20,6 +21,7 @@ import select
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,10 @@ import numpy as np
 
 MIN_ROUNDS = 7
 Note = Callable[[str], None]
+KeepRows = Callable[[list[dict[str, Any]]], None]
+NOT_REACHED = "not reached"
+OUT_OF_TIME = "out of time"
+_PREPARING = 0.6  # of all the time: contenders that are not ready by then are left out of the first case, and of all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,7 @@ class Plan:
         max_calls: per turn.
         patience: seconds a worker may take to answer before its row fails.
         longest_call: seconds; a contender whose call takes longer is not called again, and its row says so.
+        seconds_in_all: nothing new is begun after it; the rows that are left say so.
     """
 
     threads: int
@@ -66,6 +73,7 @@ class Plan:
     max_calls: int = 200
     patience: float = 900.0
     longest_call: float = float("inf")
+    seconds_in_all: float = float("inf")
 
 
 def measure(
@@ -74,6 +82,7 @@ def measure(
     plan: Plan,
     *,
     note: Note | None = None,
+    keep: KeepRows | None = None,
     _min_rounds: int = MIN_ROUNDS,
 ) -> list[dict[str, Any]]:
     """Verify and time every contender on every case.
@@ -82,9 +91,11 @@ def measure(
         specs: contenders; each one's worker lives for the whole run.
         cases: JSON-able; handed to the contender's `prepare`.
         note: called with a line of progress.
+        keep: called whenever something is known, with all rows as they are then: copies.
     Returns:
         One row per case and contender, in that order: {"contender", **case, "verified", ...facts the contender gave}
         and, only if verified, "us_median", "us_p10", "us_p90", "calls"; otherwise "error", "missing" or "skipped".
+        "rounds" where time ran out before all of them.
     Raises:
         ValueError: fewer than seven rounds.
     """
@@ -92,16 +103,16 @@ def measure(
         raise ValueError(
             f"at least {_min_rounds} rounds are needed for a median that can be trusted, got {plan.rounds}"
         )
-    say = note or (lambda line: None)
+    table = _Table(specs, cases, plan, note or (lambda line: None), keep or (lambda rows: None))
     workers: dict[str, _Worker] = {}
     try:
         for spec in specs:
             if spec.missing is None:
                 workers[spec.name] = _Worker(spec, plan)
-        rows = []
-        for case in cases:
-            rows += _measure_case(specs, case, plan, workers, say)
-        return rows
+        for number in range(len(cases)):
+            table.prepare(number, workers)
+            table.time(number, workers)
+        return table.rows()
     finally:
         for worker in workers.values():
             worker.close()
@@ -129,36 +140,90 @@ def add_ratios(rows: Sequence[dict[str, Any]], ours: str, keys: Sequence[str]) -
         row["ratio"] = time / mine if mine and time is not None else None
 
 
-def _measure_case(
-    specs: Sequence[Spec], case: dict[str, Any], plan: Plan, workers: dict[str, _Worker], say: Note
-) -> list[dict[str, Any]]:
-    rows: dict[str, dict[str, Any]] = {}
-    for spec in specs:
-        row: dict[str, Any] = {"contender": spec.name, **case, "verified": False}
-        if spec.missing is not None:
-            row["missing"] = spec.missing
-        else:
-            row |= workers[spec.name].ask({"do": "prepare", "case": case})
-            say(f"{_label(case)} {spec.name}: {_verdict(row)}")
-        rows[spec.name] = row
-    ready = [name for name, row in rows.items() if row["verified"]]
-    times: dict[str, list[float]] = {name: [] for name in ready}
-    for turn in range(plan.rounds):
-        for name in ready[turn % len(ready) :] + ready[: turn % len(ready)] if ready else ():
-            answer = workers[name].ask({"do": "time", "seconds": plan.seconds, "max_calls": plan.max_calls})
-            if "us" not in answer:
-                rows[name] |= answer | {"verified": False}
+class _Table:
+    """All rows of a run, from "not reached" to their figures."""
+
+    def __init__(
+        self, specs: Sequence[Spec], cases: Sequence[dict[str, Any]], plan: Plan, say: Note, keep: KeepRows
+    ) -> None:
+        self.cases, self.plan, self.say, self._keep = cases, plan, say, keep
+        self.cells: list[dict[str, dict[str, Any]]] = [
+            {
+                spec.name: {"contender": spec.name, **case, "verified": False}
+                | ({"skipped": NOT_REACHED} if spec.missing is None else {"missing": spec.missing})
+                for spec in specs
+            }
+            for case in cases
+        ]
+        self._late: set[str] = set()
+        self._start = time.monotonic()
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return copies of the rows, case by case."""
+        return [dict(row) for cells in self.cells for row in cells.values()]
+
+    def prepare(self, number: int, workers: dict[str, _Worker]) -> None:
+        """Build and verify every contender for a case."""
+        self._keep(self.rows())
+        label = _label(self.cases[number])
+        for name, worker in workers.items():
+            row = self.cells[number][name]
+            if name in self._late or self._spent() > (1.0 if number else _PREPARING):
+                self._late.add(name)
+                row["skipped"] = OUT_OF_TIME
                 continue
-            times[name] += answer["us"]
-            call = max(answer["us"]) * rows[name].get("layers", 1) * 1e-6
-            if call > plan.longest_call:
-                rows[name]["skipped"] = f"one call took {call:.1f} s, more than {plan.longest_call:g} s"
-                ready.remove(name)
-        say(f"{_label(case)} round {turn + 1} of {plan.rounds}")
-    for name, us in times.items():
-        if rows[name]["verified"] and "skipped" not in rows[name]:
-            rows[name] |= summary(us) | {"calls": len(us)}
-    return list(rows.values())
+            self.say(f"{label} {name}: preparing")
+            answer = worker.ask({"do": "prepare", "case": self.cases[number]})
+            del row["skipped"]
+            row |= answer
+            self.say(f"{label} {name}: {_verdict(row)}")
+            self._keep(self._unfinished(number))
+
+    def time(self, number: int, workers: dict[str, _Worker]) -> None:
+        """Time what was verified, round after round; leave medians."""
+        rows = self.cells[number]
+        ready = [name for name, row in rows.items() if row["verified"]]
+        times: dict[str, list[float]] = {name: [] for name in ready}
+        for turn in range(self.plan.rounds):
+            if turn and self._spent() > 1.0:
+                break
+            for name in ready[turn % len(ready) :] + ready[: turn % len(ready)] if ready else ():
+                self._turn(rows[name], workers[name], times[name])
+                if "error" in rows[name] or "skipped" in rows[name]:
+                    ready.remove(name)
+            for name in ready:
+                rows[name] |= summary(times[name]) | {"calls": len(times[name]), "rounds": turn + 1}
+            self.say(f"{_label(self.cases[number])} round {turn + 1} of {self.plan.rounds}")
+            self._keep(self.rows())
+        for name in ready:
+            if rows[name]["rounds"] == self.plan.rounds:
+                del rows[name]["rounds"]
+
+    def _turn(self, row: dict[str, Any], worker: _Worker, times: list[float]) -> None:
+        answer = worker.ask({"do": "time", "seconds": self.plan.seconds, "max_calls": self.plan.max_calls})
+        if "us" not in answer:
+            row |= answer | {"verified": False}
+        else:
+            times += answer["us"]
+            call = max(answer["us"]) * row.get("layers", 1) * 1e-6
+            if call <= self.plan.longest_call:
+                return
+            row["skipped"] = f"one call took {call:.1f} s, more than {self.plan.longest_call:g} s"
+        for figure in ("us_median", "us_p10", "us_p90", "calls", "rounds"):  # of the rounds before
+            row.pop(figure, None)
+
+    def _unfinished(self, number: int) -> list[dict[str, Any]]:
+        """Return the rows while a case is prepared: its verified ones have no time yet."""
+        rows = self.rows()
+        case = self.cases[number]
+        for row in rows:
+            if row["verified"] and "us_median" not in row and case.items() <= row.items():
+                row["skipped"] = "verified, not timed"
+        return rows
+
+    def _spent(self) -> float:
+        """Return which part of the time is over."""
+        return (time.monotonic() - self._start) / self.plan.seconds_in_all
 
 
 def _label(case: dict[str, Any]) -> str:
@@ -182,6 +247,7 @@ class _Worker:
             stderr=self._log,
             env=os.environ | _environment(plan.threads),
             text=True,
+            process_group=0,  # a signal to the whole group must not end it in the middle of an answer: `close` does
         )
         self._send({"factory": spec.factory, "settings": spec.settings, "threads": plan.threads})
 

@@ -17,6 +17,7 @@ from nogemm.bench import peers
 from nogemm.bench.fff_gather import BMM, GATHER
 from nogemm.bench.layer_job import our_layer
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
+from nogemm.bench.partial import Keep
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import DTYPES, origin
 from nogemm.config import layer_class, layer_kinds, parse_set
@@ -62,11 +63,16 @@ class MethodsBenchArgs:
 
 
 def run_methods_bench(
-    args: MethodsBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+    args: MethodsBenchArgs,
+    *,
+    note: Callable[[str], None] | None = None,
+    keep: Keep | None = None,
+    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time one layer of every method, packed, on fresh tokens and random weights.
 
-    Up to 8 tokens go through 12 copies of the layer in turn, as in a model; dense engines too.
+    Up to 8 tokens go through 12 copies of the layer in turn, as in a model; dense engines too. `keep` gets the
+    result as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
@@ -83,18 +89,28 @@ def run_methods_bench(
     methods = [_describe(name, kind, words, args) for name, kind, words in chosen]
     head = origin(asdict(args))
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
+    head |= {"pool": size.to_dict(), "methods": methods}
+
+    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        for row in rows:
+            row |= {name: row.get(name) for name in _TIMES}
+        for row in rows:
+            row["ratio"] = _ratio(row, rows, REFERENCE)
+            if row["contender"] == GATHER:
+                row["published_ratio"] = _ratio(row, rows, BMM)
+        return head | {"rows": rows}
+
+    def kept(rows: list[dict[str, Any]]) -> None:
+        if keep is not None:
+            keep(finished(rows))
+
     with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
         pool = Path(folder) / "tokens"
         write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=None)
         cases = [{"batch": batch, "cache": "fresh"} for batch in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
-        rows = measure(_specs(args, chosen, pool), cases, plan, note=note, _min_rounds=_min_rounds)
-    for row in rows:
-        row |= {name: row.get(name) for name in _TIMES}
-        row["ratio"] = _ratio(row, rows, REFERENCE)
-        if row["contender"] == GATHER:
-            row["published_ratio"] = _ratio(row, rows, BMM)
-    return head | {"pool": size.to_dict(), "methods": methods, "rows": rows}
+        specs = _specs(args, chosen, pool)
+        return finished(measure(specs, cases, plan, note=note, keep=kept, _min_rounds=_min_rounds))
 
 
 def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:

@@ -9,6 +9,7 @@ from typing import Any
 from nogemm.bench import peers
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.models import PACKAGED, is_random, model_directory
+from nogemm.bench.partial import Keep
 from nogemm.bench.result import origin, our_names
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
@@ -39,6 +40,7 @@ class ModelBenchArgs:
         exported: OpenVINO contenders whose precision ours is also exported to and run in.
         compiled: also time ours under inductor.
         agreement_texts: that every contender is compared with the dense model on, at least; 0: it is not.
+        seconds_in_all: nothing new is begun after it, see `nogemm.bench.measure.Plan`; 0: no limit.
         threads, rounds, seconds, seed: as in `nogemm bench layer`.
     """
 
@@ -55,6 +57,7 @@ class ModelBenchArgs:
     exported: tuple[str, ...] = ("openvino-f32", "openvino-int8")
     compiled: bool = True
     agreement_texts: int = 64
+    seconds_in_all: float = 0.0
     threads: int = 0
     rounds: int = MIN_ROUNDS
     seconds: float = 0.1
@@ -74,12 +77,16 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 
 def run_model_bench(
-    args: ModelBenchArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+    args: ModelBenchArgs,
+    *,
+    note: Callable[[str], None] | None = None,
+    keep: Keep | None = None,
+    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time the packed model, plain, compiled and exported, its dense contenders, and smaller dense models.
 
     Every call gets the next texts of the packaged sample, cut to the length asked for. A contender's pooled embeddings
-    are compared with the fp32 eager model of the same weights before it is timed.
+    are compared with the fp32 eager model of the same weights before it is timed. `keep` gets the result as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"rows"}; a row has "contender", "batch" (texts), "length",
@@ -95,15 +102,27 @@ def run_model_bench(
     head = origin(asdict(args) | {"ours": ours})
     codes = "uniform" if args.model is None else "trained"
     cases = [{"batch": batch, "length": length, "cache": "fresh", "codes": codes} for batch, length in args.shape]
-    plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
-    rows = measure(_specs(args), cases, plan, note=note, _min_rounds=_min_rounds)
-    add_ratios(rows, ours, _KEYS)
-    for row in rows:
-        row["trained"] = _is_trained(row["contender"], args)
-        us = row.get("us_median")
-        row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error")}
-        row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
-    return head | {"rows": rows}
+    plan = Plan(
+        threads=args.threads,
+        rounds=args.rounds,
+        seconds=args.seconds,
+        seconds_in_all=args.seconds_in_all or float("inf"),
+    )
+
+    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        add_ratios(rows, ours, _KEYS)
+        for row in rows:
+            row["trained"] = _is_trained(row["contender"], args)
+            us = row.get("us_median")
+            row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error")}
+            row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
+        return head | {"rows": rows}
+
+    def kept(rows: list[dict[str, Any]]) -> None:
+        if keep is not None:
+            keep(finished(rows))
+
+    return finished(measure(_specs(args), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds))
 
 
 def _checked(args: ModelBenchArgs) -> ModelBenchArgs:

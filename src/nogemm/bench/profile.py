@@ -22,6 +22,7 @@ from nogemm.bench.energy import CLAIMED_L1_HITS, constants, energy_rows
 from nogemm.bench.layer import LayerBenchArgs, checked, token_source
 from nogemm.bench.layer_job import our_layer
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
+from nogemm.bench.partial import Keep
 from nogemm.bench.pool import pool_size, write_pool
 from nogemm.bench.profile_counting import DENSE
 from nogemm.bench.profile_job import FIRST, WHOLE, Kind, kind_of
@@ -59,8 +60,10 @@ class ProfileArgs:
     project: bool = False
 
 
-def run_profile(args: ProfileArgs, *, note: Note | None = None, _min_rounds: int = MIN_ROUNDS) -> dict[str, Any]:
-    """Time a packed layer by phases, count its events, and hold both against the machine.
+def run_profile(
+    args: ProfileArgs, *, note: Note | None = None, keep: Keep | None = None, _min_rounds: int = MIN_ROUNDS
+) -> dict[str, Any]:
+    """Time a packed layer by phases, count its events, and hold both against the machine; `keep` gets it in steps.
 
     Returns:
         `nogemm.bench.result.origin` and {"phases", "rooflines", "counting", "rows", "points", "counts", "energy",
@@ -83,36 +86,49 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, _min_rounds: int
     rooflines = measure_rooflines(layer.threads)
     packed = our_layer(_shape(layer)).pack(layer.dtype)
     known = kind_of(packed)
+    names = known.phases if known is not None else None
+    roofline = rooflines.get(head["isa"])
     size = pool_size(layer.d, largest_call=max(layer.batch) * 2, cap_bytes=layer.pool_cap_bytes)
+    head |= {
+        "phases": None if names is None else list(names),
+        "rooflines": {isa: found.to_dict() for isa, found in rooflines.items()},
+        "pool": size.to_dict(),
+    }
+
+    def finished(
+        timed: list[dict[str, Any]], counted: Mapping[Key, Counts], how: dict[str, Any], projection: Any
+    ) -> dict[str, Any]:
+        rows = phase_rows(timed, ours, names, counted, roofline, how)
+        return head | {
+            "counting": how,
+            "rows": rows,
+            "points": roofline_points(rows, counted, roofline),
+            "counts": [dict(zip(_KEY, key, strict=True)) | counts.to_dict() for key, counts in counted.items()],
+            "energy": {"constants": constants(), "claimed_l1_hit_rate": CLAIMED_L1_HITS, "rows": energy_rows(counted)},
+            "projection": projection,
+        }
+
+    def kept(timed: list[dict[str, Any]], projection: Any = None) -> None:
+        if keep is not None:
+            keep(finished(timed, {}, {"source": None, "why_not": "not reached"}, projection))
+
     with tempfile.TemporaryDirectory(prefix="nogemm-profile-") as folder:
         pool = Path(folder) / "tokens"
         write_pool(pool, size.tokens, layer.d, seed=layer.seed + 1, source_ND=token_source(layer))
         specs = profile_specs(layer, ours, pool, packed, events=chosen.name == "perf")
         plan = Plan(threads=layer.threads, rounds=layer.rounds, seconds=layer.seconds)
         cases = [{"batch": batch, "cache": "fresh"} for batch in layer.batch]
-        timed = measure(specs, cases, plan, note=note, _min_rounds=_min_rounds)
-        names = known.phases if known is not None else None
-        roofline = rooflines.get(head["isa"])
+        timed = measure(specs, cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
         projection = None
         if args.project and roofline is not None:
             rows = phase_rows(timed, ours, names, {}, roofline, {"source": None, "why_not": ""})
             projection = project(layer, rows, roofline, pool, say, _min_rounds)
+            kept(timed, projection)
     if chosen.name == "perf":
         counted, how = _events(timed, ours, known), {"source": "perf", "why_not": "", "threads": layer.threads}
     else:
         counted, how = _count(layer, ours, packed, chosen, earlier, say)
-    rows = phase_rows(timed, ours, names, counted, roofline, how)
-    return head | {
-        "phases": None if names is None else list(names),
-        "rooflines": {isa: found.to_dict() for isa, found in rooflines.items()},
-        "pool": size.to_dict(),
-        "counting": how,
-        "rows": rows,
-        "points": roofline_points(rows, counted, roofline),
-        "counts": [dict(zip(_KEY, key, strict=True)) | counts.to_dict() for key, counts in counted.items()],
-        "energy": {"constants": constants(), "claimed_l1_hit_rate": CLAIMED_L1_HITS, "rows": energy_rows(counted)},
-        "projection": projection,
-    }
+    return finished(timed, counted, how, projection)
 
 
 @dataclass(frozen=True)

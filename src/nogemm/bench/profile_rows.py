@@ -57,7 +57,8 @@ def phase_rows(
 
 
 def _row(name: str, phase: str, batch: int, row: Mapping[str, Any]) -> dict[str, Any]:
-    kept = {key: row.get(key) for key in ("us_median", "us_p10", "us_p90", "verified", "max_error", "error", "missing")}
+    known = ("us_median", "us_p10", "us_p90", "verified", "max_error", "error", "missing", "skipped", "rounds")
+    kept = {key: row.get(key) for key in known}
     return {"contender": name, "phase": phase, "batch": batch, **{k: v for k, v in kept.items() if v is not None}} | {
         key: row.get(key) for key in ("us_median", "us_p10", "us_p90")
     }

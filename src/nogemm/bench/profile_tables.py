@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nogemm.bench.result import why_not
 from nogemm.bench.tables import TextTable
 
 _RATES = (
@@ -25,7 +26,7 @@ def profile_table(result: Mapping[str, Any]) -> TextTable:
     for row in result["rows"]:
         us = row["us_median"]
         cells = [row["contender"], row["phase"], f"{row['batch']:,}"]
-        cells.append(row.get("missing") or row.get("error") or "" if us is None else f"{us:.4g}")
+        cells.append(why_not(row) if us is None else f"{us:.4g}")
         cells += ["" if row[name] is None else f"{row[name] * scale:.3g}{unit}" for name, _, scale, unit in _RATES]
         rows.append(cells)
     head = ["contender", "phase", "batch", "us", *(title for _, title, _, _ in _RATES)]

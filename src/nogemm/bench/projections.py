@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nogemm.bench.partial import Keep
 from nogemm.bench.result import origin
 from nogemm.config import ProjectionConfig
 from nogemm.errors import ConfigError
@@ -52,8 +53,10 @@ class ProjectionBenchArgs:
     seed: int = 0
 
 
-def run_projection_bench(args: ProjectionBenchArgs, *, note: Note | None = None) -> dict[str, Any]:
-    """Fit every projection that costs no more than the dense one.
+def run_projection_bench(
+    args: ProjectionBenchArgs, *, note: Note | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Fit every projection that costs no more than the dense one; `keep` gets the result as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"dense": its FLOP and parameters, "rows"}; a row has "projection" (kind),
@@ -72,13 +75,16 @@ def run_projection_bench(args: ProjectionBenchArgs, *, note: Note | None = None)
     generator = torch.Generator().manual_seed(args.seed)
     matrices = [torch.randn(args.d, args.d, generator=generator) / math.sqrt(args.d) for _ in range(args.matrices)]
     dense = DenseProjectionConfig(bias=False).build(args.d, args.d).cost(4)
-    rows = []
+    result = origin(asdict(args)) | {"dense": {"flops": dense.flops, "parameters": dense.parameters}}
+    rows: list[dict[str, Any]] = []
     for config in sweep(args.d):
         cost = config.build(args.d, args.d).cost(4)
         if cost.flops <= dense.flops:
             say(f"{config.kind} {label(config)}")
             rows.append(_row(config, matrices, args) | {"flops": cost.flops, "parameters": cost.parameters})
-    return origin(asdict(args)) | {"dense": {"flops": dense.flops, "parameters": dense.parameters}, "rows": rows}
+            if keep is not None:
+                keep(result | {"rows": list(rows)})
+    return result | {"rows": rows}
 
 
 def sweep(d: int) -> list[ProjectionConfig]:

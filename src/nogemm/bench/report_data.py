@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.result import shown_name
+from nogemm.bench.result import shown_name, why_not
 from nogemm.bench.tables import (
     TextTable,
     flips_table,
@@ -127,6 +127,8 @@ def read_results(paths: Sequence[str | Path]) -> Results:
             _READERS[kind](data, results)
         except (KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path}: not a complete {kind} result ({type(error).__name__}: {error})") from error
+        if data.get("partial"):
+            results.notes.append(f"{path.name} is partial: {data.get('reason', 'its command did not end')}.")
         machine = data.get("machine_line") or data.get("machine", {}).get("line", "")
         if machine and machine not in results.machines:
             results.machines.append(machine)
@@ -277,7 +279,7 @@ def _speed_row(row: Mapping[str, Any], shape: str, size: tuple[int, ...], settin
         us_p90=row.get("us_p90"),
         ratio=row.get("ratio"),
         setting=setting,
-        why_not=row.get("missing") or row.get("error") or "",
+        why_not=why_not(row),
         detail=row,
     )
 

@@ -51,7 +51,13 @@ def our_names(dtypes: str) -> list[str]:
     return [f"nogemm-{word}" for word in words]
 
 
+def why_not(row: Mapping[str, Any]) -> str:
+    """Say why a row has no time; "" if its file gives no reason."""
+    return row.get("missing") or row.get("error") or row.get("skipped") or ""
+
+
 def shown_name(row: Mapping[str, Any]) -> str:
-    """Name a row's contender for a table; say where PyTorch stood in for our kernel, and which model is untrained."""
+    """Name a row's contender for a table; say where PyTorch stood in for our kernel, what is untrained or cut short."""
     native = ", not native" if row.get("native") is False else ""
-    return row["contender"] + native + (", untrained" if row.get("trained") is False else "")
+    rounds = f", {row['rounds']} rounds only" if "rounds" in row else ""
+    return row["contender"] + native + (", untrained" if row.get("trained") is False else "") + rounds

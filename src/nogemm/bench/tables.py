@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nogemm.bench.result import shown_name
+from nogemm.bench.result import shown_name, why_not
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ def methods_table(result: Mapping[str, Any]) -> TextTable:
         for batch in batches:
             row = cases[batch]
             if row["us_median"] is None:
-                cells += [row.get("missing") or row.get("error") or "not run", ""]
+                cells += [why_not(row) or "not run", ""]
             else:
                 ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
                 cells += [f"{row['us_median']:.4g}", ratio]

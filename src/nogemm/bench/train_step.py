@@ -32,10 +32,10 @@ from nogemm.bench.layer_job import DenseStack, our_layer
 from nogemm.bench.masked_topk import MaskedTopK
 from nogemm.bench.masked_tree import MaskedTree
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.partial import Keep, recording
 from nogemm.bench.pool import TokenPool, write_pool
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
-from nogemm.files import write_json
 from nogemm.hardware.cpu import usable_cores
 from nogemm.layers import HireFFN, TreeFFN
 from nogemm.train import LazyAdam
@@ -84,11 +84,16 @@ class TrainStepArgs:
 
 
 def run_train_step(
-    args: TrainStepArgs, *, note: Callable[[str], None] | None = None, _min_rounds: int = MIN_ROUNDS
+    args: TrainStepArgs,
+    *,
+    note: Callable[[str], None] | None = None,
+    keep: Keep | None = None,
+    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time training steps, ours with fused AdamW, the dense layer's with fused and with foreach AdamW.
 
-    Outputs and gradients of inputs and weights are compared with float64 before a clock starts.
+    Outputs and gradients of inputs and weights are compared with float64 before a clock starts. `keep` gets the result
+    as it grows.
 
     Returns:
         `nogemm.bench.result.origin` and {"rows"}; a row has "contender", "tokens", "codes", "verified", "max_error",
@@ -105,6 +110,15 @@ def run_train_step(
     args = replace(args, threads=args.threads or usable_cores(), set=chosen)
     args = args if args.checkpoint is None else replace(args, codes=("trained",))
     head = origin(asdict(args))
+
+    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+        add_ratios(rows, OURS, ("tokens", "codes"))
+        return head | {"rows": rows}
+
+    def kept(rows: list[dict[str, Any]]) -> None:
+        if keep is not None:
+            keep(finished(rows))
+
     with tempfile.TemporaryDirectory(prefix="nogemm-train-step-") as folder:
         cases = []
         for codes in args.codes:
@@ -112,9 +126,8 @@ def run_train_step(
             write_pool(pool, 8 * args.tokens, args.d, seed=args.seed + 1, source_ND=_source(args, codes))
             cases.append({"tokens": args.tokens, "codes": codes})
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=0.0)
-        rows = measure(_specs(args, folder), cases, plan, note=note, _min_rounds=_min_rounds)
-    add_ratios(rows, OURS, ("tokens", "codes"))
-    return head | {"rows": rows}
+        rows = measure(_specs(args, folder), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
+    return finished(rows)
 
 
 def _specs(args: TrainStepArgs, folder: str) -> list[Spec]:
@@ -260,8 +273,9 @@ def main(words: Sequence[str] | None = None) -> None:
     values: dict[str, Any] = {name: value for name, value in vars(given).items() if name != "json"}
     values["set"] = None if given.set is None else tuple(given.set)
     args = TrainStepArgs(**values)
-    result = run_train_step(args, note=lambda line: print(line, file=sys.stderr))
-    write_json(given.json, {"kind": "train-step", **result})
+    with recording(given.json, "train-step") as record:
+        result = run_train_step(args, note=lambda line: print(line, file=sys.stderr, flush=True), keep=record.keep)
+        record.done(result)
     for row in result["rows"]:
         shown = f"{row['us_median'] / 1e3:.1f} ms" if row.get("us_median") else row.get("error", "not run")
         print(f"{row['codes']:8} {row['contender']:14} {shown}  {row.get('parts')}")

@@ -42,6 +42,7 @@ def compare_sites(
     dtype: str,
     threads: int = 0,
     run: Callable[[LayerBenchArgs], dict[str, Any]] = run_layer_bench,
+    keep: Callable[[list[dict[str, Any]]], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Time the layer of every kind of converted site beside the dense FFN it replaced, in torch's three precisions.
 
@@ -51,6 +52,8 @@ def compare_sites(
         method, choices: the layer, as `nogemm bench layer --method --set` takes it.
         dtype: ours is packed in.
         threads: of every contender; 0: every usable core.
+        run: times a layer.
+        keep: called with the kinds that are done.
     Returns:
         one entry per kind: {"replaced", "sites": count, "rows", "dense_faster", "verdict"}; a site whose output is not
         as wide as its input has no rows, and says so in "verdict".
@@ -79,4 +82,6 @@ def compare_sites(
         )
         rows = run(args)["rows"]
         kind |= {"rows": rows, "dense_faster": dense_faster(rows), "verdict": verdict(rows)}
+        if keep is not None:
+            keep([kind for kind in kinds.values() if "verdict" in kind])
     return list(kinds.values())

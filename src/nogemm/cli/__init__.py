@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import typer
 
+from nogemm.bench.partial import sigterm_interrupts
 from nogemm.cli import bench, info, models, profile
 from nogemm.errors import NogemmError
 
@@ -32,12 +33,13 @@ app.command("report")(info.report)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 done, 2 wrong input, 130 interrupted.
+    """Run one command and exit: 0 done, 2 wrong input, 130 interrupted, 143 ended by SIGTERM.
 
     With NOGEMM_TRACEBACK=1 in the environment an error is shown with its whole traceback.
     """
     try:
-        app(args=list(arguments) if arguments is not None else None, prog_name="nogemm")
+        with sigterm_interrupts():
+            app(args=list(arguments) if arguments is not None else None, prog_name="nogemm")
     except (NogemmError, ValueError, OSError) as error:
         if os.environ.get("NOGEMM_TRACEBACK") == "1":
             raise

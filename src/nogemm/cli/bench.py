@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, clear_progress, finish, print_table, print_text_table, progress
+from nogemm.bench.tables import TextTable
+from nogemm.cli.common import Json, print_partial, print_table, print_text_table
 from nogemm.cli.options import (
     Activation,
     Against,
@@ -28,6 +29,7 @@ from nogemm.cli.options import (
     layer_args,
     words,
 )
+from nogemm.cli.progress import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -58,11 +60,15 @@ def layer(
     from nogemm.bench.layer import run_layer_bench
     from nogemm.bench.verdict import dense_faster, verdict
 
-    result = run_layer_bench(args, note=progress)
-    clear_progress()
-    _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
-    print(verdict(result["rows"]))
-    finish({"kind": "layer", **result, "dense_faster": dense_faster(result["rows"])}, json)
+    def work(note: Note, keep: Keep) -> dict[str, Any]:
+        result = run_layer_bench(args, note=note, keep=keep)
+        return result | {"dense_faster": dense_faster(result["rows"])}
+
+    def show(result: dict[str, Any]) -> None:
+        _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
+        print(verdict(result["rows"]))
+
+    measured("layer", json, work, show)
 
 
 @app.command("model")
@@ -109,10 +115,12 @@ def model(
         seed=seed,
         **chosen,
     )
-    result = run_model_bench(args, note=progress)
-    clear_progress()
-    _print_rows(result, ("batch", "length"), "ms", 1000.0)
-    finish({"kind": "model", **result}, json)
+    measured(
+        "model",
+        json,
+        lambda note, keep: run_model_bench(args, note=note, keep=keep),
+        lambda result: _print_rows(result, ("batch", "length"), "ms", 1000.0),
+    )
 
 
 @app.command("methods")
@@ -147,11 +155,12 @@ def methods(
         seconds=seconds,
         seed=seed,
     )
-    result = run_methods_bench(args, note=progress)
-    clear_progress()
-    print(result["machine_line"])
-    print_text_table(methods_table(result))
-    finish({"kind": "methods", **result}, json)
+    measured(
+        "methods",
+        json,
+        lambda note, keep: run_methods_bench(args, note=note, keep=keep),
+        lambda result: _print_table(result, methods_table),
+    )
 
 
 @app.command("projections")
@@ -168,10 +177,12 @@ def projections(
     from nogemm.bench.tables import projections_table
 
     args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
-    result = run_projection_bench(args, note=progress)
-    clear_progress()
-    print_text_table(projections_table(result))
-    finish({"kind": "projections", **result}, json)
+    measured(
+        "projections",
+        json,
+        lambda note, keep: run_projection_bench(args, note=note, keep=keep),
+        lambda result: _print_table(result, projections_table),
+    )
 
 
 @app.command("lsh")
@@ -204,10 +215,12 @@ def lsh(
         steps=steps,
         seed=seed,
     )
-    result = run_lsh_bench(args, note=progress)
-    clear_progress()
-    print_text_table(lsh_table(result))
-    finish({"kind": "lsh", **result}, json)
+    measured(
+        "lsh",
+        json,
+        lambda note, keep: run_lsh_bench(args, note=note, keep=keep),
+        lambda result: _print_table(result, lsh_table),
+    )
 
 
 @app.command("flips")
@@ -221,15 +234,23 @@ def flips(
     from nogemm.bench.flips import run_flips_bench
     from nogemm.bench.tables import flips_table
 
-    result = run_flips_bench(tokens=tokens, batches=integers("--batch", batch), seed=seed, note=progress)
-    clear_progress()
+    batches = integers("--batch", batch)
+    measured(
+        "flips",
+        json,
+        lambda note, keep: run_flips_bench(tokens=tokens, batches=batches, seed=seed, note=note, keep=keep),
+        lambda result: _print_table(result, flips_table),
+    )
+
+
+def _print_table(result: dict[str, Any], make: Callable[[dict[str, Any]], TextTable]) -> None:
     print(result["machine_line"])
-    print_text_table(flips_table(result))
-    finish({"kind": "flips", **result}, json)
+    print_text_table(make(result))
+    print_partial(result)
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
-    from nogemm.bench.result import shown_name
+    from nogemm.bench.result import shown_name, why_not
 
     print(result["machine_line"])
     head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]
@@ -241,7 +262,7 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
     for row in result["rows"]:
         start = [shown_name(row), *(str(row[key]) for key in keys)]
         if row.get("us_median") is None:
-            why = row.get("missing") or row.get("error") or "not run"
+            why = why_not(row) or "not run"
             rows.append([*start, why, *[""] * (len(head) - len(start) - 1)])
             continue
         times = [f"{row[name] / scale:.4g}" for name in ("us_median", "us_p10", "us_p90")]
@@ -253,3 +274,4 @@ def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: f
     print_table(head, rows)
     if any(row.get("native") is False for row in result["rows"]):
         print("not native: PyTorch operators stood in for the compiled kernel, so these are not the kernel's times")
+    print_partial(result)

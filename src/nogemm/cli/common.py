@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -54,17 +53,6 @@ def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any
     save_with(model, target, tokenizer, extra)
 
 
-def progress(line: str) -> None:
-    """Show a line of progress on standard error, in place, where that is a terminal."""
-    if sys.stderr.isatty():
-        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-
-
-def clear_progress() -> None:
-    """Remove the last line of progress before results are printed."""
-    progress("")
-
-
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print aligned columns: the first to the left, the others to the right."""
     table = [list(head), *(list(row) for row in rows)]
@@ -72,6 +60,12 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in table:
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip())
+
+
+def print_partial(result: Mapping[str, Any]) -> None:
+    """Say of a result that was cut short that it was."""
+    if result.get("partial"):
+        print(f"partial: {result['reason']}")
 
 
 def print_text_table(table: TextTable) -> None:

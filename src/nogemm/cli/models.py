@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json as json_format
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from nogemm.bench.partial import Record
 from nogemm.cli.common import (
     Json,
-    clear_progress,
     finish,
     load_model,
+    print_partial,
     print_table,
-    progress,
     save_like,
 )
+from nogemm.cli.progress import Keep, Note, end_early, measured, progress, training_lines
 from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 
@@ -52,21 +53,36 @@ def convert(
     config = parse_set(layer_class(method), set_ or [])
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     sample = None if data is None else texts(data)
-    report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
+    with progress.watching():
+        progress(f"converting {model}")
+        report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
     if tables is not None:
         nogemm.compress(loaded, tables)
     save_like(loaded, model, output, tokenizer)
     print(report)
-    result = report.to_dict()
-    if speed is not None:
+    print(output)
+
+    def work(note: Note, keep: Keep) -> dict[str, Any]:
+        found = report.to_dict()
+        keep(found)  # the model is converted and written, whatever becomes of the timing
+        if speed is None:
+            return found
+        from nogemm.bench.layer import run_layer_bench
         from nogemm.bench.verdict import compare_sites
 
-        result["speed"] = compare_sites(report, method, set_ or [], speed)
-        for kind in result["speed"]:
+        def kept(kinds: list[dict[str, Any]]) -> None:
+            keep(found | {"speed": kinds})
+
+        run = partial(run_layer_bench, note=note)
+        return found | {"speed": compare_sites(report, method, set_ or [], speed, run=run, keep=kept)}
+
+    def show(result: dict[str, Any]) -> None:
+        for kind in result.get("speed", []):
             shape = kind["replaced"]
             print(f"{method}, {speed}, for {shape['d_model']}, {shape['hidden']}: {kind['verdict']}")
-    print(output)
-    finish(result, json)
+        print_partial(result)
+
+    measured(None, json, work, show)
 
 
 def distil(
@@ -96,11 +112,13 @@ def distil(
     loaded, dense, tokenizer = load_model(model), load_model(teacher), load_tokenizer(teacher)
     options = distil_options(choices)
     sources = {"tokenizer": tokenizer, "validation": validation}
+    record = Record(json)
     try:
-        report = nogemm.distil(loaded, dense, data, **sources, output_dir=run, resume=resume, options=options)
-    except KeyboardInterrupt as stopped:  # its message says how to go on, which the command line would swallow
-        print(f"nogemm: {stopped}", file=sys.stderr)
-        raise
+        with training_lines():
+            report = nogemm.distil(loaded, dense, data, **sources, output_dir=run, resume=resume, options=options)
+    except KeyboardInterrupt as stopped:
+        record.keep({"options": options.to_dict(), "run": str(run)})
+        end_early(record, stopped, print_partial)
     save_like(loaded, model, output, tokenizer)
     agreement = "" if report.agreement is None else f", agreement {report.agreement:.4f}"
     print(f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.stopped}){agreement}")
@@ -134,15 +152,17 @@ def evaluate(
         max_length=max_length,
         seed=seed,
     )
-    result = run_eval(args, note=progress)
-    clear_progress()
-    rows = [
-        [name, group, f"{figure['value']:.4f}", f"{figure['low']:.4f}", f"{figure['high']:.4f}"]
-        for group in ("teacher", "ours", "kept", "difference")
-        for name, figure in result.get(group, {}).items()
-    ]
-    print_table(["figure", "of", "value", "low", "high"], rows)
-    finish({"kind": "quality", **result}, json)
+
+    def show(result: dict[str, Any]) -> None:
+        rows = [
+            [name, group, f"{figure['value']:.4f}", f"{figure['low']:.4f}", f"{figure['high']:.4f}"]
+            for group in ("teacher", "ours", "kept", "difference")
+            for name, figure in result.get(group, {}).items()
+        ]
+        print_table(["figure", "of", "value", "low", "high"], rows)
+        print_partial(result)
+
+    measured("quality", json, lambda note, keep: run_eval(args, note=note, keep=keep), show)
 
 
 def export(
@@ -164,7 +184,9 @@ def export(
 
     loaded, tokenizer = load_model(model), load_tokenizer(model)
     sample = list(islice(texts(data), 512))
-    report = nogemm.export(loaded, output, to=to, dtype=dtype, int8=int8, tokenizer=tokenizer, calibration=sample)
+    with progress.watching():
+        progress(f"exporting {model}")
+        report = nogemm.export(loaded, output, to=to, dtype=dtype, int8=int8, tokenizer=tokenizer, calibration=sample)
     rest, size = "int8" if report.int8 else "float", f"{report.weight_bytes / 2**20:.0f} MiB"
     print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {rest}, {size}")
     print(f"mean cosine with the packed torch model {report.cosine:.5f}")

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, clear_progress, finish, print_text_table, progress
+from nogemm.cli.common import Json, print_partial, print_text_table
 from nogemm.cli.options import (
     Activation,
     Batch,
@@ -24,6 +24,7 @@ from nogemm.cli.options import (
     Width,
     layer_args,
 )
+from nogemm.cli.progress import measured
 
 
 def profile(
@@ -53,11 +54,13 @@ def profile(
     from nogemm.bench.profile_tables import energy_table, profile_table, projection_table
 
     args = ProfileArgs(layer=layer, counters=counters, counts=counts, project=project)
-    result: dict[str, Any] = run_profile(args, note=progress)
-    clear_progress()
-    print(result["machine_line"])
-    for table in (profile_table(result), energy_table(result), projection_table(result)):
-        if table.rows:
-            print(f"\n{table.title}")
-            print_text_table(table)
-    finish({"kind": "profile", **result}, json)
+
+    def show(result: dict[str, Any]) -> None:
+        print(result["machine_line"])
+        for table in (profile_table(result), energy_table(result), projection_table(result)):
+            if table.rows:
+                print(f"\n{table.title}")
+                print_text_table(table)
+        print_partial(result)
+
+    measured("profile", json, lambda note, keep: run_profile(args, note=note, keep=keep), show)

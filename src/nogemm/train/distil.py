@@ -68,7 +68,7 @@ def distil(
     Raises:
         TrainingError: a loss or gradient is not finite (the last checkpoint stays), a directory in use, or one that
             holds an earlier run without `resume`.
-        TrainingInterrupted: Ctrl-C; the state was saved, and the message says how to resume.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state was saved, and the message says how to resume.
         DataError: no text, an unreadable file, or data or a tokenizer that changed since the run that is resumed.
     Example:
         >>> report = nogemm.distil(model, teacher, "sample", tokens=1_000_000, output_dir="run")  # doctest: +SKIP

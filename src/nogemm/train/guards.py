@@ -59,22 +59,27 @@ def sparse_rows(model: nn.Module, wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def interrupts() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C into an event that is looked at between steps; a second one interrupts at once."""
+    """Turn the first Ctrl-C or SIGTERM into an event that is looked at between steps; a second one ends at once."""
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    old = signal.getsignal(signal.SIGINT)
+    old = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def put_back() -> None:
+        for number, before in old.items():
+            signal.signal(number, before)
 
     def handler(number: int, frame: Any) -> None:
         event.set()
-        signal.signal(signal.SIGINT, old)
+        put_back()
 
-    signal.signal(signal.SIGINT, handler)
+    for number in old:
+        signal.signal(number, handler)
     try:
         yield event
     finally:
-        signal.signal(signal.SIGINT, old)
+        put_back()
 
 
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
