@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from xml.etree import ElementTree
 import pytest
 
 from nogemm.bench.report import write_report
+from nogemm.bench.report_labels import Box, overlap, text_width
 from nogemm.bench.report_svg import Bar, Point, bars, lines, number, scatter
 from nogemm.errors import ConfigError
 from nogemm.files import write_atomically, write_json
@@ -137,8 +139,88 @@ def test_scatter_puts_larger_values_right_and_up():
 
 def test_labels_of_equal_points_do_not_cover_each_other():
     chart = scatter([Point(1.0, 0.5, f"row {i}") for i in range(5)], x_label="x", y_label="y")
-    places = re.findall(r'class="label" x="([\d.]+)" y="([\d.]+)"', chart)
-    assert len(set(places)) == 5
+    assert_readable(chart)
+    assert chart.count('class="label"') == 5
+
+
+def text_boxes(chart: str) -> list[tuple[str, Box]]:
+    """Return the box of every text of a chart that is not turned, by the widths that the charts are laid out with."""
+    found = []
+    for text in ElementTree.fromstring(chart).iter("text"):
+        if "transform" in text.attrib:
+            continue
+        word = text.text or ""
+        x, y = float(text.attrib["x"]), float(text.attrib["y"])
+        width = text_width(word, bold=text.get("class") == "own")
+        left = x - {"end": width, "middle": width / 2}.get(text.get("text-anchor", ""), 0.0)
+        found.append((word, (left, y - 10, left + width, y + 3)))
+    return found
+
+
+def assert_readable(chart: str) -> None:
+    """No text may leave the picture or stand on another."""
+    _, _, width, height = map(float, ElementTree.fromstring(chart).attrib["viewBox"].split())
+    boxes = text_boxes(chart)
+    for word, (left, top, right, bottom) in boxes:
+        assert left >= 0, word
+        assert right <= width, word
+        assert top >= 0, word
+        assert bottom <= height, word
+    for (one, a), (other, b) in itertools.combinations(boxes, 2):
+        assert not overlap(a, b), f"{one} on {other}"
+
+
+CROWD = [
+    *(Point(0.33, 0.93 + 0.001 * i, f"LookupFFN, learned projection, seed {i}", 0, 0.92, 0.94) for i in range(4)),
+    *(Point(0.3 * (i % 3), 0.9 + 0.01 * (i % 4), f"a rival of some name, variant number {i}", 1) for i in range(14)),
+    *(Point(2.4, 1.0, name, 1, hollow=True) for name in ("dense teacher", "half of the neurons", "W" * 90)),
+]
+
+
+def test_a_crowded_scatter_stays_readable():
+    chart = scatter(CROWD, x_label="FFN MFLOP per token and layer", y_label="agreement")
+    assert_readable(chart)
+    said = "".join(word for word, _ in text_boxes(chart))
+    for point in CROWD:
+        assert point.label.replace(" ", "") in said.replace(" ", "")
+
+
+def test_the_check_of_readability_can_fail():
+    inside = '<svg viewBox="0 0 480 40"><text x="10" y="20">one</text><text x="{}" y="20">two</text></svg>'
+    assert_readable(inside.format(200))
+    for place in (20, 470):
+        with pytest.raises(AssertionError):
+            assert_readable(inside.format(place))
+
+
+@pytest.mark.parametrize("size", [1.0, 1e9])
+def test_long_names_of_bars_are_whole_and_inside(size):
+    names = ["nogemm-int8+openvino-int8", "3-layers+onnxruntime-int8, untrained", "x" * 70, "a"]
+    rows = [Bar(name, size * (i + 1), number(size) + " ms", i % 2) for i, name in enumerate(names)]
+    chart = bars(rows)
+    assert_readable(chart)
+    said = "".join(word for word, _ in text_boxes(chart)).replace(" ", "")
+    assert all(name.replace(" ", "") in said for name in names)
+
+
+def test_lines_stay_readable_at_both_ends():
+    points = [(n, 3.0 + 1e-4 * n) for n in (1, 2, 4, 8, 64, 512, 4096, 32768, 131072)]
+    assert_readable(lines([("a", 1, points), ("b", 0, points)], x_label="tokens in the batch", y_label="us per token"))
+
+
+def test_the_page_says_beside_the_charts_why_something_did_not_run(tmp_path):
+    result = demo_result()
+    shape = {"batch": 32, "length": 128}
+    refused = "does not match the reference: least cosine of an embedding 0.81234, needed 0.9"
+    result["latency"] += [
+        {"contender": "torch-int8", "verified": False, "error": refused} | shape,
+        {"contender": "openvino-f32", "skipped": "out of time"} | shape,
+        {"contender": "torch-bf16"} | shape,
+    ]
+    page = report(tmp_path, result).partition("<details>")[0]
+    assert f"<b>torch-int8</b>: {refused}" in page
+    assert "<b>openvino-f32</b>: out of time" in page
+    assert "<b>torch-bf16</b>: its file gives no reason" in page
 
 
 def test_logarithmic_axes_space_decades_evenly():

@@ -21,6 +21,7 @@ from nogemm.bench.tables import TextTable
 from nogemm.files import write_atomically
 
 MIB = 1024 * 1024
+NO_REASON = "its file gives no reason"
 Key = TypeVar("Key")
 
 
@@ -175,7 +176,24 @@ def _layer_section(rows: Sequence[SpeedRow]) -> str:
     if not rows:
         return ""
     plots = f'<div class="charts">{"".join(parts)}</div>'
-    return f"<section><h2>Layer: speed against batch</h2>{plots}{_speed_table(rows, 'us')}</section>"
+    return f"<section><h2>Layer: speed against batch</h2>{plots}{_not_run(rows)}{_speed_table(rows, 'us')}</section>"
+
+
+def _not_run(rows: Sequence[SpeedRow]) -> str:
+    """Name what has no time, with the reason, where a reader of the charts looks for it."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.us is None:
+            reasons.setdefault((row.contender, row.why_not or NO_REASON), []).append(_size(row.size))
+    if not reasons:
+        return ""
+    every = len({row.size for row in rows})
+    items = [
+        f"<li><b>{escape(name)}</b>{'' if len(set(sizes)) == every else ' at ' + ', '.join(dict.fromkeys(sizes))}: "
+        f"{escape(reason)}</li>"
+        for (name, reason), sizes in reasons.items()
+    ]
+    return f"<div class='hint'>Not run:<ul>{''.join(items)}</ul></div>"
 
 
 def _per_token(rows: Sequence[SpeedRow], contender: str) -> list[tuple[float, float]]:
@@ -197,7 +215,8 @@ def _bars_section(title: str, rows: Sequence[SpeedRow], hint: str) -> str:
     if not rows:
         return ""
     plots = f'<div class="charts">{"".join(parts)}</div>'
-    return f"<section><h2>{title}</h2>{plots}<p class='hint'>{hint}</p>{_speed_table(rows, 'ms')}</section>"
+    missing = _not_run(rows)
+    return f"<section><h2>{title}</h2>{plots}<p class='hint'>{hint}</p>{missing}{_speed_table(rows, 'ms')}</section>"
 
 
 def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:
@@ -233,7 +252,7 @@ def _speed_table(rows: Sequence[SpeedRow], unit: str) -> str:
 
 def _times(row: SpeedRow, scale: float) -> tuple[str, str]:
     if row.us is None or row.us_p10 is None or row.us_p90 is None:
-        return "not run", f"<small>{escape(row.why_not)}</small>"
+        return "not run", f"<small class='why'>{escape(row.why_not or NO_REASON)}</small>"
     return number(row.us / scale, 4), f"{number(row.us_p10 / scale)} to {number(row.us_p90 / scale)}"
 
 

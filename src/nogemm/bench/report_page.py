@@ -42,6 +42,7 @@ svg .label { fill: var(--soft); }
 svg .own { font-weight: 700; }
 svg .grid { stroke: var(--grid); }
 svg .axis { stroke: var(--soft); }
+svg .leader { stroke: var(--soft); stroke-width: 0.8; opacity: 0.7; }
 svg polyline { fill: none; stroke-width: 1.8; }
 svg .strong { stroke-width: 3; }
 svg line { stroke-width: 1.4; }
@@ -62,6 +63,9 @@ table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant
 th, td { text-align: left; vertical-align: top; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 td small { display: block; color: var(--soft); font-size: 0.78rem; white-space: nowrap; }
+td small.why { white-space: normal; min-width: 22ch; max-width: 44ch; }
+.hint ul { margin: 2px 0 6px; padding-left: 18px; }
+.hint li { overflow-wrap: anywhere; }
 tr.own td { background: var(--own); }
 tr.own td:first-child { box-shadow: inset 3px 0 var(--c0); padding-left: 10px; font-weight: 600; }
 .tag { font: 0.74rem system-ui, sans-serif; border: 1px solid var(--line); border-radius: 8px; padding: 0 7px; }

@@ -7,15 +7,19 @@ Reading order: `Point`, `scatter`, `lines`, `bars`; the axes at the end.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import string
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
+
+from nogemm.bench.report_labels import LINE, Label, place, text_width, wrap
 
 WIDTH = 480
 LEFT, RIGHT, TOP, BOTTOM = 62, 16, 14, 44
 COLOURS = 8
-DASHES = ("none", "7 4", "2 3")  # ours in several dtypes: one colour, several strokes
+DASHES = ("none", "7 4", "2 3")  # series of one colour, such as ours in several dtypes, differ by their strokes
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,11 @@ class Bar:
 
 
 def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int = 330) -> str:
-    """Draw labelled points with vertical intervals; x and y are linear, x starts just before 0."""
+    """Draw labelled points with vertical intervals; x and y are linear, x starts just before 0.
+
+    A label stands beside its mark where nothing else does. Where no room is left, the mark gets a letter, and the name
+    stands behind that letter below the chart.
+    """
     xs = [p.x for p in points]
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     span = max(ys) - min(ys) or 0.1
@@ -50,8 +58,15 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int 
     x_axis = _Axis(-0.04 * right, right, LEFT, WIDTH - RIGHT)
     y_axis = _Axis(min(ys) - 0.12 * span, max(ys) + 0.12 * span, height - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, height)]
-    # Labels keep clear of every mark, not only of the marks drawn so far.
+    # Labels keep clear of every mark and interval, not only of those drawn so far.
     boxes = [(x_axis(p.x) - 6, y_axis(p.y) - 6, x_axis(p.x) + 6, y_axis(p.y) + 6) for p in points]
+    boxes += [
+        (x_axis(p.x) - 1, y_axis(p.high), x_axis(p.x) + 1, y_axis(p.low))
+        for p in points
+        if p.low is not None and p.high is not None
+    ]
+    room = (LEFT + 2.0, TOP - 4.0, WIDTH - 2.0, height - BOTTOM - 2.0)
+    below: list[Point] = []
     for p in sorted(points, key=lambda p: (p.series, -p.y)):
         x, y = x_axis(p.x), y_axis(p.y)
         if p.low is not None and p.high is not None:
@@ -61,8 +76,26 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int 
         parts.append(
             f'<circle class="{style}" cx="{x:.1f}" cy="{y:.1f}" r="5.5"><title>{escape(p.label)}</title></circle>'
         )
-        parts.append(_place_label(p.label, x, y, boxes, strong=p.series == 0, bottom=height - BOTTOM))
-    return _svg(parts, height, f"{y_label} against {x_label}")
+        label = place(p.label, x, y, boxes, room, bold=p.series == 0)
+        if label is None:
+            below.append(p)
+        else:
+            boxes.append(label.box)
+            parts.append(_label(label, x, y, strong=p.series == 0))
+    for letter, p in zip(_letters(), below, strict=False):
+        x, y = x_axis(p.x), y_axis(p.y)
+        label = place(letter, x, y, boxes, room, bold=p.series == 0)
+        where = ""
+        if label is None:  # not even room for a letter
+            where = f", at {number(p.x)}, {number(p.y)}"
+        else:
+            boxes.append(label.box)
+            parts.append(_label(label, x, y, strong=p.series == 0))
+        for i, line in enumerate(wrap(f"{letter}: {p.label}{where}", WIDTH - 32, bold=p.series == 0)):
+            kind = "own" if p.series == 0 else "label"
+            parts.append(f'<text class="{kind}" x="{12 if i == 0 else 28}" y="{height + 8}">{escape(line)}</text>')
+            height += round(LINE + 2)
+    return _svg(parts, height + (8 if below else 0), f"{y_label} against {x_label}")
 
 
 def lines(
@@ -78,9 +111,9 @@ def lines(
     x_axis = _Axis(min(xs) / 1.3, max(xs) * 1.3, LEFT, WIDTH - RIGHT, log=True, ticks=sorted(set(xs)))
     y_axis = _Axis(min(ys) / 1.4, max(ys) * 1.4, height - BOTTOM, TOP, log=True)
     parts = [_frame(x_axis, y_axis, x_label, y_label, height)]
-    own = [name for name, colour, _ in series if colour == 0]
+    dashes = _dashes([(name, colour) for name, colour, _ in series])
     for name, colour, points in sorted(series, key=lambda s: s[1], reverse=True):  # ours is drawn last, on top
-        dash = f' stroke-dasharray="{DASHES[own.index(name) % len(DASHES)]}"' if colour == 0 else ""
+        dash = f' stroke-dasharray="{dashes[name, colour]}"'
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in points)
         parts.append(f'<polyline class="k{colour}{" strong" if colour == 0 else ""}"{dash} points="{path}"/>')
         for x, y in points:
@@ -92,37 +125,46 @@ def lines(
 
 
 def bars(rows: Sequence[Bar]) -> str:
-    """Draw one horizontal bar per row, from 0."""
-    label_width = min(240.0, 24 + 7.6 * max(len(row.label) for row in rows))
-    step, bar = 26, 16
-    height = step * len(rows) + 8
+    """Draw one horizontal bar per row, from 0; a long name is broken into lines beside its bar."""
+    figures = max(text_width(row.text, bold=row.series == 0) for row in rows) + 10
+    column = min(0.45 * WIDTH, max(text_width(row.label, bold=row.series == 0) for row in rows))
+    left = column + 14
     # The longest bar leaves room for the figure printed behind it.
-    room = WIDTH - label_width - 8.2 * max(len(row.text) for row in rows) - 12
-    scale = room / max(max(row.value for row in rows), 1e-30)
+    scale = max(WIDTH - left - figures, 20.0) / max(max(row.value for row in rows), 1e-30)
     parts = []
-    for i, row in enumerate(rows):
-        y = 4 + step * i
+    y = 4.0
+    for row in rows:
+        names = wrap(row.label, column, bold=row.series == 0)
+        tall = max(26.0, LINE * len(names) + 9)
+        middle = y + (tall - 10) / 2
         long = max(row.value * scale, 1.5)
         weight = ' class="own"' if row.series == 0 else ""
-        parts.append(
-            f'<text x="{label_width - 8:.0f}" y="{y + 13}" text-anchor="end"{weight}>{escape(row.label)}</text>'
-        )
-        parts.append(
-            f'<rect class="s{row.series}" x="{label_width:.0f}" y="{y}" width="{long:.1f}" height="{bar}" rx="2"/>'
-        )
-        parts.append(f'<text x="{label_width + long + 6:.1f}" y="{y + 13}"{weight}>{escape(row.text)}</text>')
-    return _svg(parts, height, "; ".join(f"{row.label} {row.text}" for row in rows))
+        for i, line in enumerate(names):
+            base = middle + 5 + LINE * (i - (len(names) - 1) / 2)
+            parts.append(f'<text x="{left - 8:.1f}" y="{base:.1f}" text-anchor="end"{weight}>{escape(line)}</text>')
+        bar = f'x="{left:.1f}" y="{middle - 8:.1f}" width="{long:.1f}" height="16"'
+        parts.append(f'<rect class="s{row.series}" {bar} rx="2"><title>{escape(row.label)}</title></rect>')
+        parts.append(f'<text x="{left + long + 6:.1f}" y="{middle + 5:.1f}"{weight}>{escape(row.text)}</text>')
+        y += tall
+    return _svg(parts, round(y + 4), "; ".join(f"{row.label} {row.text}" for row in rows))
 
 
 def legend(names: Sequence[tuple[str, int]]) -> str:
     """Return the colour key of a chart as HTML."""
-    own = [name for name, colour in names if colour == 0]
     items = []
-    for name, colour in names:
-        dash = DASHES[own.index(name) % len(DASHES)] if colour == 0 else "none"
+    for (name, colour), dash in _dashes(names).items():
         line = f'<line class="k{colour}" x1="0" x2="22" y1="6" y2="6" stroke-dasharray="{dash}"/>'
         items.append(f'<span><svg viewBox="0 0 22 12">{line}</svg>{escape(name)}</span>')
     return f'<div class="legend">{"".join(items)}</div>'
+
+
+def _dashes(names: Sequence[tuple[str, int]]) -> dict[tuple[str, int], str]:
+    """Give each (name, colour) a stroke: the second of a colour is dashed, the third dotted."""
+    found: dict[tuple[str, int], str] = {}
+    for name, colour in dict.fromkeys(names):
+        same = sum(1 for _, other in found if other == colour)
+        found[name, colour] = DASHES[same % len(DASHES)]
+    return found
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -202,37 +244,22 @@ def _tick(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:g}"
 
 
-def _place_label(
-    text: str,
-    x: float,
-    y: float,
-    taken: list[tuple[float, float, float, float]],
-    *,
-    strong: bool,
-    bottom: float,
-) -> str:
-    """Write `text` at the nearest free place beside its point, with a thin line to it when that is not next to it."""
-    width = 6.7 * len(text)
-    places = [(side, lift) for lift in (0, -16, 16, -32, 32, -48, 48, -64, 64) for side in (10, -10 - width)]
-    for dx, dy in places:
-        left, base = x + dx, y + dy + 4
-        box = (left, base - 11, left + width, base + 2)
-        inside = left >= LEFT and left + width <= WIDTH - 2 and TOP + 8 <= base < bottom
-        if inside and not any(_overlap(box, other) for other in taken):
-            break
-    else:
-        left, base = max(LEFT + 2.0, min(x + 10, WIDTH - width - 2)), y + 4
-        box = (left, base - 11, left + width, base + 2)
-    taken.append(box)
-    near = left if left > x else left + width
+def _label(label: Label, x: float, y: float, *, strong: bool) -> str:
+    """Write a label at its place, with a thin line to its mark where it does not stand next to it."""
     leader = ""
-    if abs(base - 4 - y) > 17:
-        leader = f'<line class="grid" x1="{x:.1f}" y1="{y:.1f}" x2="{near:.1f}" y2="{base - 4:.1f}"/>'
-    return f'{leader}<text class="{"own" if strong else "label"}" x="{left:.1f}" y="{base:.1f}">{escape(text)}</text>'
+    if label.leader:
+        left, top, right, bottom = label.box
+        near_x, near_y = min(max(x, left), right), bottom if bottom < y else top
+        leader = f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{near_x:.1f}" y2="{near_y:.1f}"/>'
+    kind = "own" if strong else "label"
+    return f'{leader}<text class="{kind}" x="{label.x:.1f}" y="{label.y:.1f}">{escape(label.text)}</text>'
 
 
-def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float, float]) -> bool:
-    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+def _letters() -> Iterator[str]:
+    """a, b, ... z, then a2, b2, ..."""
+    for turn in itertools.count(1):
+        for letter in string.ascii_lowercase:
+            yield letter if turn == 1 else f"{letter}{turn}"
 
 
 def _svg(parts: Sequence[str], height: int, title: str) -> str:
