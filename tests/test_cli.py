@@ -20,8 +20,8 @@ WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", 
 FLAGS = {
     "env": "--json",
     "convert": "--method --set --layers --data --tables --speed --json",
-    "distil": "--teacher --data --field --validation --run --resume --tokens --max-seconds --seed --optimizer --set "
-    "--json",
+    "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
+    "--set --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
     "export": "--to --dtype --int8 --data --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "

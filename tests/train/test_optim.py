@@ -11,7 +11,7 @@ from torch import nn
 
 from nogemm.convert import converted
 from nogemm.train import DistilOptions
-from nogemm.train.losses import Spread, embedding_loss, logits_loss, pooled, relative_error
+from nogemm.train.losses import Spread, class_loss, compared, embedding_loss, pooled, relative_error
 from nogemm.train.optim import (
     backbone_parameters,
     clip_gradients,
@@ -128,6 +128,7 @@ def test_losses_ignore_padding_and_vanish_for_equal_outputs() -> None:
     assert embedding_loss(padded, hidden, mask).item() == pytest.approx(0.0, abs=1e-6)
     assert embedding_loss(-hidden, hidden, mask).item() == pytest.approx(2.0)
     torch.testing.assert_close(pooled(hidden, mask)[1], hidden[1, 0] / hidden[1, 0].norm())
-    assert logits_loss(padded, hidden, mask).item() == pytest.approx(0.0, abs=1e-6)
-    assert logits_loss(hidden.flip(-1), hidden, mask).item() > 0.1
-    assert logits_loss(hidden[:, 0], hidden[:, 0], mask).item() == pytest.approx(0.0, abs=1e-6)
+    goal, whole = compared(hidden, mask), hidden[:, 0]
+    assert class_loss(compared(padded, mask), goal).item() == pytest.approx(0.0, abs=1e-6)
+    assert class_loss(compared(hidden.flip(-1), mask), goal).item() > 0.1
+    assert compared(whole, mask) is whole

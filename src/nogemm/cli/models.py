@@ -18,6 +18,7 @@ from nogemm.cli.common import (
     print_table,
     save_like,
 )
+from nogemm.cli.options import words
 from nogemm.cli.progress import Keep, Note, end_early, measured, progress, training_lines
 from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
@@ -91,6 +92,7 @@ def distil(
     teacher: Teacher,
     data: Data = "sample",
     field: Annotated[str | None, typer.Option(help="Field of JSONL or CSV rows that holds the text.")] = None,
+    pair: Annotated[str | None, typer.Option(help="Two fields read together, such as query,document.")] = None,
     validation: Annotated[str | None, typer.Option(help="Texts to measure agreement on while training.")] = None,
     run: Annotated[Path | None, typer.Option(help="Directory of checkpoints [OUTPUT with `-run` added].")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")] = False,
@@ -107,6 +109,7 @@ def distil(
 
     choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
     named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field, "optimizer": optimizer}
+    named |= {"pair": None if pair is None else tuple(words(pair))}
     choices |= {name: value for name, value in named.items() if value is not None}
     run = run or output.with_name(output.name + "-run")
     loaded, dense, tokenizer = load_model(model), load_model(teacher), load_tokenizer(teacher)

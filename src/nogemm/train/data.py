@@ -1,6 +1,6 @@
 """Token batches from texts: tokenised once into a file, read back in a seeded order, grouped by length.
 
-    source texts -> TokenFile (tokens.bin, offsets.bin, mapped into memory) -> Batches
+    source texts -> TokenFile (tokens.bin, offsets.bin, types.bin, mapped into memory) -> Batches
 
 Memory stays bounded whatever the data's size: tokenising holds a thousand texts, the files are memory-mapped, the order
 of an epoch is a keyed permutation that is computed and never stored, and a pool of a few thousand texts is sorted by
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,10 +34,14 @@ POOL = 4096
 
 @dataclass(frozen=True)
 class Batch:
-    """Sequences of similar length, padded on the right: `ids` and `mask`, both int64 [S, L]."""
+    """Sequences of similar length, padded on the right: `ids` and `mask`, both int64 [S, L].
+
+    `types`, of the same form, says which text of a pair a token belongs to, where the tokenizer says so.
+    """
 
     ids: Tensor
     mask: Tensor
+    types: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -54,7 +59,7 @@ class Position:
 
 
 class TokenFile:
-    """Tokenised texts in two memory-mapped files: all tokens in a row, and where each text starts."""
+    """Tokenised texts in memory-mapped files: all tokens in a row, where each text starts, perhaps token types."""
 
     def __init__(self, directory: Path) -> None:
         info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
@@ -62,7 +67,9 @@ class TokenFile:
         self.key: dict[str, Any] = info["key"]
         self.offsets = np.memmap(directory / "offsets.bin", dtype=np.int64, mode="r")
         self.tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
-        if len(self.offsets) != info["texts"] + 1 or len(self.tokens) != info["tokens"]:
+        self.types = np.memmap(directory / "types.bin", dtype=np.int8, mode="r") if info.get("types") else None
+        counts = {len(part) for part in (self.tokens, self.types) if part is not None}
+        if len(self.offsets) != info["texts"] + 1 or counts != {info["tokens"]}:
             raise DataError(f"{directory} is damaged: delete it and start again")
 
     def __len__(self) -> int:
@@ -76,9 +83,14 @@ class TokenFile:
         """Return the token ids of one text, int32 [length]."""
         return self.tokens[self.offsets[index] : self.offsets[index + 1]]
 
+    def text_types(self, index: int) -> np.ndarray:
+        """Return the token types of one text, int8 [length]; the file must hold types."""
+        assert self.types is not None
+        return self.types[self.offsets[index] : self.offsets[index + 1]]
+
 
 def tokenise(
-    source: Iterable[str],
+    source: Iterable[str] | Iterable[tuple[str, str]],
     tokenizer: Any,
     directory: Path,
     *,
@@ -89,7 +101,7 @@ def tokenise(
     """Tokenise texts into `directory`, or open what a run with the same `key` left there.
 
     Args:
-        source: texts; read only when the directory does not hold them yet.
+        source: texts, or pairs that a model reads together; read only when the directory does not hold them yet.
         tokenizer: a transformers tokenizer; special tokens are its own.
         max_length: longer texts are cut to this many tokens.
         key: what the content depends on (source, tokenizer, length); compared with the stored one.
@@ -110,10 +122,10 @@ def tokenise(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        texts, tokens = _write_tokens(iter(source), tokenizer, temporary, max_length, max_tokens)
+        texts, tokens, typed = _write_tokens(iter(source), tokenizer, temporary, max_length, max_tokens)
         if texts == 0:
             raise DataError("the data holds no text")
-        info = {"key": key, "texts": texts, "tokens": tokens}
+        info = {"key": key, "texts": texts, "tokens": tokens, "types": typed}
         (temporary / "info.json").write_text(json.dumps(info), encoding="utf-8")
         os.replace(temporary, directory)
     finally:
@@ -130,23 +142,33 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def _write_tokens(
-    source: Iterator[str], tokenizer: Any, directory: Path, max_length: int, max_tokens: int | None
-) -> tuple[int, int]:
+    source: Iterator[Any], tokenizer: Any, directory: Path, max_length: int, max_tokens: int | None
+) -> tuple[int, int, bool]:
+    """Write the files; return how many texts and tokens, and whether the tokens have types."""
     texts = total = 0
-    with open(directory / "tokens.bin", "wb") as tokens, open(directory / "offsets.bin", "wb") as offsets:
+    typed = False
+    with ExitStack() as files:
+        tokens, offsets, kinds = (
+            files.enter_context(open(directory / f"{name}.bin", "wb")) for name in ("tokens", "offsets", "types")
+        )
         offsets.write(np.zeros(1, np.int64).tobytes())
         while chunk := list(islice(source, TEXTS_AT_ONCE)):
-            encoded = tokenizer(chunk, truncation=True, max_length=max_length, padding=False)["input_ids"]
-            for ids in encoded:
+            columns = zip(*chunk, strict=True) if isinstance(chunk[0], tuple) else [chunk]
+            encoded = tokenizer(*map(list, columns), truncation=True, max_length=max_length, padding=False)
+            types = encoded.get("token_type_ids")
+            for i, ids in enumerate(encoded["input_ids"]):
                 if not ids:
                     continue
                 tokens.write(np.asarray(ids, np.int32).tobytes())
+                if types is not None:
+                    typed = True
+                    kinds.write(np.asarray(types[i], np.int8).tobytes())
                 total += len(ids)
                 texts += 1
                 offsets.write(np.asarray([total], np.int64).tobytes())
             if max_tokens is not None and total >= max_tokens:
                 break
-    return texts, total
+    return texts, total, typed
 
 
 class Batches:
@@ -191,11 +213,14 @@ class Batches:
         rows = [self.file.text(int(i)) for i in index]
         longest = max(len(row) for row in rows)
         ids = np.full((len(rows), longest), self.pad_id, np.int64)
-        mask = np.zeros((len(rows), longest), np.int64)
+        mask, types = np.zeros((2, len(rows), longest), np.int64)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        return Batch(torch.from_numpy(ids), torch.from_numpy(mask))
+            if self.file.types is not None:
+                types[i, : len(row)] = self.file.text_types(int(index[i]))
+        kinds = None if self.file.types is None else torch.from_numpy(types)
+        return Batch(torch.from_numpy(ids), torch.from_numpy(mask), kinds)
 
     def _after(self, here: Position) -> Position:
         if here.batch + 1 < len(self._pool):

@@ -188,6 +188,8 @@ class Run:
                     settle(optimiser)  # not before saving: a resumed run goes on as if nobody had looked
                     raise TrainingInterrupted(self._how_to_resume())
         settle(optimiser)
+        if isinstance(stage, ModelStage):
+            stage.refuse_silence()
         if isinstance(stage, LayerStage) and self.options.solve_tokens:
             taken = self.feed.take(self.options.solve_tokens)
             self.tokens += sum(batch.tokens for batch in taken)

@@ -15,7 +15,7 @@ from nogemm.train.errors import TrainingError
 from nogemm.train.identity import data_identity, tokenizer_identity
 from nogemm.train.masking import Masking
 from nogemm.train.options import DistilOptions
-from nogemm.train.sources import texts
+from nogemm.train.sources import text_pairs, texts
 from nogemm.train.validation import VALIDATION_TOKENS, Validation
 
 
@@ -53,10 +53,12 @@ def open_feed(
     if not resume:
         _forget(directory)
 
-    common = {"tokenizer": tokenizer_identity(tokenizer), "field": options.field}
+    common = {"tokenizer": tokenizer_identity(tokenizer), "field": options.field, "pair": options.pair}
 
     def tokens(name: str, source: Any, split: str | None, limit: int | None) -> TokenFile:
-        def rows() -> Iterator[str]:
+        def rows() -> Iterator[str] | Iterator[tuple[str, str]]:
+            if options.pair is not None:
+                return text_pairs(source, options.pair, split)
             return texts(source, options.field, split)
 
         return tokenise(

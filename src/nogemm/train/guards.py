@@ -85,9 +85,10 @@ def interrupts() -> Iterator[threading.Event]:
 def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
     free = {"log_seconds", "checkpoint_seconds"}
-    before = {**before, "hidden_map": as_tuple(before["hidden_map"]), "field": as_tuple(before["field"])}
+    lists = ("hidden_map", "field", "pair")
+    before = {**before, **{name: as_tuple(before.get(name)) for name in lists}}
     before.setdefault("optimizer", "adamw")  # what versions had that knew no other
-    now = {**now, "hidden_map": as_tuple(now["hidden_map"]), "field": as_tuple(now["field"])}
+    now = {**now, **{name: as_tuple(now[name]) for name in lists}}
     return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
 
 

@@ -52,4 +52,4 @@ class Masking:
         open_SL = batch.mask.bool() & ~torch.isin(batch.ids, special)
         draw_SL = draw_SL.masked_fill(~open_SL, 2.0)
         hidden_SL = draw_SL <= draw_SL.min().clamp(min=SHARE, max=1.0)
-        return Batch(batch.ids.masked_fill(hidden_SL, self.mask_id), batch.mask), hidden_SL
+        return Batch(batch.ids.masked_fill(hidden_SL, self.mask_id), batch.mask, batch.types), hidden_SL

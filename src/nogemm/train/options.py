@@ -35,8 +35,9 @@ class DistilOptions:
         clip: largest gradient norm, for each new layer in stage 1 and for the model in stage 2.
         hidden_weight: weight of the hidden states' loss in stage 2.
         output_weight: weight of the task output's loss in stage 2.
-        output: "embedding" (mean-pooled, normalised), "logits", "mlm" (logits of tokens that teacher and model see
-            masked), "none" (hidden states alone), or "auto": logits where the model has them, the embedding otherwise.
+        output: "embedding" (mean-pooled, normalised), "logits" (of classes, of labels or as numbers, as
+            `losses.output_kind` finds), "mlm" (logits of tokens that teacher and model see masked), "none" (hidden
+            states alone), or "auto": logits where the model has them, the embedding otherwise.
         hidden_map: for a model with fewer layers than the teacher: for every layer of the model, which of the teacher's
             hidden states (1 = after its first layer) it should reproduce.
         solve_tokens: tokens over whose activations the tables are solved for at the end of stage 1 (0: not at all).
@@ -46,7 +47,8 @@ class DistilOptions:
         validate_tokens: tokens between two measurements of agreement on the validation texts; 0 measures at the end.
         patience: stop when this many measurements in a row brought no better agreement; 0 never does.
         target: stop when the agreement reaches this.
-        field: which fields of JSON rows hold text; None tries the usual names.
+        field: which fields of JSONL or CSV rows hold text, each a text of its own; None tries the usual names.
+        pair: two fields that the model reads together as one input, such as a reranker's ("query", "document").
     """
 
     tokens: int | None = 1_000_000
@@ -77,6 +79,7 @@ class DistilOptions:
     patience: int = 0
     target: float | None = None
     field: str | tuple[str, ...] | None = None
+    pair: tuple[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.max_seconds is None:
@@ -91,6 +94,17 @@ class DistilOptions:
             raise ConfigError(f"distil: optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}")
         if (self.patience or self.target is not None) and not self.validate_tokens:
             raise ConfigError("distil: patience and target need validate_tokens")
+
+        if self.pair is not None and (isinstance(self.pair, str) or len(self.pair) != 2):
+            raise ConfigError(f'distil: pair must name two fields, such as ("query", "document"), got {self.pair!r}')
+        if self.pair is not None and self.field is not None:
+            raise ConfigError(f"distil: give field or pair, not both: got field={self.field!r}, pair={self.pair!r}")
+        silent = self.hidden_weight == 0 and (self.output_weight == 0 or self.output == "none")
+        if silent and self.stage1_share < 1:
+            raise ConfigError(
+                "distil: with hidden_weight=0 and no loss on the output (output_weight=0 or output='none') the second "
+                "stage has nothing to learn: give one of them a weight, or stage1_share=1"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""

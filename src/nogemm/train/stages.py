@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
+from inspect import signature
 from typing import Any, Protocol
 
 import torch
@@ -22,10 +24,13 @@ from nogemm.layers import FFN, LookupFFN
 from nogemm.layers.lookup_fit import fit_tables
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
-from nogemm.train.losses import Spread, hidden_states, output_kind, relative_error, task_loss
+from nogemm.train.losses import Spread, hidden_states, output_kind, outputs_differ, relative_error, task_loss
 from nogemm.train.masking import Masking
 from nogemm.train.optim import backbone_parameters, clip_gradients, layer_groups
 from nogemm.train.options import DistilOptions
+
+SILENT = 10
+"""Updates without a loss on differing outputs after which a run is refused."""
 
 
 class Stage(Protocol):
@@ -104,8 +109,8 @@ class ModelStage:
 
         loss = hidden_weight * mean over layers of relative_error(h_l, teacher's h_l) + output_weight * task loss
 
-    The task loss is 1 - cosine of the pooled embeddings, or the divergence of the logits; with `masking`, of the logits
-    at the hidden tokens alone, and both models see the text with those hidden.
+    The task loss is 1 - cosine of the pooled embeddings, or compares the logits by what they are (`output_kind`); with
+    `masking`, the logits at the hidden tokens alone, and both models see the text with those hidden.
     """
 
     name = "model"
@@ -123,6 +128,8 @@ class ModelStage:
         self.trained = [p for name, group in self.groups.items() if rate(options, name) > 0 for p in group]
         self.map = hidden_map(model, teacher, options)
         self.spreads: dict[str, Spread] = {}
+        self.silent = 0
+        """Updates, from the first on, whose task loss was 0 although the outputs differ; -1 once one was not."""
 
     def steps(self, batch: Batch) -> Iterator[dict[str, float]]:
         spoken = batch.mask
@@ -140,12 +147,27 @@ class ModelStage:
             spread.update(goal_ND)
             errors.append(relative_error(tokens_of(state, keep), goal_ND, spread.weights()))
         hidden = torch.stack(errors).mean()
-        task = task_loss(output_kind(output, self.options.output), output, target, spoken)
+        kind = output_kind(output, self.options.output, getattr(self.teacher, "config", None))
+        task = task_loss(kind, output, target, spoken, self.spreads)
+        if self.silent >= 0 and self.options.output_weight > 0:
+            silent = not task.item() and outputs_differ(kind, output, target, spoken)
+            self.silent = -1 if task.item() else self.silent + silent
+            if self.silent == SILENT:
+                self.refuse_silence()
         loss = self.options.hidden_weight * hidden + self.options.output_weight * task
         value = finite(loss, "the loss")
         loss.backward()
         finite(clip_gradients(self.trained, self.options.clip), "the gradient")
         yield {"loss": value, "hidden": hidden.item(), "output": task.item()}
+
+    def refuse_silence(self) -> None:
+        """Raise TrainingError if the task loss was 0 so far while model and teacher answer differently."""
+        if self.silent > 0:
+            raise TrainingError(
+                f"the loss on the output was 0 in each of the first {self.silent} updates although the outputs differ "
+                f"from the teacher's: output={self.options.output!r} cannot tell them apart, so nothing would be "
+                'learnt from it. Choose another: output="embedding", or output="none" for the hidden states alone'
+            )
 
 
 def start_empty(layer: FFN, mean_D: Tensor) -> None:
@@ -165,12 +187,20 @@ def rate(options: DistilOptions, group: str) -> float:
 def run(model: nn.Module, batch: Batch, hidden: bool = False) -> Any:
     """Call a transformers model; an encoder-decoder's decoder reads the same tokens as its encoder."""
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
+    if batch.types is not None and _takes_types(type(model)):
+        inputs["token_type_ids"] = batch.types
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         inputs |= {"decoder_input_ids": batch.ids, "decoder_attention_mask": batch.mask}
     elif hasattr(config, "use_cache"):
         inputs["use_cache"] = False
     return model(**inputs, output_hidden_states=hidden, return_dict=True)
+
+
+@cache
+def _takes_types(model: type[nn.Module]) -> bool:
+    """Say whether a class of models reads token types; some tokenizers make them for models that do not."""
+    return "token_type_ids" in signature(model.forward).parameters
 
 
 def tokens_of(x: Tensor, keep_SL: Tensor) -> Tensor:
