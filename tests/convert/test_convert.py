@@ -87,7 +87,7 @@ def test_a_family_without_a_site_says_how_to_register_one() -> None:
             super().__init__()
             self.wide, self.narrow = nn.Linear(4, 8), nn.Linear(8, 4)
 
-    with pytest.raises(nogemm.ConfigError, match=r"Classes that look like FFNs: Odd\..*nogemm\.register_site"):
+    with pytest.raises(nogemm.ConfigError, match=r"refused: 0 \(Odd\): .*nogemm\.register_site"):
         nogemm.convert(nn.Sequential(Odd()), SMALL)
 
 

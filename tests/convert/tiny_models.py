@@ -21,7 +21,7 @@ import nogemm
 
 VOCABULARY = 64
 SMALL = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(rounds=2, block=8))
-_BERT: dict[str, Any] = {
+BERT: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
     "num_hidden_layers": 2,
@@ -29,7 +29,7 @@ _BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 40,
 }
-_LLAMA: dict[str, Any] = {**_BERT, "num_key_value_heads": 2, "head_dim": 8}
+_LLAMA: dict[str, Any] = {**BERT, "num_key_value_heads": 2, "head_dim": 8}
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class Family:
     gated: bool = False
     encoder_decoder: bool = False
     image: bool = False
+    sound: tuple[int, ...] = ()  # shape of one sound: samples, or bands and frames
     # The dropout between the matrices goes with them, so training can only be compared without it.
     inner_dropout: bool = False
 
@@ -54,6 +55,10 @@ class Family:
         if self.image:
             return {"pixel_values": torch.randn(batch, 3, 8, 8, generator=generator)}
         ids = torch.randint(3, VOCABULARY, (batch, length), generator=generator)
+        if self.sound:
+            sound = torch.randn(batch, *self.sound, generator=generator)
+            spoken: dict[str, Tensor] = {"input_features": sound, "decoder_input_ids": ids}
+            return spoken if self.encoder_decoder else {"input_values": sound}
         batch_inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return {**batch_inputs, "decoder_input_ids": ids} if self.encoder_decoder else batch_inputs
 
@@ -85,20 +90,20 @@ _T5_NAMES = ("encoder.block.0.layer.1.DenseReluDense", "decoder.block.0.layer.2.
 
 FAMILIES: dict[str, Family] = {
     "bert": Family(
-        lambda: tf.BertForMaskedLM(tf.BertConfig(**_BERT)), tf.AutoModelForMaskedLM, _names("bert.encoder.layer.{}")
+        lambda: tf.BertForMaskedLM(tf.BertConfig(**BERT)), tf.AutoModelForMaskedLM, _names("bert.encoder.layer.{}")
     ),
     "roberta": Family(
-        lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**_BERT)),
+        lambda: tf.RobertaForMaskedLM(tf.RobertaConfig(**BERT)),
         tf.AutoModelForMaskedLM,
         _names("roberta.encoder.layer.{}"),
     ),
     "roberta-prelayernorm": Family(
-        lambda: tf.RobertaPreLayerNormForMaskedLM(tf.RobertaPreLayerNormConfig(**_BERT)),
+        lambda: tf.RobertaPreLayerNormForMaskedLM(tf.RobertaPreLayerNormConfig(**BERT)),
         tf.AutoModelForMaskedLM,
         _names("roberta_prelayernorm.encoder.layer.{}"),
     ),
     "electra": Family(
-        lambda: tf.ElectraForPreTraining(tf.ElectraConfig(**_BERT, embedding_size=8)),
+        lambda: tf.ElectraForPreTraining(tf.ElectraConfig(**BERT, embedding_size=8)),
         tf.AutoModelForPreTraining,
         _names("electra.encoder.layer.{}"),
     ),
@@ -111,7 +116,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "modernbert": Family(
         lambda: tf.ModernBertForMaskedLM(
-            tf.ModernBertConfig(**_BERT, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
+            tf.ModernBertConfig(**BERT, pad_token_id=0, cls_token_id=1, sep_token_id=2, bos_token_id=1, eos_token_id=2)
         ),
         tf.AutoModelForMaskedLM,
         _names("model.layers.{}.mlp"),
@@ -140,14 +145,12 @@ FAMILIES: dict[str, Family] = {
         _names("transformer.h.{}.mlp"),
     ),
     "opt": Family(
-        lambda: tf.OPTForCausalLM(tf.OPTConfig(**_BERT, ffn_dim=32, word_embed_proj_dim=16)),
+        lambda: tf.OPTForCausalLM(tf.OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=16)),
         tf.AutoModelForCausalLM,
         _names("model.decoder.layers.{}"),
     ),
     "opt-post-norm": Family(
-        lambda: tf.OPTForCausalLM(
-            tf.OPTConfig(**_BERT, ffn_dim=32, word_embed_proj_dim=16, do_layer_norm_before=False)
-        ),
+        lambda: tf.OPTForCausalLM(tf.OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=16, do_layer_norm_before=False)),
         tf.AutoModelForCausalLM,
         _names("model.decoder.layers.{}"),
     ),
@@ -165,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": Family(
         lambda: tf.Phi3ForCausalLM(
-            tf.Phi3Config(**_BERT, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+            tf.Phi3Config(**BERT, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)
         ),
         tf.AutoModelForCausalLM,
         _names("model.layers.{}.mlp"),

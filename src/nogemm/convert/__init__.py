@@ -7,12 +7,13 @@ from nogemm.convert.convert import convert
 from nogemm.convert.pack import pack, unpack
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.convert.save import save
-from nogemm.convert.sites import Site, converted, register_site, sites
+from nogemm.convert.sites import Refusal, Site, converted, refused, register_site, sites
 
 register_with_transformers()
 
 __all__ = [
     "ConversionReport",
+    "Refusal",
     "Site",
     "SiteReport",
     "compress",
@@ -21,6 +22,7 @@ __all__ = [
     "decompress",
     "importers",
     "pack",
+    "refused",
     "register_site",
     "save",
     "sites",

@@ -1,12 +1,18 @@
 """The table of families: which class of transformers holds an FFN, and under which names.
 
 Every class listed computes exactly what its group's adapter says; a test compares their source with the group's first
-class. Add a family here, or at run time with `nogemm.register_site`.
+class. A listed name counts only for transformers' own class: another package's class of the same name may be wired
+otherwise, and is proven like any class that is not listed (`discover.py`). Add a family here, or at run time with
+`nogemm.register_site`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
+
+from nogemm.errors import CheckpointError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +24,34 @@ class SiteAdapter:
     activation: str
     gate: str | None = None
     fused: bool = False
+    gate_last: bool = False
     dropout: str | None = None
+    between: tuple[str, ...] = ()
     put: str = ""
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Paths of the linear layers."""
+        return tuple(path for path in (self.up, self.gate, self.down) if path is not None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what differs from the defaults, JSON values only."""
+        found = {field.name: (getattr(self, field.name), field.default) for field in dataclasses.fields(self)}
+        return {key: list(v) if isinstance(v, tuple) else v for key, (v, default) in found.items() if v != default}
+
+    @classmethod
+    def from_dict(cls, data: Any, name: str) -> SiteAdapter:
+        """Read `to_dict`'s form back; `name` is the site's, for the message of CheckpointError."""
+        try:
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data).items()}
+            adapter = cls(**values)
+            words = (*adapter.matrices, adapter.activation, adapter.put, *adapter.between, adapter.dropout or "")
+            if not all(isinstance(word, str) for word in words):
+                raise TypeError("a path must be a string")
+        except (TypeError, ValueError) as error:
+            message = f"config.json, site {name!r}: how its FFN is taken out cannot be read from {data!r}: {error}"
+            raise CheckpointError(message) from error
+        return adapter
 
 
 # Split into two modules, with dropout, residual and LayerNorm inside the second: our layer takes the place of the
@@ -91,3 +123,17 @@ GROUPS: dict[SiteAdapter, tuple[str, ...]] = {
 }
 
 FAMILIES: dict[str, SiteAdapter] = {name: adapter for adapter, names in GROUPS.items() for name in names}
+REGISTERED: set[str] = set()  # names that users added, of whatever package
+
+
+def listed_adapter(cls: type) -> SiteAdapter | None:
+    """Return the adapter of exactly this class, if it is listed or registered."""
+    name = cls.__name__
+    if name in REGISTERED or cls.__module__.startswith("transformers."):
+        return FAMILIES.get(name)
+    return None
+
+
+def is_listed(name: str, adapter: SiteAdapter) -> bool:
+    """Tell whether every process with this nogemm takes an FFN out of a class of this name in this way."""
+    return name not in REGISTERED and FAMILIES.get(name) == adapter

@@ -1,7 +1,8 @@
 """The checkpoint format, and its lazy registration with transformers.
 
 A converted model is an ordinary transformers checkpoint with three additions. `config.json` holds, under
-`quantization_config`, {site: layer config}, a format version, a checksum per tensor of ours and an id of this save.
+`quantization_config`, {site: layer config}, a format version, a checksum per tensor of ours and an id of this save,
+and how sites of classes that nogemm does not list were taken out.
 The weight files hold the same id, and empty tensors (sentinels) under the names of the dense weights that are gone.
 And `config.json` asks for attention and expert implementations that do not exist: transformers alone stops at them
 with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. docs/checkpoints.md
@@ -26,9 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert._families import SiteAdapter, is_listed
+from nogemm.convert._reading import is_module
 from nogemm.convert.fitted import fitted_state
-from nogemm.convert.sites import converted
+from nogemm.convert.sites import Installed, converted, remember, survey
 from nogemm.errors import CheckpointError
+from nogemm.layers import FFN
 
 FORMAT = 1
 METHOD = "nogemm"
@@ -44,11 +48,54 @@ def manifest(model: nn.Module) -> dict[str, Any]:
     a task model loads into the base model and back.
     """
     layers = converted(model)
-    return {
+    described = {
         "format": FORMAT,
         "sites": {base_name(model, name): layer.config.to_dict() for name, layer in layers.items()},
         "fitted": {base_name(model, name): fitted_state(layer) for name, layer in layers.items()},
     }
+    holders = _adapters(model, layers)
+    return {**described, "holders": holders} if holders else described
+
+
+def _adapters(model: nn.Module, layers: Mapping[str, FFN]) -> dict[str, dict[str, Any]]:
+    """Return {site: its holder's class and adapter} of all sites, converted or dense, whose class is not listed."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, layer in layers.items():
+        record = layer.site  # type: ignore[union-attr]
+        assert isinstance(record, Installed)
+        if record.adapter is not None and not is_listed(record.holder, record.adapter):
+            found[base_name(model, name)] = {"class": record.holder, **record.adapter.to_dict()}
+    for site in survey(model, search=False).open:
+        holder = type(site.owner).__name__
+        if not is_listed(holder, site.adapter):
+            found[base_name(model, site.name)] = {"class": holder, **site.adapter.to_dict()}
+    return found
+
+
+def recall(model: nn.Module, stored: Mapping[str, Any]) -> None:
+    """Note on a model's modules how the checkpoint took FFNs of unlisted classes out: nothing is searched or proven.
+
+    Raises:
+        CheckpointError: an entry cannot be read, or names matrices that the model's module does not have.
+    """
+    modules = dict(model.named_modules())
+    holders = stored.get("holders", {})
+    if not isinstance(holders, dict):
+        raise CheckpointError(f"config.json: holders must name sites, got {holders!r}")
+    for name, entry in holders.items():
+        data = dict(entry) if isinstance(entry, dict) else {}
+        holder = data.pop("class", "?")
+        adapter = SiteAdapter.from_dict(data, name)
+        owner = modules.get(f"{getattr(model, 'base_model_prefix', '')}.{name}", modules.get(name))
+        if owner is None:
+            continue  # a model that is a part of the saved one
+        lacking = [path for path in adapter.matrices if not is_module(owner, path)]
+        if lacking:
+            raise CheckpointError(
+                f"config.json says that {name!r} is a {holder} with its FFN in {', '.join(adapter.matrices)}, but the "
+                f"{type(owner).__name__} of this model has no {', '.join(lacking)}: was it saved with other model code?"
+            )
+        remember(owner, adapter)
 
 
 def seal(model: nn.Module, stored: dict[str, Any], state: dict[str, Tensor]) -> str:

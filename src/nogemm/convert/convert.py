@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from nogemm.config import LayerConfig, Replaced
-from nogemm.convert._families import FAMILIES
+from nogemm.convert._families import is_listed
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
-from nogemm.convert.sites import Site, inner_model, installed, placement, site_names, sites
+from nogemm.convert.sites import Refusal, Site, Survey, inner_model, installed, placement, remember, site_names, survey
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers import ACTIVATIONS, FFN, DenseConfig
@@ -44,10 +44,11 @@ def convert(
     Returns:
         what changed, one entry per site.
     Raises:
-        ConfigError: the model has no known site, a name or glob matches nothing, or a site is converted already. The
-            model is unchanged then.
+        ConfigError: the model has no site, a name or glob matches nothing, or a chosen site is converted already, has a
+            wrapped or quantised matrix, or is a mixture of experts. The model is unchanged then.
     """
-    chosen = _choose(model, config, layers)
+    found = survey(model)
+    chosen = _choose(model, config, layers, found)
     inputs = {} if data is None else collect_inputs(model, [site for site, _ in chosen], data, tokenizer)
     built = [(site, *_build(site, cfg, inputs.get(site.name))) for site, cfg in chosen]
     reports = []
@@ -59,8 +60,11 @@ def convert(
             d_model=site.d_in, d_out=site.d_out, hidden=site.hidden, activation=site.activation, gated=site.gated
         )
         reports.append(SiteReport(site.name, layer.config, replaced, before, layer.cost(1), layer.fitted))
+    for site in found.open:  # those left dense too: a checkpoint and copies keep all names without another search
+        if not is_listed(type(site.owner).__name__, site.adapter):
+            remember(site.owner, site.adapter)
     attach(inner_model(model))
-    return ConversionReport(tuple(reports))
+    return ConversionReport(tuple(reports), (*found.blocked, *found.refused))
 
 
 def empty_layer(site: Site, config: LayerConfig) -> FFN:
@@ -93,8 +97,7 @@ def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN
 
 
 def _dense_cost(site: Site) -> Cost:
-    paths = [p for p in (site.adapter.up, site.adapter.gate, site.adapter.down) if p is not None]
-    parameters = [p for path in paths for p in site.owner.get_submodule(path).parameters()]
+    parameters = [p for path in site.adapter.matrices for p in site.owner.get_submodule(path).parameters()]
     macs = site.hidden * (site.d_in * (2 if site.gated else 1) + site.d_out)
     return Cost(
         2.0 * macs,
@@ -104,12 +107,12 @@ def _dense_cost(site: Site) -> Cost:
 
 
 def _choose(
-    model: nn.Module, config: LayerConfig | Mapping[str, LayerConfig], layers: Layers
+    model: nn.Module, config: LayerConfig | Mapping[str, LayerConfig], layers: Layers, found: Survey
 ) -> list[tuple[Site, LayerConfig]]:
     """Resolve `layers` and `config` to open sites, or say what is wrong before anything is touched."""
     names = site_names(model)
     if not names:
-        raise ConfigError(_no_site(model))
+        raise ConfigError(_no_site(model, found.refused))
     wanted = select_sites(names, layers)
     table = config if isinstance(config, Mapping) else {"*": config}
     for glob, value in table.items():
@@ -126,7 +129,13 @@ def _choose(
             f"convert: converted already: {', '.join(twice)}. "
             + (f"Still dense: {', '.join(left)}" if left else "No site of this model is dense any more")
         )
-    open_sites = {site.name: site for site in sites(model)}
+    blocked = [refusal for refusal in found.blocked if picks.get(refusal.name) is not None]
+    if blocked:
+        raise ConfigError(
+            f"convert: {len(blocked)} of the chosen sites cannot be converted as they are: {_listed(blocked)}. "
+            "Or choose others with layers="
+        )
+    open_sites = {site.name: site for site in found.open}
     return [(open_sites[name], value) for name, value in picks.items() if value is not None]
 
 
@@ -161,17 +170,22 @@ def _no_match(glob: str, names: list[str]) -> str:
     return f"layers: {glob!r} matches no site to convert. The sites are: {', '.join(names)}"
 
 
-def _no_site(model: nn.Module) -> str:
+def _no_site(model: nn.Module, refusals: Sequence[Refusal]) -> str:
     inner = inner_model(model)
-    classes = sorted({type(m).__name__ for m in inner.modules() if _looks_like_ffn(m)})
-    hint = f" Classes that look like FFNs: {', '.join(classes)}." if classes else ""
+    if not refusals:
+        hint = " No module in it has linear layers d -> F -> d."
+    else:
+        hint = f" What looks like one is refused: {_listed(refusals)}."
     return (
-        f"convert: {type(inner).__name__} has no FFN that nogemm knows (known classes: {', '.join(FAMILIES)}).{hint} "
-        'Teach it one with nogemm.register_site("ClassName", up="...", activation="...", down="...")'
+        f"convert: {type(inner).__name__} has no FFN that nogemm knows or can prove.{hint} Teach it one with "
+        'nogemm.register_site("ClassName", up="...", activation="...", down="...")'
     )
 
 
-def _looks_like_ffn(module: nn.Module) -> bool:
-    """Guess, for an error message: a module with one child linear layer that widens and one that narrows back."""
-    shapes = [child.weight.shape for child in module.children() if isinstance(child, nn.Linear)]
-    return any(a[0] == b[1] and a[1] == b[0] and a[0] > a[1] for a in shapes for b in shapes)
+def _listed(refusals: Sequence[Refusal]) -> str:
+    """Write refusals out; those of one class with one reason once, with the number of the others."""
+    groups: dict[tuple[str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal.holder, refusal.reason), []).append(refusal)
+    parts = [str(g[0]) + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
+    return "; ".join(parts)

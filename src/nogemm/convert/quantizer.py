@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nogemm.config import LayerConfig, layer_config
 from nogemm.convert import checkpoint
 from nogemm.convert.fitted import mark_random, warn_if_random
-from nogemm.convert.sites import Installed, Site, converted, installed, sites
+from nogemm.convert.sites import Installed, Site, converted, installed, survey
 from nogemm.errors import CheckpointError, ConfigError, PackedError
 from nogemm.layers import PackedFFN
 
@@ -81,7 +81,7 @@ class NogemmQuantizer(HfQuantizer):
         if self.pre_quantized:
             stored = self.request.stored
             checkpoint.check_files(stored, kwargs.get("checkpoint_files"))
-            _install_skeleton(model, stored["sites"])
+            _install_skeleton(model, stored)
             self.kept = _dtypes(model)
         return model
 
@@ -166,13 +166,15 @@ def set_packed(model: nn.Module, packed: bool) -> None:
 def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
     from nogemm.convert.convert import empty_layer
 
-    open_sites = {checkpoint.base_name(model, site.name): site for site in sites(model)}
+    checkpoint.recall(model, stored)
+    open_sites = {checkpoint.base_name(model, site.name): site for site in survey(model, search=False).open}
+    stored = stored["sites"]
     missing = [name for name in stored if name not in open_sites]
     whole = type(model).__name__ in (model.config.architectures or ())
     if missing and (whole or len(missing) == len(stored)):
         raise CheckpointError(
             f"config.json names FFNs that {type(model).__name__} does not have: {', '.join(missing)}. It has: "
-            f"{', '.join(open_sites)}"
+            f"{', '.join(open_sites) or 'none that nogemm lists'}.{_register_which(model, missing)}"
         )
     ignore: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
     for name, site in open_sites.items():
@@ -187,6 +189,16 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
     model._keys_to_ignore_on_load_unexpected = ignore
 
 
+def _register_which(model: Any, missing: list[str]) -> str:
+    """Say which classes to register, for a checkpoint that does not hold how their FFNs were taken out."""
+    modules = {checkpoint.base_name(model, path): module for path, module in model.named_modules()}
+    classes = sorted({type(modules[name]).__name__ for name in missing if name in modules})
+    if not classes:
+        return ""
+    calls = ", ".join(f'nogemm.register_site("{name}", up=..., activation=..., down=..., put=...)' for name in classes)
+    return f" Before loading, call {calls} as before saving, then save again: a checkpoint now stores it"
+
+
 def _sentinel_patterns(model: Any, site: Site, name: str, record: Installed) -> list[str]:
     return [rf"(^|\.){re.escape(f'{name}.{vanished}')}$" for vanished in record.vanished]
 
@@ -199,7 +211,7 @@ def _check_loaded(model: Any) -> None:
     missing = []
     for name, layer in converted(model).items():
         missing += [f"{name}: {key}" for key, value in layer.state_dict(keep_vars=True).items() if not _loaded(value)]
-    for site in sites(model):
+    for site in survey(model, search=False).open:
         weights = [site.up.weight, site.down.weight]
         missing += [f"{site.name} (dense)" for weight in weights if not _loaded(weight)][:1]
     if missing:

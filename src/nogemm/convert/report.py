@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nogemm.config import LayerConfig, Replaced
+from nogemm.convert.discover import Refusal
 from nogemm.cost import Cost
 
 
@@ -56,9 +57,11 @@ class ConversionReport:
 
     Attributes:
         sites: one entry per converted site, in model order.
+        refused: what looks like an FFN and was left dense because it cannot be converted, with the reason.
     """
 
     sites: tuple[SiteReport, ...]
+    refused: tuple[Refusal, ...] = ()
 
     @property
     def before(self) -> Cost:
@@ -71,11 +74,12 @@ class ConversionReport:
         return sum((site.after for site in self.sites), Cost(0.0, 0.0, 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {"sites": [...], "before": cost, "after": cost}, JSON-ready."""
+        """Return {"sites": [...], "before": cost, "after": cost, "refused": [...]}, JSON-ready."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
+            "refused": [asdict(refusal) for refusal in self.refused],
         }
 
     def __str__(self) -> str:
@@ -90,6 +94,7 @@ class ConversionReport:
                 for i, (text, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
+        lines += [f"left dense: {refusal}" for refusal in self.refused]
         return "\n".join(lines)
 
 

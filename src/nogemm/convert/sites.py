@@ -1,147 +1,122 @@
-"""Where the families of transformers keep their FFNs: one table, open to users.
+"""The sites of a model: every FFN that can be converted, found by class or discovered, and how they are told apart.
 
 A site is one FFN of a model. Its adapter says which attributes hold the dense weights and where our layer goes, so that
 dropout, residual and LayerNorm stay the model's own code, in training and in evaluation. Sites are found by the class
-of the module that holds them.
-Reading order: `SiteAdapter`, `Site`, `sites`, `installed`, `record_sites`, `register_site`.
+of the module that holds them (`_families.py`), or by their form, with a proof (`discover.py`).
+Reading order: `Site`, `survey`, `sites`, `refused`, `installed`, `record_sites`, `register_site`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert._families import FAMILIES, SiteAdapter
-from nogemm.convert._reading import activation_name, check_nothing_else_is_lost, is_linear, is_module, read_linear
+from nogemm.convert._candidates import find_experts
+from nogemm.convert._families import FAMILIES, REGISTERED, SiteAdapter, listed_adapter
+from nogemm.convert._reading import (
+    activation_name,
+    check_nothing_else_is_lost,
+    is_module,
+    linear_fault,
+    linear_shape,
+    read_linear,
+)
+from nogemm.convert._site import Installed, Site, WithDropout, mark_installed, remember, remembered
+from nogemm.convert.discover import Refusal, discover
 from nogemm.errors import ConfigError
-from nogemm.layers import FFN, DenseFFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS
+from nogemm.layers import FFN, PackedFFN
+
+__all__ = [
+    "Installed",
+    "Refusal",
+    "Site",
+    "WithDropout",
+    "converted",
+    "inner_model",
+    "installed",
+    "mark_installed",
+    "placement",
+    "record_sites",
+    "refused",
+    "register_site",
+    "remember",
+    "site_names",
+    "sites",
+    "survey",
+]
 
 
 @dataclass(frozen=True)
-class Installed:
-    """What a converted site remembers, kept on the layer as `site`.
+class Survey:
+    """What a model has to convert.
 
     Attributes:
-        suffix: path of the layer below the site ("" if it took the site's place).
-        vanished: dense weights that are gone, as paths below the site.
+        open: sites that can be converted, in model order.
+        blocked: FFNs that count as sites, but not as they are: a matrix is wrapped or quantised, or there are experts.
+        refused: what only looks like an FFN, with the reason.
     """
 
-    suffix: str
-    vanished: tuple[str, ...]
-
-    def name(self, layer_path: str) -> str:
-        """Return the site's name, given the path of its layer in the model."""
-        return layer_path.removesuffix(self.suffix).removesuffix(".") if self.suffix else layer_path
+    open: tuple[Site, ...]
+    blocked: tuple[Refusal, ...]
+    refused: tuple[Refusal, ...]
 
 
-class WithDropout(nn.Module):
-    """Our layer followed by the dropout that the model had inside its FFN module."""
-
-    def __init__(self, ffn: FFN, dropout: nn.Module) -> None:
-        super().__init__()
-        self.ffn = ffn
-        self.dropout = dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return dropout(ffn(x)), [..., d_in] -> [..., d_out]."""
-        return self.dropout(self.ffn(x))
-
-
-@dataclass(frozen=True, eq=False)
-class Site:
-    """One dense FFN of a model, not converted yet.
-
-    Attributes:
-        name: path of the module that holds it: the layer in the split and inline forms (BERT, OPT), else the MLP.
-        d_in, d_out, hidden: widths.
-        activation: its name as transformers spells it.
-        gated: whether the activation multiplies a second branch.
-    """
-
-    name: str
-    d_in: int
-    d_out: int
-    hidden: int
-    activation: str
-    gated: bool
-    owner: nn.Module
-    parent: nn.Module | None
-    adapter: SiteAdapter
-
-    @property
-    def up(self) -> nn.Module:
-        """The module whose input is the site's input."""
-        return self.owner.get_submodule(self.adapter.up)
-
-    @property
-    def down(self) -> nn.Module:
-        """The module whose output is the site's output, before dropout and residual."""
-        return self.owner.get_submodule(self.adapter.down)
-
-    def dense(self) -> DenseFFN:
-        """Copy the dense weights into our own dense layer.
-
-        Raises:
-            ConfigError: the activation is not one that DenseFFN computes.
-        """
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(
-                f"site {self.name!r} uses the activation {self.activation!r}, which nogemm cannot compute; known: "
-                f"{', '.join(ACTIVATIONS)}"
-            )
-        up, up_bias = read_linear(self.up)
-        gate, gate_bias = None, None
-        if self.adapter.fused:  # the branch that is activated comes first
-            gate, up = up.chunk(2)
-            if up_bias is not None:
-                gate_bias, up_bias = up_bias.chunk(2)
-        elif self.adapter.gate is not None:
-            gate, gate_bias = read_linear(self.owner.get_submodule(self.adapter.gate))
-        down, down_bias = read_linear(self.down)
-        dense = DenseFFN.from_weights(up, up_bias, down, down_bias, gate, gate_bias, self.activation)
-        return dense.to(up.device).train(self.owner.training)
-
-    def install(self, ffn: FFN) -> None:
-        """Put `ffn` in the place of the dense weights."""
-        adapter = self.adapter
-        dense_paths = [p for p in (adapter.up, adapter.gate, adapter.down) if p is not None]
-        suffix = adapter.put
-        if adapter.put:
-            self.owner.set_submodule(adapter.put, ffn)
-            for path in (*dense_paths, adapter.activation):
-                if is_module(self.owner, path) and not (path + ".").startswith(adapter.put + "."):
-                    self.owner.set_submodule(path, nn.Identity())
+def survey(model: nn.Module, *, search: bool = True) -> Survey:
+    """Look through a model; without `search`, by class and by what is remembered alone, which runs nothing."""
+    root = inner_model(model)
+    experts = find_experts(root)
+    closed = {id(module) for group in experts for module in group.owner.modules()}
+    blocked = [
+        Refusal(group.name, type(group.owner).__name__, f"a mixture of {group.count} experts, which is no dense FFN")
+        for group in experts
+    ]
+    known: list[nn.Module] = [group.owner for group in experts]
+    hits: list[tuple[str, nn.Module, SiteAdapter]] = []
+    for name, module in root.named_modules():
+        adapter = None if id(module) in closed else _adapter_of(module)
+        if adapter is not None:
+            known.append(module)
+            hits.append((name, module, adapter))
+    refusals: list[Refusal] = []
+    if search:
+        found, refusals = discover(root, known, _install_borrowed)
+        hits += [(one.name, one.owner, one.adapter) for one in found]
+    order = {path: place for place, (path, _) in enumerate(root.named_modules())}
+    hits.sort(key=lambda hit: order[hit[0]])
+    places = _places(root)
+    opened: dict[tuple[int, ...], Site] = {}
+    for name, owner, adapter in hits:
+        fault = _fault(owner, adapter)
+        if fault is not None:
+            blocked.append(Refusal(name, type(owner).__name__, fault))
+            continue
+        key = tuple(id(owner.get_submodule(path)) for path in adapter.matrices)
+        if key in opened:  # other holders of the same matrices: one site
+            opened[key].others.append(owner)
+            opened[key].places.extend(places.get(id(owner), ()))
         else:
-            if self.parent is None:
-                raise ConfigError("the model itself is the FFN: convert the module that holds it")
-            new: nn.Module = ffn
-            if adapter.dropout is not None:
-                new, suffix = WithDropout(ffn, self.owner.get_submodule(adapter.dropout)), "ffn"
-            setattr(self.parent, self.name.rpartition(".")[2], new)
-        mark_installed(ffn, Installed(suffix, tuple(f"{path}.weight" for path in dense_paths)))
-
-
-def mark_installed(layer: FFN | PackedFFN, record: Installed) -> None:
-    """Note on the layer which site it fills; past nn.Module's own __setattr__, which is for parameters."""
-    object.__setattr__(layer, "site", record)
+            opened[key] = _make_site(name, owner, places.get(id(owner), ()), adapter)
+    blocked.sort(key=lambda refusal: order[refusal.name])
+    return Survey(tuple(opened.values()), tuple(blocked), tuple(refusals))
 
 
 def sites(model: nn.Module) -> list[Site]:
-    """List the dense FFNs of a model that can be converted, in model order (encoder before decoder)."""
-    model = inner_model(model)
-    modules = dict(model.named_modules())
-    found = []
-    for name, module in modules.items():
-        adapter = _adapter_of(module)
-        if adapter is not None:
-            parent = modules[name.rpartition(".")[0]] if name else None
-            found.append(_make_site(name, module, parent, adapter))
-    return found
+    """List the dense FFNs of a model that can be converted, in model order (encoder before decoder).
+
+    FFNs of classes that nogemm does not know are found by their form, and listed if a proof succeeds: `refused` names
+    the others. Cost: a walk over the modules; for unknown classes the first time a few small runs.
+    """
+    return list(survey(model).open)
+
+
+def refused(model: nn.Module) -> list[Refusal]:
+    """List what looks like an FFN and cannot be converted, each with its name, its class and the reason."""
+    found = survey(model)
+    return [*found.blocked, *found.refused]
 
 
 def installed(model: nn.Module) -> dict[str, FFN | PackedFFN]:
@@ -160,13 +135,14 @@ def converted(model: nn.Module) -> dict[str, FFN]:
 
 
 def site_names(model: nn.Module) -> list[str]:
-    """List the names of all sites, converted or not, in model order: what indices count."""
+    """List the names of all sites, converted, dense or blocked, in model order: what indices count."""
     model = inner_model(model)
-    open_sites = {site.name for site in sites(model)}
+    found = survey(model)
+    dense = {site.name for site in found.open} | {refusal.name for refusal in found.blocked}
     names = []
     for path, module in model.named_modules():
         record = getattr(module, "site", None)
-        if path in open_sites:
+        if path in dense:
             names.append(path)
         elif isinstance(module, (FFN, PackedFFN)) and isinstance(record, Installed):
             names.append(record.name(path))
@@ -215,7 +191,9 @@ def register_site(
     activation: str,
     gate: str | None = None,
     fused: bool = False,
+    gate_last: bool = False,
     dropout: str | None = None,
+    between: tuple[str, ...] = (),
     put: str = "",
 ) -> None:
     """Teach `convert` a module class that holds an FFN.
@@ -224,19 +202,30 @@ def register_site(
         class_name: the class, or its name.
         up, gate, down: paths of its linear layers (nn.Linear or transformers' Conv1D), y = down(act(gate x) * up x).
         activation: path of the activation module or function, or an activation's name if it is hard-coded.
-        fused: `up` holds gate and up stacked along its outputs, the activated half first.
+        fused: `up` holds gate and up stacked along its outputs, the activated half first, or second with `gate_last`.
         dropout: path of the dropout that follows `down` inside the class, kept after our layer.
+        between: paths of dropouts (modules, or probabilities) between the matrices, which go with them.
         put: where our layer goes. "" replaces the whole module, for a class whose forward is nothing but the FFN (and
             the dropout). Otherwise a path inside it: the class's forward keeps running, and what else it calls of the
-            FFN becomes Identity.
+            FFN becomes Identity, or 1 in the case of the gate.
+
+    A checkpoint stores what was registered, so loading it needs no registration.
 
     Raises:
-        ConfigError: the name is registered already with another adapter.
+        ConfigError: the name is registered already with another adapter, or our layer's output would be cut in two.
     """
     name = class_name if isinstance(class_name, str) else class_name.__name__
-    adapter = SiteAdapter(up=up, down=down, activation=activation, gate=gate, fused=fused, dropout=dropout, put=put)
+    adapter = SiteAdapter(
+        up=up, down=down, activation=activation, gate=gate, fused=fused, gate_last=gate_last, dropout=dropout,
+        between=tuple(between), put=put,
+    )  # fmt: skip
+    if fused and put == up:
+        raise ConfigError(
+            f"register_site: with put={put!r} the class would cut our layer's output in two, as it is fused"
+        )
     if FAMILIES.setdefault(name, adapter) != adapter:
         raise ConfigError(f"register_site: {name!r} is registered already as {FAMILIES[name]}")
+    REGISTERED.add(name)
 
 
 def inner_model(model: nn.Module) -> nn.Module:
@@ -250,21 +239,59 @@ def inner_model(model: nn.Module) -> nn.Module:
 
 
 def _adapter_of(module: nn.Module) -> SiteAdapter | None:
-    """Find the adapter by class name, subclasses included as long as they compute the same thing."""
-    for cls in type(module).__mro__:
-        adapter = FAMILIES.get(cls.__name__)
+    """Find the adapter by class name, subclasses included as long as they compute the same thing, or by a note."""
+    adapter = remembered(module)
+    for cls in type(module).__mro__ if adapter is None else ():
+        adapter = listed_adapter(cls)
         if adapter is None:
             continue
         same = all(
             getattr(type(module), method, None) is getattr(cls, method, None)
             for method in ("forward", "feed_forward_chunk", "ff_chunk")
         )
-        matrices = [path for path in (adapter.up, adapter.gate, adapter.down) if path is not None]
-        return adapter if same and all(is_linear(module, path) for path in matrices) else None
+        if not same:
+            return None
+        break
+    if adapter is None:
+        return None
+    there = all(
+        is_module(module, path) and linear_shape(module.get_submodule(path)) is not None for path in adapter.matrices
+    )
+    return adapter if there else None
+
+
+def _fault(owner: nn.Module, adapter: SiteAdapter) -> str | None:
+    """Name the first matrix that is not plain, and what to do about it."""
+    for path in adapter.matrices:
+        fault = linear_fault(owner.get_submodule(path))
+        if fault is not None:
+            return f"{path} {fault}"
     return None
 
 
-def _make_site(name: str, owner: nn.Module, parent: nn.Module | None, adapter: SiteAdapter) -> Site:
+def _places(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Return {id of module: every (parent, attribute) where it hangs}."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for parent in root.modules():
+        for attribute, child in parent._modules.items():  # a module may hang at one parent twice
+            if child is not None:
+                places.setdefault(id(child), []).append((parent, attribute))
+    return places
+
+
+def _install_borrowed(twin: nn.Module, found: list[tuple[str, SiteAdapter]]) -> None:
+    """Put dense layers that borrow the model's weights in the place of proven FFNs, to compare with."""
+    places = _places(twin)
+    done: set[int] = set()
+    owners = [(name, twin.get_submodule(name), adapter) for name, adapter in found]
+    for name, owner, adapter in owners:
+        if id(owner) not in done and _fault(owner, adapter) is None:
+            done.add(id(owner))
+            site = _make_site(name, owner, places.get(id(owner), ()), adapter)
+            site.install(site.borrow())
+
+
+def _make_site(name: str, owner: nn.Module, places: Sequence[tuple[nn.Module, str]], adapter: SiteAdapter) -> Site:
     check_nothing_else_is_lost(name, owner, adapter)
     up, _ = read_linear(owner.get_submodule(adapter.up))
     down, _ = read_linear(owner.get_submodule(adapter.down))
@@ -277,7 +304,7 @@ def _make_site(name: str, owner: nn.Module, parent: nn.Module | None, adapter: S
         activation=activation_name(owner, adapter.activation),
         gated=adapter.fused or adapter.gate is not None,
         owner=owner,
-        parent=parent,
+        places=list(places),
         adapter=adapter,
     )
 
