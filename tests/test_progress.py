@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from nogemm import cli
-from nogemm.cli.progress import Progress, measured, training_lines
+from nogemm.bench.progress import Progress, training_lines
+from nogemm.cli.measured import measured
 
 
 class Terminal(io.StringIO):

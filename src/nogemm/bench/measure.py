@@ -9,24 +9,19 @@ The rules, each here because breaking it has produced wrong tables elsewhere:
 - figures are medians with p10 and p90 over all calls of all rounds; where a run was stopped, or ran out of time, a row
   says in "rounds" how many there were, or in "skipped" that there was none.
 
-Reading order: Spec and Plan, `measure`, the worker's handle.
+Reading order: Spec and Plan, `measure`, its table; a worker is spoken to in `worker_process.py`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+from nogemm.bench.worker_process import WorkerProcess
 
 MIN_ROUNDS = 7
 Note = Callable[[str], None]
@@ -104,11 +99,12 @@ def measure(
             f"at least {_min_rounds} rounds are needed for a median that can be trusted, got {plan.rounds}"
         )
     table = _Table(specs, cases, plan, note or (lambda line: None), keep or (lambda rows: None))
-    workers: dict[str, _Worker] = {}
+    workers: dict[str, WorkerProcess] = {}
     try:
         for spec in specs:
             if spec.missing is None:
-                workers[spec.name] = _Worker(spec, plan)
+                first = {"factory": spec.factory, "settings": spec.settings, "threads": plan.threads}
+                workers[spec.name] = WorkerProcess(first, plan.patience)
         for number in range(len(cases)):
             table.prepare(number, workers)
             table.time(number, workers)
@@ -162,16 +158,21 @@ class _Table:
         """Return copies of the rows, case by case."""
         return [dict(row) for cells in self.cells for row in cells.values()]
 
-    def prepare(self, number: int, workers: dict[str, _Worker]) -> None:
+    def prepare(self, number: int, workers: dict[str, WorkerProcess]) -> None:
         """Build and verify every contender for a case."""
         self._keep(self.rows())
         label = _label(self.cases[number])
-        for name, worker in workers.items():
+        in_turn = list(workers.values())
+        for place, (name, worker) in enumerate(workers.items()):
             row = self.cells[number][name]
             if name in self._late or self._spent() > (1.0 if number else _PREPARING):
                 self._late.add(name)
                 row["skipped"] = OUT_OF_TIME
+                worker.close()
                 continue
+            # The next one starts up meanwhile. All of them at once would keep the first from its turn for minutes.
+            for upcoming in in_turn[place : place + 2]:
+                upcoming.start()
             self.say(f"{label} {name}: preparing")
             answer = worker.ask({"do": "prepare", "case": self.cases[number]})
             del row["skipped"]
@@ -179,7 +180,7 @@ class _Table:
             self.say(f"{label} {name}: {_verdict(row)}")
             self._keep(self._unfinished(number))
 
-    def time(self, number: int, workers: dict[str, _Worker]) -> None:
+    def time(self, number: int, workers: dict[str, WorkerProcess]) -> None:
         """Time what was verified, round after round; leave medians."""
         rows = self.cells[number]
         ready = [name for name, row in rows.items() if row["verified"]]
@@ -199,7 +200,7 @@ class _Table:
             if rows[name]["rounds"] == self.plan.rounds:
                 del rows[name]["rounds"]
 
-    def _turn(self, row: dict[str, Any], worker: _Worker, times: list[float]) -> None:
+    def _turn(self, row: dict[str, Any], worker: WorkerProcess, times: list[float]) -> None:
         answer = worker.ask({"do": "time", "seconds": self.plan.seconds, "max_calls": self.plan.max_calls})
         if "us" not in answer:
             row |= answer | {"verified": False}
@@ -232,74 +233,3 @@ def _label(case: dict[str, Any]) -> str:
 
 def _verdict(row: dict[str, Any]) -> str:
     return "verified" if row["verified"] else f"refused: {row.get('error', 'no reason given')}"
-
-
-class _Worker:
-    """Speak with one worker process, a JSON line each way."""
-
-    def __init__(self, spec: Spec, plan: Plan) -> None:
-        self.name, self.patience = spec.name, plan.patience
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the worker)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "nogemm.bench.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=os.environ | _environment(plan.threads),
-            text=True,
-            process_group=0,  # a signal to the whole group must not end it in the middle of an answer: `close` does
-        )
-        self._send({"factory": spec.factory, "settings": spec.settings, "threads": plan.threads})
-
-    def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Send a message and return the answer; a dead or silent worker answers with its error."""
-        if self._process.poll() is None:
-            self._send(message)
-        assert self._process.stdout is not None
-        ready, _, _ = select.select([self._process.stdout], [], [], self.patience)
-        line = self._process.stdout.readline() if ready else ""
-        if line:
-            return json.loads(line)
-        if not ready:
-            self._process.kill()
-            return {"error": f"no answer within {self.patience:.0f} s"}
-        code = self._process.wait()
-        return {"error": f"the worker ended with code {code}: {self._last_words()}"}
-
-    def close(self) -> None:
-        """End the worker and wait for it."""
-        if self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        if self._process.stdout is not None:
-            self._process.stdout.close()
-        self._log.close()
-
-    def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the worker has died; the read that follows says so
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-
-    def _last_words(self) -> str:
-        self._log.seek(0)
-        lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1] if lines else "it said nothing"
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return the settings every worker starts with: equal threads, and no thread that spins while it waits."""
-    return {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "passive",
-        "KMP_BLOCKTIME": "0",
-        "TOKENIZERS_PARALLELISM": "false",
-        # Inductor's own pool of compiler processes would outlive the compilation and wake up between rounds.
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }

@@ -1,4 +1,4 @@
-"""The process a contender lives in: `python -m nogemm.bench.worker`, spoken to by `nogemm.bench.measure`.
+"""The process a contender lives in: `python -m nogemm.bench.worker`, spoken to by `nogemm.bench.worker_process`.
 
 First line in: {"factory", "settings", "threads"}; then {"do": "prepare", "case"} or {"do": "time", "seconds",
 "max_calls"}, one answer line each; end of input ends the process. What libraries print goes to the log.

@@ -14,6 +14,7 @@ import typer
 from nogemm.bench.partial import sigterm_interrupts
 from nogemm.cli import bench, info, models, profile
 from nogemm.errors import NogemmError
+from nogemm.hardware.waiting import sleep_while_waiting
 
 app = typer.Typer(
     help="Replace dense feed-forward networks by layers that compute little; train, measure and run them on CPUs.",
@@ -37,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With NOGEMM_TRACEBACK=1 in the environment an error is shown with its whole traceback.
     """
+    if arguments is None and sys.argv[1:2] == ["distil"]:
+        sleep_while_waiting()
     try:
         with sigterm_interrupts():
             app(args=list(arguments) if arguments is not None else None, prog_name="nogemm")

@@ -9,6 +9,7 @@ import typer
 
 from nogemm.bench.tables import TextTable
 from nogemm.cli.common import Json, print_partial, print_table, print_text_table
+from nogemm.cli.measured import Keep, Note, measured
 from nogemm.cli.options import (
     Activation,
     Against,
@@ -29,7 +30,6 @@ from nogemm.cli.options import (
     layer_args,
     words,
 )
-from nogemm.cli.progress import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.partial import Record
+from nogemm.bench.progress import progress, training_lines
 from nogemm.cli.common import (
     Json,
     finish,
@@ -18,8 +19,8 @@ from nogemm.cli.common import (
     print_table,
     save_like,
 )
+from nogemm.cli.measured import Keep, Note, end_early, measured
 from nogemm.cli.options import words
-from nogemm.cli.progress import Keep, Note, end_early, measured, progress, training_lines
 from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 
@@ -117,7 +118,7 @@ def distil(
     sources = {"tokenizer": tokenizer, "validation": validation}
     record = Record(json)
     try:
-        with training_lines():
+        with progress.watching(), training_lines():
             report = nogemm.distil(loaded, dense, data, **sources, output_dir=run, resume=resume, options=options)
     except KeyboardInterrupt as stopped:
         record.keep({"options": options.to_dict(), "run": str(run)})

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.cli.common import Json, print_partial, print_text_table
+from nogemm.cli.measured import measured
 from nogemm.cli.options import (
     Activation,
     Batch,
@@ -24,7 +25,6 @@ from nogemm.cli.options import (
     Width,
     layer_args,
 )
-from nogemm.cli.progress import measured
 
 
 def profile(

@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from nogemm.hardware.waiting import sleep_while_waiting
+
 
 def main() -> None:
     """Run every step that is left, write the report, print the closing table."""
@@ -18,18 +20,22 @@ def main() -> None:
     if args.restart:
         shutil.rmtree(args.folder, ignore_errors=True)
     start = time.monotonic()
-    print(f"nogemm demo: about 12 minutes on two cores; everything goes to {args.folder}", flush=True)
+    print(
+        f"nogemm demo: about 12 minutes, less training on a slow machine; everything goes to {args.folder}", flush=True
+    )
+    from nogemm.bench.partial import exit_code, sigterm_interrupts
     from nogemm.bench.report import write_report
     from nogemm.demo.chain import run_demo
     from nogemm.demo.table import print_result
     from nogemm.errors import NogemmError
 
     try:
-        result = run_demo(args.folder, Path("benchmarks/results"))
-        report = write_report([args.folder / "result.json"], args.folder / "report.html")
-    except KeyboardInterrupt:
+        with sigterm_interrupts():
+            result = run_demo(args.folder, Path("benchmarks/results"))
+            report = write_report([args.folder / "result.json"], args.folder / "report.html")
+    except KeyboardInterrupt as stop:
         print("\nstopped; `./run demo` goes on from here", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(exit_code(stop)) from None
     except NogemmError as error:
         print(f"demo: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -37,4 +43,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    sleep_while_waiting()
     main()

@@ -6,9 +6,9 @@ Everything heavy that must not share a process with something else runs in `chil
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
+import tempfile
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,29 +17,26 @@ import torch
 
 import nogemm
 from nogemm.bench.models import PACKAGED, model_directory
+from nogemm.bench.progress import progress, training_lines
 from nogemm.bench.quality import compare_search
 from nogemm.convert.report import ConversionReport
 from nogemm.convert.sites import converted
+from nogemm.demo.plan import PEERS, SIZES, TEACHER_SECONDS, TOTAL_SECONDS, plan
 from nogemm.demo.steps import Steps
 from nogemm.errors import NogemmError
 from nogemm.files import write_json
 from nogemm.hardware import machine, machine_line
+from nogemm.hardware.load import look
 
 # Two neighbours and three rounds fit the dense FFNs better than one and four, at fewer FLOP.
 CONFIG = nogemm.LookupConfig(tables=64, bits=8, neighbours=2, projection=nogemm.BHConfig(rounds=3, block=64))
-TRAINING: dict[str, Any] = {"tokens": 1_500_000, "max_seconds": 450.0, "seed": 0}
+TRAINING: dict[str, Any] = {"tokens": 1_500_000, "seed": 0}  # and as many seconds as `plan` gives it
 VALIDATION_TEXTS = 300  # a rough agreement while it trains; the test texts are scored in full afterwards
-SIZES = ((1, 16), (1, 128), (32, 128))
 TITLE = "all-MiniLM-L6-v2 with every FFN replaced by a LookupFFN"
-# What is left out takes longest to build or is never the fastest on a processor without matrix units: inductor, ONNX
-# Runtime fp32, OpenVINO bf16. `./run bench model` includes them, and ours compiled.
-PEERS = ("torch-fp32", "torch-bf16", "torch-int8", "onnxruntime-int8", "openvino-f32", "openvino-int8")
 
 
 def run_demo(folder: Path, recorded: Path) -> dict[str, Any]:
     """Do every step that is not done yet, write `result.json` and return it."""
-    logging.basicConfig(format="     %(message)s", level=logging.WARNING)
-    logging.getLogger("nogemm.train").setLevel(logging.INFO)
     quiet_loading()
     settings = {
         "nogemm": nogemm.__version__,
@@ -47,26 +44,39 @@ def run_demo(folder: Path, recorded: Path) -> dict[str, Any]:
         "training": TRAINING,
         "sizes": SIZES,
         "peers": PEERS,
+        "seconds": TOTAL_SECONDS,
     }
     steps = Steps(folder / "steps", json.loads(json.dumps(settings)))
     model, small = folder / "model", folder / "model-int8"
 
+    busy = what_else_runs()
     teacher = steps.run(
-        "teacher", "embed the test texts with the dense teacher", lambda: child(teacher_path(), folder / "teacher")
+        "teacher",
+        "embed the test texts with the dense teacher",
+        lambda: child(teacher_path(), folder / "teacher", seconds=TEACHER_SECONDS),
     )
+    pairs = teacher["pairs"]
     sites = steps.run("convert", "replace its FFNs", conversion)
-    training = steps.run("distil", "distil the new FFNs on the packaged texts", lambda: training_run(folder, model))
+    planned = steps.run("plan", "divide the time", lambda: plan(teacher, steps.spent()))
+    notes = [*busy, *planned["notes"]]
+    for note in planned["notes"]:
+        print(f"     {note}", flush=True)
+    training = steps.run(
+        "distil",
+        "distil the new FFNs on the packaged texts",
+        lambda: training_run(folder, model, planned["training_seconds"]),
+    )
     ours = steps.run(
         "reload",
         "reload in a fresh process, pack, embed the test texts",
-        lambda: child(model, folder / "ours", pack="fp32"),
+        lambda: child(model, folder / "ours", pairs=pairs, pack="fp32"),
     )
     compressed = steps.run("compress", "store the tables as int8", lambda: compression(model, small))
     tiny = steps.run(
-        "reload-int8", "the same with int8 tables", lambda: child(small, folder / "ours-int8", pack="int8")
+        "reload-int8", "the same with int8 tables", lambda: child(small, folder / "ours-int8", pairs=pairs, pack="int8")
     )
     scores = steps.run("score", "score the embeddings", lambda: scoring(folder))
-    times = steps.run("time", "time beside the dense peers", lambda: timing(model))
+    times = steps.run("time", "time beside the dense peers", lambda: timing(model, planned))
     result = {
         "kind": "demo",
         "title": TITLE,
@@ -80,9 +90,21 @@ def run_demo(folder: Path, recorded: Path) -> dict[str, Any]:
         "sites": sites["sites"],
         "recorded": recorded_rows(recorded),
         "seconds": steps.seconds,
+        "plan": planned,
+        "notes": notes,
     }
     write_json(folder / "result.json", result)
     return result
+
+
+def what_else_runs() -> list[str]:
+    """Say, and return, that other processes are in the way: every figure is then worse than the machine's."""
+    found = look()
+    if not found.busy:
+        return []
+    note = f"The machine was busy at the start: {found}. Expect less training, lower agreement, longer latencies."
+    print(f"     {note}", flush=True)
+    return [note]
 
 
 def quiet_loading() -> None:
@@ -97,14 +119,18 @@ def teacher_path() -> Path:
     return Path(model_directory(PACKAGED))
 
 
-def child(model: Path, out: Path, pack: str | None = None) -> dict[str, Any]:
-    """Embed the test split in a fresh process; through SentenceTransformer too where the model is ours."""
+def child(
+    model: Path, out: Path, *, pairs: int = 0, seconds: float | None = None, pack: str | None = None
+) -> dict[str, Any]:
+    """Embed test texts in a fresh process, some `pairs`, or what fits into `seconds`.
+
+    Where the model is ours, it is loaded by SentenceTransformer, too.
+    """
     command = [sys.executable, "-m", "nogemm.demo.child", str(model), str(out)]
     command += ["--pack", pack, "--sentence-transformers"] if pack else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["it said nothing"]
-        raise NogemmError(f"the fresh process for {model.name} failed: {lines[-1]}")
+    command += ["--pairs", str(pairs)] if pairs else []
+    command += ["--seconds", str(seconds)] if seconds is not None else []
+    run_watched(command, model.name)
     found = json.loads(out.with_suffix(".json").read_text())
     said = f"{found['texts']:,} texts in {found['embed_seconds']:.0f} s"
     agreement = found.get("sentence_transformers_agreement")
@@ -113,6 +139,29 @@ def child(model: Path, out: Path, pack: str | None = None) -> dict[str, Any]:
             raise NogemmError(f"SentenceTransformer gives other embeddings than transformers (cosine {agreement:.4f})")
         said += f", SentenceTransformer agrees (cosine {agreement:.5f})"
     return found | {"said": said}
+
+
+def run_watched(command: list[str], name: str) -> None:
+    """Run a process to its end, its lines as progress.
+
+    Raises:
+        NogemmError: it failed; the message ends in its last words.
+    """
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                progress(f"{name}: {line.strip()}")
+        finally:
+            if sys.exception() is not None:
+                process.kill()
+            process.stdout.close()
+            code = process.wait()
+        if code != 0:
+            errors.seek(0)
+            lines = errors.read().strip().splitlines() or ["it said nothing"]
+            raise NogemmError(f"the fresh process for {name} failed: {lines[-1]}")
 
 
 def converted_model() -> tuple[Any, ConversionReport]:
@@ -133,7 +182,7 @@ def conversion() -> dict[str, Any]:
     return report.to_dict() | counts | {"said": said}
 
 
-def training_run(folder: Path, target: Path) -> dict[str, Any]:
+def training_run(folder: Path, target: Path, seconds: float) -> dict[str, Any]:
     """Distil and save; an interrupted run continues from its last checkpoint."""
     from transformers import AutoModel
 
@@ -141,18 +190,20 @@ def training_run(folder: Path, target: Path) -> dict[str, Any]:
 
     model, _ = converted_model()
     teacher = AutoModel.from_pretrained(teacher_path(), local_files_only=True).eval()
-    report = nogemm.distil(
-        model,
-        teacher,
-        "sample",
-        tokenizer=model.tokenizer,
-        validation=list(islice(texts("sample", split="validation"), VALIDATION_TEXTS)),
-        output_dir=folder / "distil",
-        resume=True,
-        log_seconds=30.0,
-        checkpoint_seconds=60.0,
-        **TRAINING,
-    )
+    with training_lines():
+        report = nogemm.distil(
+            model,
+            teacher,
+            "sample",
+            tokenizer=model.tokenizer,
+            validation=list(islice(texts("sample", split="validation"), VALIDATION_TEXTS)),
+            output_dir=folder / "distil",
+            resume=True,
+            max_seconds=seconds,
+            log_seconds=20.0,
+            checkpoint_seconds=60.0,
+            **TRAINING,
+        )
     nogemm.save(model, target)
     agreement = "" if report.agreement is None else f", agreement {report.agreement:.3f} on the validation texts"
     return report.to_dict() | {"said": f"{report.tokens:,} tokens{agreement}"}
@@ -185,27 +236,32 @@ def scoring(folder: Path) -> dict[str, Any]:
     return scores | {"said": f"agreement {agreement:.3f}, {100 * kept:.1f} % of the teacher's MRR@10"}
 
 
-def timing(model: Path) -> dict[str, Any]:
-    """Time the saved model, packed, beside the dense peers that are installed."""
+def timing(model: Path, planned: dict[str, Any]) -> dict[str, Any]:
+    """Time the saved model, packed, beside the dense peers that are installed, as far as the time allows."""
     from nogemm.bench.model import ModelBenchArgs, run_model_bench
 
     args = ModelBenchArgs(
         model=str(model),
-        dtype="int8,fp32",
-        shape=SIZES,
-        against=PEERS,
+        dtype=planned["dtype"],
+        shape=tuple((batch, length) for batch, length in planned["sizes"]),
+        against=tuple(planned["peers"]),
         ceiling=(),
         compiled=False,
         agreement_texts=0,  # quality is measured apart, on whole texts
         seconds=0.05,
+        seconds_in_all=planned["timing_seconds"],
     )
-    rows = run_model_bench(args)["rows"]
+    rows = run_model_bench(args, note=progress)["rows"]
     own = [row for row in rows if row["contender"].startswith("nogemm")]
-    broken = [row for row in own if row.get("us_median") is None]
+    broken = [row for row in own if "error" in row]
     if broken:
-        raise NogemmError(f"{broken[0]['contender']} could not be timed: {broken[0].get('error', 'no reason given')}")
-    best = min(row["us_median"] for row in own if (row["batch"], row["length"]) == SIZES[-1])
-    return {"rows": rows, "said": f"{best / 1000:.0f} ms at {SIZES[-1]}"}
+        raise NogemmError(f"{broken[0]['contender']} could not be timed: {broken[0]['error']}")
+    timed = [row for row in own if row["us_median"] is not None]
+    if not timed:
+        return {"rows": rows, "said": "nothing could be timed in the time that was left"}
+    largest = max((row["batch"], row["length"]) for row in timed)
+    best = min(row["us_median"] for row in timed if (row["batch"], row["length"]) == largest)
+    return {"rows": rows, "said": f"{best / 1000:.3g} ms at {largest}"}
 
 
 def quality_rows(

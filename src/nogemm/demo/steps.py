@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nogemm.bench.progress import progress
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
 
@@ -29,7 +30,10 @@ class Steps:
         write_json(folder / "settings.json", settings)
 
     def run(self, name: str, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Do a step, or take its result from an earlier call; print one line with the time it took."""
+        """Do a step, or take its result from an earlier call; print one line with the time it took.
+
+        While it lasts, progress is shown on standard error, see `nogemm.bench.progress`.
+        """
         self._number += 1
         file = self.folder / f"{self._number:02d}-{name}.json"
         done = self._read(file)
@@ -37,7 +41,9 @@ class Steps:
         if done is None:
             print(f"{label} ...", flush=True)
             start = time.monotonic()
-            result = work()
+            with progress.watching():
+                progress(what)
+                result = work()
             done = {"seconds": time.monotonic() - start, "result": result}
             write_json(file, done)
             print(f"{label}: {done['result'].get('said', 'done')} ({done['seconds']:.0f} s)", flush=True)
@@ -45,6 +51,10 @@ class Steps:
             print(f"{label}: {done['result'].get('said', 'done')} (earlier, {done['seconds']:.0f} s)", flush=True)
         self.seconds[name] = done["seconds"]
         return done["result"]
+
+    def spent(self) -> float:
+        """Return the seconds of all steps so far, of earlier calls, too."""
+        return sum(self.seconds.values())
 
     @staticmethod
     def _read(file: Path) -> Any:

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nogemm.bench.result import why_not
+
 MIB = 2**20
 
 
@@ -23,6 +25,14 @@ def print_result(result: Mapping[str, Any], report: Path, seconds: float) -> Non
     times = {(r["contender"], r["batch"], r["length"]): r.get("us_median") for r in result["latency"]}
     lines = [[name, *(milliseconds(times.get((name, *size))) for size in sizes)] for name in contenders]
     print_columns(["latency, ms", *(str(size) for size in sizes)], lines)
+    for reason in dict.fromkeys(
+        f"{row['contender']} not run: {why_not(row) or 'no reason given'}"
+        for row in result["latency"]
+        if row.get("us_median") is None
+    ):
+        print(reason)
+    for note in result.get("notes", []):
+        print(note)
     print(f"\nreport: {report}\nmodel:  {report.parent / 'model'}\n{seconds:.0f} seconds in this call")
 
 

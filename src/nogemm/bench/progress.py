@@ -1,7 +1,8 @@
-"""Progress on standard error: in place on a terminal, as plain lines elsewhere; and results kept while they grow.
+"""Progress on standard error: in place on a terminal, as plain lines elsewhere.
 
 Elsewhere a line is printed at most every few seconds, and at least every twenty: a step that takes long repeats its
-line with the seconds it has taken so far. A command that ends at once prints none.
+line with the seconds it has taken so far. A command that ends at once prints none. Commands alone use this: a function
+of the library takes a `note` to call instead.
 """
 
 from __future__ import annotations
@@ -10,14 +11,10 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
-from nogemm.bench.partial import Keep, Record, exit_code
-
-Note = Callable[[str], None]
 EVERY, SILENCE = 5.0, 20.0
 
 
@@ -52,11 +49,6 @@ class Progress:
             if self._line and self.terminal():
                 print("\r\033[K", end="", file=self._out(), flush=True)
             self._line, self._pending = "", False
-
-    def said(self) -> None:
-        """Note that somebody else has just written a line."""
-        with self._lock:
-            self._shown, self._pending = time.monotonic(), False
 
     @contextmanager
     def watching(self) -> Iterator[Progress]:
@@ -105,6 +97,7 @@ progress = Progress()
 def training_lines(to: Progress = progress) -> Iterator[None]:
     """Show what training logs as lines of progress; on a terminal it has its bar instead."""
     if to.terminal():
+        to.clear()
         yield
         return
 
@@ -117,49 +110,8 @@ def training_lines(to: Progress = progress) -> Iterator[None]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        with to.watching():
-            to("training: reading texts")
-            yield
+        to("training: reading texts")
+        yield
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
-
-
-def measured(
-    kind: str | None,
-    path: Path | None,
-    work: Callable[[Note, Keep], dict[str, Any]],
-    show: Callable[[dict[str, Any]], None],
-) -> dict[str, Any]:
-    """Run a command that may take minutes: progress while it runs, its result shown and written; return the result.
-
-    Args:
-        kind: of the result.
-        path: of its --json file.
-        work: gets `note` and `keep`, and returns the result.
-        show: prints it; also what there is of one that was stopped.
-    Raises:
-        SystemExit: with 130 or 143, when Ctrl-C or SIGTERM stopped it; what was measured is shown and written then.
-    """
-    record = Record(path, kind)
-    try:
-        with progress.watching():
-            result = work(progress, record.keep)
-    except KeyboardInterrupt as stop:
-        end_early(record, stop, show)
-    except Exception as error:
-        record.stopped(error)
-        raise
-    show(result)
-    record.done(result)
-    return result
-
-
-def end_early(record: Record, stop: KeyboardInterrupt, show: Callable[[dict[str, Any]], None]) -> Any:
-    """Show and write what an interrupted command has measured, and exit."""
-    found = record.stopped(stop)
-    if found is not None:
-        show(found)
-    where = f"; {record.path} holds what was measured" if found is not None and record.path is not None else ""
-    print(f"nogemm: {record.reason(stop)}{where}", file=sys.stderr)
-    raise SystemExit(exit_code(stop)) from None
