@@ -19,11 +19,11 @@ from nogemm.errors import ConfigError
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
     "env": "--json",
-    "convert": "--method --set --layers --data --tables --speed --json",
+    "convert": "--method --set --layers --data --tables --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
-    "--set --json",
-    "eval": "--teacher --task --data --split --limit --pack --max-length --seed --json",
-    "export": "--to --dtype --int8 --data --json",
+    "--set --trust-remote-code --json",
+    "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
+    "export": "--to --dtype --int8 --data --trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
     "--threads --rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
@@ -161,7 +161,9 @@ def test_convert_only_some_layers_and_store_int8(tiny, tmp_path):
 
 def test_sentence_transformers_files_belong_to_the_same_replacement(tiny, tmp_path, capsys):
     target, words = tmp_path / "converted", ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
-    (tiny / "modules.json").write_text("[]")
+    modules = [{"path": "", "type": "sentence_transformers.models.Transformer"}]
+    modules += [{"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}]
+    (tiny / "modules.json").write_text(json.dumps(modules))
     (tiny / "1_Pooling").mkdir()
     (tiny / "1_Pooling" / "config.json").write_text("{}")
 

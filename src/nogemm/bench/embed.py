@@ -16,6 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from nogemm.convert.pooling import Pooling, pooled, pooling_of
+from nogemm.convert.texts import accepted, encode, last_hidden, padded, prepare_tokenizer
+
 BATCH_TOKENS = 4096
 MAX_LENGTH = 256
 Progress = Callable[[int, int], None]
@@ -26,31 +29,33 @@ def embed(
     tokenizer: Any,
     texts: Sequence[str],
     *,
+    pooling: Pooling | None = None,
     max_length: int = MAX_LENGTH,
     batch_tokens: int = BATCH_TOKENS,
     progress: Progress | None = None,
 ) -> NDArray[np.float32]:
-    """Embed texts: mean of the last hidden states over the attention mask, scaled to length one.
+    """Embed texts: the last hidden states pooled as the model's directory says, by default their mean, of length one.
 
         e = m / |m|,  m = sum_l mask[l] h[l] / sum_l mask[l]
 
     Args:
         model: an encoder whose output has `last_hidden_state`; it is left in the mode it came in.
         texts: at least one.
-        max_length: longer texts are cut to this many tokens.
+        pooling: None: what `modules.json` describes where the model was loaded from, else the mean.
+        max_length: longer texts are cut to this many tokens, or to what tokenizer, model and pooling allow.
         batch_tokens: padded tokens per batch, at most (one text always fits).
         progress: called with (texts done, texts in all) after every batch.
     Returns:
         float32 [N, D] in the order of `texts`; non-finite numbers are passed on, the figures refuse them.
     Raises:
         ValueError: if no text is given.
+        ConfigError: `modules.json` describes something that cannot be followed.
     """
+    how = pooling_of(model) if pooling is None else pooling
+    max_length = min(max_length, how.max_length or max_length)
 
     def pool(inputs: dict[str, Tensor]) -> Tensor:
-        hidden = model(**inputs).last_hidden_state.float()
-        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
-        mean = (hidden * mask).sum(1) / mask.sum(1)
-        return nn.functional.normalize(mean, dim=-1)
+        return pooled(last_hidden(model, inputs).float(), inputs["attention_mask"], how)
 
     return _map_batches(model, tokenizer, texts, pool, max_length, batch_tokens, progress)
 
@@ -112,7 +117,7 @@ def masked_losses(
 
     sums, counts = np.zeros(len(texts)), np.zeros(len(texts))
     with _evaluating(model):
-        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens):
+        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens, model):
             labels = holes(inputs, order)
             score_NLV = model(**inputs).logits.float()
             loss = nn.functional.cross_entropy(score_NLV.transpose(1, 2), labels, reduction="none")
@@ -154,7 +159,7 @@ def _map_batches(
     out: NDArray[np.float32] | None = None
     done = 0
     with _evaluating(model):
-        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens):
+        for order, inputs in batches(tokenizer, texts, max_length, batch_tokens, model):
             rows = function(inputs).numpy()
             if out is None:
                 out = np.empty((len(texts), rows.shape[1]), dtype=np.float32)
@@ -168,12 +173,13 @@ def _map_batches(
 
 
 def batches(
-    tokenizer: Any, texts: Sequence[str], max_length: int, batch_tokens: int
+    tokenizer: Any, texts: Sequence[str], max_length: int, batch_tokens: int, model: nn.Module
 ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
-    """Yield (places in `texts`, padded inputs), longest texts first so that memory peaks at once."""
+    """Yield (places in `texts`, padded inputs that the model takes), longest first so that memory peaks at once."""
     if len(texts) == 0:
         return
-    encoded = tokenizer(list(texts), truncation=True, max_length=max_length)
+    prepare_tokenizer(tokenizer, model)
+    encoded = encode(tokenizer, texts, max_length, model)
     lengths = [len(ids) for ids in encoded["input_ids"]]
     order = sorted(range(len(texts)), key=lambda i: (-lengths[i], i))
     start = 0
@@ -181,5 +187,5 @@ def batches(
         count = max(1, batch_tokens // max(1, lengths[order[start]]))
         part = order[start : start + count]
         rows = [{name: encoded[name][i] for name in encoded} for i in part]
-        yield part, dict(tokenizer.pad(rows, return_tensors="pt"))
+        yield part, accepted(model, padded(tokenizer, rows))
         start += count

@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 
 from nogemm.bench.embed import MAX_LENGTH, embed, logits, masked_losses
-from nogemm.bench.models import load_encoder, load_model, load_tokenizer
 from nogemm.bench.partial import Keep
 from nogemm.bench.quality import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
 from nogemm.bench.result import origin
+from nogemm.convert.loading import load_encoder, load_model, load_tokenizer
+from nogemm.convert.pooling import pooling_of
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class EvalArgs:
         pack: evaluate the packed model, "fp32", "bf16" or "int8"; None as it is.
         max_length: tokens per text.
         seed: of the resampling and of the masks.
+        trust_remote_code: run the code that a directory brings for its model.
     """
 
     model: str
@@ -53,6 +56,7 @@ class EvalArgs:
     pack: str | None = None
     max_length: int = MAX_LENGTH
     seed: int = 0
+    trust_remote_code: bool = False
 
 
 def run_eval(args: EvalArgs, *, note: Note | None = None, keep: Keep | None = None) -> dict[str, Any]:
@@ -91,6 +95,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Search the pairs' documents by their queries with model and teacher, and compare.
 
+    Each is pooled as its own `modules.json` says; one without takes the other's, and without either it is the mean.
+
     Args:
         model, teacher: modules or directories; equal texts go to both, through the teacher's tokenizer.
         pairs: (query, document); document i is the right one for query i.
@@ -105,13 +111,13 @@ def evaluate(
         if isinstance(teacher, nn.Module):
             raise ConfigError("evaluate: give the tokenizer when the teacher is a module")
         tokenizer = load_tokenizer(teacher)
+    poolings = pooling_of(teacher, model), pooling_of(model, teacher)
     texts = [query for query, _ in pairs] + [document for _, document in pairs]
     found: list[NDArray[np.float32]] = []
-    for whose, source in (("the teacher", teacher), ("ours", model)):
+    for whose, source, pooling in zip(("the teacher", "ours"), (teacher, model), poolings, strict=True):
         loaded = source if isinstance(source, nn.Module) else load_encoder(source)
-        found.append(
-            embed(loaded, tokenizer, texts, max_length=max_length, progress=_progress(note, f"embedding with {whose}"))
-        )
+        told = _progress(note, f"embedding with {whose}")
+        found.append(embed(loaded, tokenizer, texts, pooling=pooling, max_length=max_length, progress=told))
         del loaded
     theirs, ours = found
     count = len(pairs)
@@ -127,12 +133,11 @@ def _search(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     split = load_split(args.data, args.split)
     pairs = list(zip(split.queries, split.documents, strict=True))[: args.limit or None]
     keep({"samples": len(pairs)})  # no figure is known before both have embedded everything
-    model = _packed(load_encoder(args.model), args.pack)
     return evaluate(
-        model,
-        args.teacher,
+        _packed(_load(args, args.model, "search"), args.pack),
+        _load(args, args.teacher, "search"),
         pairs,
-        tokenizer=load_tokenizer(args.teacher),
+        tokenizer=load_tokenizer(args.teacher, trust_remote_code=args.trust_remote_code),
         max_length=args.max_length,
         seed=args.seed,
         note=note,
@@ -146,10 +151,10 @@ def _mlm(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": len(sample)}
     sums: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
     for whose, path in _both(args):
-        model = load_model(path, "mlm")
+        model = _load(args, path, "mlm")
         sums[whose] = masked_losses(
             _packed(model, args.pack if whose == "ours" else None),
-            load_tokenizer(args.teacher or args.model),
+            load_tokenizer(args.teacher or args.model, trust_remote_code=args.trust_remote_code),
             sample,
             seed=args.seed,
             max_length=args.max_length,
@@ -170,11 +175,11 @@ def _classify(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
     found: dict[str, Any] = {"samples": len(rows)}
     right: dict[str, NDArray[np.bool_]] = {}
     for whose, path in _both(args):
-        model = load_model(path, "classify")
+        model = _load(args, path, "classify")
         labels = _class_ids(model, rows)  # before the minutes that the logits take
         score = logits(
             _packed(model, args.pack if whose == "ours" else None),
-            load_tokenizer(path),
+            load_tokenizer(path, trust_remote_code=args.trust_remote_code),
             [row.text for row in rows],
             max_length=args.max_length,
             progress=_progress(note, f"labels, {whose}"),
@@ -218,6 +223,10 @@ def _class_ids(model: nn.Module, rows: Sequence[Labelled]) -> list[int]:
 def _both(args: EvalArgs) -> list[tuple[str, str]]:
     teacher = [("teacher", args.teacher)] if args.teacher is not None else []
     return [*teacher, ("ours", args.model)]
+
+
+def _load(args: EvalArgs, path: str, head: str) -> nn.Module:
+    return load_model(path, head, dtype=torch.float32, trust_remote_code=args.trust_remote_code)
 
 
 def _packed(model: nn.Module, dtype: str | None) -> nn.Module:

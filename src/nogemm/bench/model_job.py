@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench import peers
-from nogemm.bench.models import keep_layers, load_encoder, sample_texts, timed_encoder, timed_tokenizer
+from nogemm.bench.models import is_random, keep_layers, sample_texts, timed_encoder, timed_tokenizer
+from nogemm.convert.loading import load_encoder
+from nogemm.convert.pooling import MEAN, Pooling, pooled, pooling_of
 from nogemm.hardware.memory import peak_memory_bytes
 
 # Least cosine between a text's pooled embedding and the reference's. fp32 of a converted model: a bit near zero may
@@ -44,6 +46,9 @@ class _ModelContender:
         warnings.simplefilter("ignore")
         self.settings = settings
         self.ids = _token_stream(settings["dense"])
+        self.pooling = MEAN if is_random(settings["dense"]) else pooling_of(settings["dense"])
+        # A text starts with this token wherever the stream is cut, for a model whose embedding is that token's.
+        self.first = timed_tokenizer(settings["dense"]).cls_token_id if "cls" in self.pooling.modes else None
         self.next = 0
         self.runner: peers.Runner | None = None
         self.teacher: Encoder | None = None
@@ -54,6 +59,9 @@ class _ModelContender:
             self.next = 0
         ids = self.ids[self.next : self.next + count].reshape(batch, length)
         self.next += count
+        if self.first is not None:
+            ids = ids.clone()
+            ids[:, 0] = self.first
         return ids, torch.ones_like(ids)
 
     def _open(self, case: dict[str, Any]) -> None:
@@ -66,7 +74,7 @@ class _ModelContender:
         (hidden,) = self.runner.result(self.runner.run(self.runner.prepare(inputs)))
         with torch.inference_mode():
             (expected,) = reference(*inputs)
-        facts = compare_hidden(hidden, expected, least)
+        facts = compare_hidden(hidden, expected, least, self.pooling)
         facts |= {"layers": 1, "memory_bytes": peak_memory_bytes()}
         if facts["verified"] and self.settings.get("agreement_texts", 0):
             facts |= self._agreement(self.settings["agreement_texts"])
@@ -85,7 +93,7 @@ class _ModelContender:
             (hidden,) = self.runner.result(self.runner.run(self.runner.prepare(inputs)))
             with torch.inference_mode():
                 (expected,) = self.teacher(*inputs)
-            cosines.append(pooled_cosine(hidden, expected))
+            cosines.append(pooled_cosine(hidden, expected, self.pooling))
         self.next = position
         return {"agreement": float(torch.cat(cosines).mean()), "agreement_texts": len(cosines) * self.case[0]}
 
@@ -201,13 +209,14 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def pooled_cosine(hidden_BLD: Tensor, expected_BLD: Tensor) -> Tensor:
-    """Return the cosine of each text's mean-pooled embeddings, float64 [B]."""
-    return nn.functional.cosine_similarity(hidden_BLD.double().mean(1), expected_BLD.double().mean(1), dim=-1)
+def pooled_cosine(hidden_BLD: Tensor, expected_BLD: Tensor, pooling: Pooling = MEAN) -> Tensor:
+    """Return the cosine of each text's embeddings, texts without padding, float64 [B]."""
+    mask = torch.ones(hidden_BLD.shape[:2], dtype=torch.long)
+    return (pooled(hidden_BLD.double(), mask, pooling) * pooled(expected_BLD.double(), mask, pooling)).sum(-1)
 
 
-def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> dict[str, Any]:
-    """Compare mean-pooled embeddings by cosine.
+def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float, pooling: Pooling = MEAN) -> dict[str, Any]:
+    """Compare embeddings by cosine.
 
     Returns:
         {"verified", "max_error": 1 - the least cosine, "cosine": their mean}; "error" if the least is below `least`.
@@ -215,7 +224,7 @@ def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float) -> di
     if hidden_BLD.shape != expected_BLD.shape:
         reason = f"output has shape {tuple(hidden_BLD.shape)}, the reference {tuple(expected_BLD.shape)}"
         return {"verified": False, "error": f"does not match the reference: {reason}"}
-    cosine = pooled_cosine(hidden_BLD, expected_BLD)
+    cosine = pooled_cosine(hidden_BLD, expected_BLD, pooling)
     lowest = float(cosine.min())
     facts: dict[str, Any] = {"verified": lowest >= least}  # false for NaN too
     if not facts["verified"]:

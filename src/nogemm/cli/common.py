@@ -1,18 +1,20 @@
-"""What several commands share: the --json option, loading of models, printed tables."""
+"""What several commands share: options, saving of models, printed tables."""
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from nogemm.bench.models import model_directory
 from nogemm.bench.tables import TextTable
+from nogemm.convert.directory import copy_modules, model_directory, sentence_modules
 from nogemm.files import write_json
 
+Trust = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run the code that a model's directory brings. Read it first.")
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this JSON file.")]
 
 
@@ -22,35 +24,13 @@ def finish(result: dict[str, Any], path: Path | None) -> None:
         write_json(path, result)
 
 
-def load_model(path: str) -> Any:
-    """Load a transformers model of the class that its config names; only from the disk."""
-    import transformers
-    from transformers.utils import logging
-
-    # Its bars would stand between our lines, and in front of an error's only line.
-    logging.disable_progress_bar()
-    path = model_directory(path)
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-    names = getattr(config, "architectures", None) or []
-    cls = getattr(transformers, names[0], transformers.AutoModel) if names else transformers.AutoModel
-    return cls.from_pretrained(path, local_files_only=True).eval()
-
-
 def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
     """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
     from nogemm.convert.save import save_with
 
-    found = Path(model_directory(source))
-
-    def extra(folder: Path) -> None:
-        for pattern in ("modules.json", "*sentence*.json", "*_Pooling", "*_Normalize"):
-            for item in found.glob(pattern):
-                if item.is_dir():
-                    shutil.copytree(item, folder / item.name, dirs_exist_ok=True)
-                else:
-                    shutil.copyfile(item, folder / item.name)
-
-    save_with(model, target, tokenizer, extra)
+    root = model_directory(source)
+    sentence_modules(root)  # refuses before anything is written
+    save_with(model, target, tokenizer, lambda folder: copy_modules(root, folder))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,8 +13,8 @@ from nogemm.bench.partial import Record
 from nogemm.bench.progress import progress, training_lines
 from nogemm.cli.common import (
     Json,
+    Trust,
     finish,
-    load_model,
     print_partial,
     print_table,
     save_like,
@@ -25,7 +25,7 @@ from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory of a transformers model, or all-MiniLM-L6-v2.")
+    str, typer.Argument(metavar="MODEL", help="Directory of a model, a name in the local cache, or all-MiniLM-L6-v2.")
 ]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One choice; may be repeated.")]
@@ -44,16 +44,17 @@ def convert(
     speed: Annotated[
         str | None, typer.Option(help="Also time the layers, packed as fp32, bf16 or int8, beside those they replace.")
     ] = None,
+    trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
     """Replace the FFNs of MODEL and write the result to OUTPUT."""
     import nogemm
-    from nogemm.bench.models import load_tokenizer
     from nogemm.config import layer_class, parse_set
+    from nogemm.convert.loading import load_both
     from nogemm.train.sources import texts
 
     config = parse_set(layer_class(method), set_ or [])
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = None if data is None else texts(data)
     with progress.watching():
         progress(f"converting {model}")
@@ -102,18 +103,22 @@ def distil(
     seed: Annotated[int | None, typer.Option(help="Order of the data.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, or lazy-adam for trees.")] = None,
     set_: Set = None,
+    trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
     """Train the replaced FFNs of MODEL against the dense TEACHER and write the result to OUTPUT."""
     import nogemm
-    from nogemm.bench.models import load_tokenizer
+    from nogemm.convert.loading import load_both, load_model
+    from nogemm.convert.texts import prepare_tokenizer
 
     choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
     named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field, "optimizer": optimizer}
     named |= {"pair": None if pair is None else tuple(words(pair))}
     choices |= {name: value for name, value in named.items() if value is not None}
     run = run or output.with_name(output.name + "-run")
-    loaded, dense, tokenizer = load_model(model), load_model(teacher), load_tokenizer(teacher)
+    loaded = load_model(model, trust_remote_code=trust_remote_code)
+    dense, tokenizer = load_both(teacher, trust_remote_code=trust_remote_code)
+    prepare_tokenizer(tokenizer, loaded)
     options = distil_options(choices)
     sources = {"tokenizer": tokenizer, "validation": validation}
     record = Record(json)
@@ -140,6 +145,7 @@ def evaluate(
     pack: Annotated[str | None, typer.Option(help="Evaluate it packed: fp32, bf16 or int8.")] = None,
     max_length: Annotated[int, typer.Option(help="Tokens per text.")] = 256,
     seed: Annotated[int, typer.Option(help="Of the resampling and of the masks.")] = 0,
+    trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
     """Score MODEL beside its teacher: every figure with its 95 % interval."""
@@ -155,6 +161,7 @@ def evaluate(
         pack=pack,
         max_length=max_length,
         seed=seed,
+        trust_remote_code=trust_remote_code,
     )
 
     def show(result: dict[str, Any]) -> None:
@@ -176,6 +183,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="Of the packed rows: fp32, bf16 or int8.")] = "int8",
     int8: Annotated[bool, typer.Option("--int8", help="The engine's own part in int8, too.")] = False,
     data: Annotated[str, typer.Option(help="Texts that int8 is calibrated on.")] = "sample",
+    trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
     """Write the converted MODEL as a directory that another engine runs, its FFNs by our kernels."""
@@ -183,10 +191,10 @@ def export(
     from itertools import islice
 
     import nogemm
-    from nogemm.bench.models import load_tokenizer
+    from nogemm.convert.loading import load_both
     from nogemm.train.sources import texts
 
-    loaded, tokenizer = load_model(model), load_tokenizer(model)
+    loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = list(islice(texts(data), 512))
     with progress.watching():
         progress(f"exporting {model}")

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert.loading import load_tokenizer
 from nogemm.convert.sites import Site, inner_model, record_sites
+from nogemm.convert.texts import batch_of
 from nogemm.errors import ConfigError
 
 BATCH = 16
@@ -75,17 +77,10 @@ def _batches(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterat
         if not texts:
             continue
         tokenizer = tokenizer or _find_tokenizer(model)
-        batch = dict(_tokenize(tokenizer, texts))
+        batch = batch_of(tokenizer, texts, MAX_LENGTH, inner)
         if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
             batch["decoder_input_ids"] = batch["input_ids"]
         yield {key: value.to(device) for key, value in batch.items()}
-
-
-def _tokenize(tokenizer: Any, texts: list[str]) -> Mapping[str, Tensor]:
-    if getattr(tokenizer, "pad_token", "") is None:  # GPT-2 and others come without one
-        tokenizer.pad_token = tokenizer.eos_token
-    length = min(MAX_LENGTH, getattr(tokenizer, "model_max_length", MAX_LENGTH))
-    return tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
 
 
 def _find_tokenizer(model: nn.Module) -> Any:
@@ -95,10 +90,8 @@ def _find_tokenizer(model: nn.Module) -> Any:
     path = getattr(getattr(inner_model(model), "config", None), "_name_or_path", "")
     if not path:
         raise ConfigError("convert: data is text, but the model has no stored tokenizer; pass tokenizer=")
-    from transformers import AutoTokenizer
-
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return load_tokenizer(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"convert: no tokenizer found at {path!r}; pass tokenizer=") from error
 

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 import nogemm
-from nogemm.bench.models import PACKAGED, model_directory
 from nogemm.bench.progress import progress, training_lines
 from nogemm.bench.quality import compare_search
+from nogemm.convert.directory import PACKAGED, model_directory
+from nogemm.convert.loading import load_encoder
 from nogemm.convert.report import ConversionReport
 from nogemm.convert.sites import converted
 from nogemm.demo.plan import PEERS, SIZES, TEACHER_SECONDS, TOTAL_SECONDS, plan
@@ -184,16 +185,13 @@ def conversion() -> dict[str, Any]:
 
 def training_run(folder: Path, target: Path, seconds: float) -> dict[str, Any]:
     """Distil and save; an interrupted run continues from its last checkpoint."""
-    from transformers import AutoModel
-
     from nogemm.train import texts
 
     model, _ = converted_model()
-    teacher = AutoModel.from_pretrained(teacher_path(), local_files_only=True).eval()
     with training_lines():
         report = nogemm.distil(
             model,
-            teacher,
+            load_encoder(teacher_path()),
             "sample",
             tokenizer=model.tokenizer,
             validation=list(islice(texts("sample", split="validation"), VALIDATION_TEXTS)),

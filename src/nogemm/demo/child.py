@@ -36,17 +36,14 @@ def main() -> None:
 
 def embed_split(args: argparse.Namespace) -> dict[str, Any]:
     """Load, pack if asked to, embed queries and documents into `args.out`; return what it took."""
-    from transformers import AutoModel, AutoTokenizer
-
     import nogemm
     from nogemm.bench.embed import embed
+    from nogemm.convert.loading import load_encoder, load_tokenizer
     from nogemm.train import load_split
 
     before = peak_memory_bytes()
     start = time.monotonic()
-    # On a machine without a network, and on one with it, nothing but the directory is looked at.
-    model = AutoModel.from_pretrained(args.model, local_files_only=True).eval()
-    tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+    model, tokenizer = load_encoder(args.model), load_tokenizer(args.model)
     if args.pack:
         nogemm.pack(model, dtype=args.pack)
     loaded = time.monotonic() - start

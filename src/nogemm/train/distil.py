@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert.pooling import pooling_of
 from nogemm.convert.sites import converted, inner_model
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.data import Batch
@@ -50,6 +51,7 @@ def distil(
 
     Stage 1 fits every new layer to the teacher's FFN of the same name, from one teacher pass per batch; stage 2 trains
     the whole model on the teacher's hidden states and task output. `DistilOptions` holds every choice and its default.
+    Embeddings are pooled as the teacher's `modules.json` says, else the model's, else by the mean.
 
     Args:
         model: a transformers model after `nogemm.convert` (or a smaller one with the teacher's interface). Its
@@ -82,7 +84,8 @@ def distil(
         with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
             if not resume:
                 ckpt.refuse_earlier_run(directory)
-            feed = open_feed(inner_model(teacher), options, directory, data, validation, tokenizer, resume)
+            pooling = pooling_of(teacher, model)
+            feed = open_feed(inner_model(teacher), options, directory, data, validation, tokenizer, resume, pooling)
             job = Run(model, teacher, options, feed, directory, start, keep=scratch is None)
             if resume and scratch is None:
                 job.restore()
@@ -159,7 +162,7 @@ class Run:
         if name == "layers":
             stage = LayerStage(self.model, self.teacher, self.options)
         else:
-            stage = ModelStage(self.model, self.teacher, self.options, self.feed.masking)
+            stage = ModelStage(self.model, self.teacher, self.options, self.feed.masking, self.feed.pooling)
         # A model without a first stage learns its new layers in the second, at their full rates.
         factor = self.options.stage2_rate if low > 0 else 1.0
         optimiser, rates = make_optimiser(stage.groups, self.options, factor)

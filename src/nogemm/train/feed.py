@@ -10,6 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from nogemm.convert.loading import load_tokenizer
+from nogemm.convert.pooling import MEAN, Pooling
+from nogemm.convert.texts import longest_text, prepare_tokenizer
 from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.errors import TrainingError
 from nogemm.train.identity import data_identity, tokenizer_identity
@@ -21,11 +24,12 @@ from nogemm.train.validation import VALIDATION_TOKENS, Validation
 
 @dataclass
 class Feed:
-    """Hold the batches, the validation texts if there are any, and the masking if there is one."""
+    """Hold the batches, the validation texts and the masking if there are any, and how embeddings are pooled."""
 
     batches: Batches
     validation: Validation | None
     masking: Masking | None
+    pooling: Pooling
 
     def take(self, tokens: int) -> list[Batch]:
         """Return the next batches that hold about this many tokens."""
@@ -43,12 +47,13 @@ def open_feed(
     validation: Any,
     tokenizer: Any,
     resume: bool = False,
+    pooling: Pooling = MEAN,
 ) -> Feed:
     """Tokenise into `directory` and open it; arguments as `distil` takes them.
 
     Tokens of an earlier run are used to resume it, and then only if data, tokenizer and choices are what they were.
     """
-    tokenizer = tokenizer or default_tokenizer(teacher)
+    tokenizer = prepare_tokenizer(tokenizer or default_tokenizer(teacher))
     masking = Masking.of(tokenizer, options.seed) if options.output == "mlm" else None
     if not resume:
         _forget(directory)
@@ -65,7 +70,7 @@ def open_feed(
             rows(),
             tokenizer,
             directory / name,
-            max_length=options.max_length,
+            max_length=longest_text(options.max_length, tokenizer, teacher),
             key={**data_identity(source, rows), **common, "split": split},
             max_tokens=limit,
         )
@@ -77,9 +82,9 @@ def open_feed(
     if validation is None and isinstance(data, str) and data == "sample":
         validation, split = "sample", "validation"
     if validation is None:
-        return Feed(batches, None, masking)
+        return Feed(batches, None, masking, pooling)
     held_out = tokens("validation", validation, split, VALIDATION_TOKENS)
-    return Feed(batches, Validation(teacher, held_out, 2 * options.batch_tokens, pad), masking)
+    return Feed(batches, Validation(teacher, held_out, 2 * options.batch_tokens, pad, pooling), masking, pooling)
 
 
 def _forget(directory: Path) -> None:
@@ -96,6 +101,4 @@ def default_tokenizer(teacher: nn.Module) -> Any:
     name = getattr(getattr(teacher, "config", None), "_name_or_path", "")
     if not name:
         raise TrainingError("distil needs a tokenizer: the teacher does not say where it was loaded from")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
+    return load_tokenizer(name)

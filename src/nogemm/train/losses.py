@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nogemm.convert.pooling import MEAN, Pooling, pooled
 from nogemm.errors import ConfigError
 
 FLOOR = 1e-2
@@ -61,15 +62,10 @@ def relative_error(output_ND: Tensor, target_ND: Tensor, weights_D: Tensor) -> T
     return ((output_ND - target_ND).square() * weights_D).mean()
 
 
-def pooled(hidden_SLD: Tensor, mask_SL: Tensor) -> Tensor:
-    """Return the mean of the hidden states over the mask, scaled to length one: [S, D]."""
-    mask = mask_SL.unsqueeze(-1).to(hidden_SLD.dtype)
-    return F.normalize((hidden_SLD * mask).sum(1) / mask.sum(1), dim=-1)
-
-
-def embedding_loss(hidden_SLD: Tensor, target_SLD: Tensor, mask_SL: Tensor) -> Tensor:
+def embedding_loss(hidden_SLD: Tensor, target_SLD: Tensor, mask_SL: Tensor, pooling: Pooling = MEAN) -> Tensor:
     """Mean over sequences of 1 - cosine between the pooled embeddings."""
-    return 1.0 - (pooled(hidden_SLD, mask_SL) * pooled(target_SLD, mask_SL)).sum(-1).mean()
+    ours_SE, theirs_SE = (pooled(states, mask_SL, pooling) for states in (hidden_SLD, target_SLD))
+    return 1.0 - (ours_SE * theirs_SE).sum(-1).mean()
 
 
 def compared(logits: Tensor, mask_SL: Tensor) -> Tensor:
@@ -132,24 +128,29 @@ def output_kind(output: Any, wanted: str, config: Any = None) -> str:
     return "numbers" if logits.shape[-1] == 1 else "classes"
 
 
-def task_loss(kind: str, output: Any, target: Any, mask_SL: Tensor, spreads: dict[str, Spread]) -> Tensor:
-    """Return the loss on the task's output; `kind` comes from `output_kind`, `spreads` keeps that of numbers."""
+def task_loss(
+    kind: str, output: Any, target: Any, mask_SL: Tensor, spreads: dict[str, Spread], pooling: Pooling = MEAN
+) -> Tensor:
+    """Return the loss on the task's output.
+
+    `kind` comes from `output_kind`, `spreads` keeps that of numbers, `pooling` makes the embeddings.
+    """
     if kind == "none":
         return torch.zeros(())
     if kind == "embedding":
-        return embedding_loss(hidden_states(output)[-1], hidden_states(target)[-1], mask_SL)
+        return embedding_loss(hidden_states(output)[-1], hidden_states(target)[-1], mask_SL, pooling)
     logits, goal = compared(output.logits, mask_SL), compared(target.logits, mask_SL)
     if kind == "numbers":
         return number_loss(logits, goal, spreads.setdefault("output", Spread(logits.shape[-1])))
     return label_loss(logits, goal) if kind == "labels" else class_loss(logits, goal)
 
 
-def outputs_differ(kind: str, output: Any, target: Any, mask_SL: Tensor) -> bool:
+def outputs_differ(kind: str, output: Any, target: Any, mask_SL: Tensor, pooling: Pooling = MEAN) -> bool:
     """Say whether what `task_loss` compares differs by more than rounding."""
     if kind == "none":
         return False
     if kind == "embedding":
-        ours, theirs = pooled(hidden_states(output)[-1], mask_SL), pooled(hidden_states(target)[-1], mask_SL)
+        ours, theirs = (pooled(hidden_states(found)[-1], mask_SL, pooling) for found in (output, target))
     else:
         ours, theirs = compared(output.logits, mask_SL), compared(target.logits, mask_SL)
     return bool(ours.numel()) and bool((ours - theirs).abs().max() > DIFFERENT * theirs.abs().max())

@@ -20,7 +20,7 @@ class DistilOptions:
         stage1_share: part of the budget that fits layers alone; the rest trains the whole model.
         batch_tokens: tokens in a batch, padding included.
         updates_per_batch: optimiser steps for each teacher pass of stage 1, each on its share of the tokens.
-        max_length: longer texts are cut to this many tokens.
+        max_length: longer texts are cut to this many tokens, or to what the tokenizer and the positions allow.
         seed: order of the data.
         lr_projection: learning rate of the hash projections.
         lr_tables: learning rate of the tables.
@@ -35,9 +35,9 @@ class DistilOptions:
         clip: largest gradient norm, for each new layer in stage 1 and for the model in stage 2.
         hidden_weight: weight of the hidden states' loss in stage 2.
         output_weight: weight of the task output's loss in stage 2.
-        output: "embedding" (mean-pooled, normalised), "logits" (of classes, of labels or as numbers, as
-            `losses.output_kind` finds), "mlm" (logits of tokens that teacher and model see masked), "none" (hidden
-            states alone), or "auto": logits where the model has them, the embedding otherwise.
+        output: "embedding" (as `modules.json` pools it, else the mean, of length one), "logits" (of classes, of labels
+            or as numbers, as `losses.output_kind` finds), "mlm" (logits of tokens that teacher and model see masked),
+            "none" (hidden states alone), or "auto": logits where the model has them, the embedding otherwise.
         hidden_map: for a model with fewer layers than the teacher: for every layer of the model, which of the teacher's
             hidden states (1 = after its first layer) it should reproduce.
         solve_tokens: tokens over whose activations the tables are solved for at the end of stage 1 (0: not at all).

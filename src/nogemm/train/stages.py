@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.convert.fitted import is_random
+from nogemm.convert.pooling import MEAN, Pooling
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, LookupFFN
@@ -109,16 +110,22 @@ class ModelStage:
 
         loss = hidden_weight * mean over layers of relative_error(h_l, teacher's h_l) + output_weight * task loss
 
-    The task loss is 1 - cosine of the pooled embeddings, or compares the logits by what they are (`output_kind`); with
-    `masking`, the logits at the hidden tokens alone, and both models see the text with those hidden.
+    The task loss is 1 - cosine of the embeddings by `pooling`, or compares the logits by what they are (`output_kind`);
+    with `masking`, the logits at the hidden tokens alone, and both models see the text with those hidden.
     """
 
     name = "model"
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, options: DistilOptions, masking: Masking | None = None
+        self,
+        model: nn.Module,
+        teacher: nn.Module,
+        options: DistilOptions,
+        masking: Masking | None = None,
+        pooling: Pooling = MEAN,
     ) -> None:
         self.masking = masking
+        self.pooling = pooling
         self.model = model
         self.teacher = teacher
         self.options = options
@@ -148,9 +155,9 @@ class ModelStage:
             errors.append(relative_error(tokens_of(state, keep), goal_ND, spread.weights()))
         hidden = torch.stack(errors).mean()
         kind = output_kind(output, self.options.output, getattr(self.teacher, "config", None))
-        task = task_loss(kind, output, target, spoken, self.spreads)
+        task = task_loss(kind, output, target, spoken, self.spreads, self.pooling)
         if self.silent >= 0 and self.options.output_weight > 0:
-            silent = not task.item() and outputs_differ(kind, output, target, spoken)
+            silent = not task.item() and outputs_differ(kind, output, target, spoken, self.pooling)
             self.silent = -1 if task.item() else self.silent + silent
             if self.silent == SILENT:
                 self.refuse_silence()

@@ -1,0 +1,199 @@
+"""What people bring, through the commands: each directory either works as its own library runs it, or is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from people import SAME, TEXTS, WORDS, bert, edit, encoded, gpt2, pairs_file, run, sentence_encoder
+
+TABLES = ("--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8")
+BUDGET = ("--tokens", 400, "--set", "batch_tokens=64")
+
+
+def dense_modules() -> list[Any]:
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize
+
+    torch.manual_seed(2)
+    return [Dense(16, 8, activation_function=torch.nn.Tanh()), LayerNorm(8), Normalize()]
+
+
+# -- modules.json
+
+
+def test_every_module_of_a_sentence_encoder_comes_along(tmp_path: Path) -> None:
+    prompts = {"query": "search ", "document": "text "}
+    source = sentence_encoder(tmp_path / "S", *dense_modules(), prompts=prompts)
+    assert run("convert", source, tmp_path / "out", *SAME) == 0
+    assert encoded(tmp_path / "out") == pytest.approx(encoded(source), abs=1e-5)
+    stored = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())
+    assert stored["prompts"] == prompts
+
+
+def in_subfolder(source: Path) -> Path:
+    """Move the transformer to 0_Transformer, as early releases of sentence-transformers wrote it."""
+    inside = source / "0_Transformer"
+    inside.mkdir()
+    for path in list(source.iterdir()):
+        if path.is_file() and path.name not in ("modules.json", "config_sentence_transformers.json"):
+            shutil.move(path, inside / path.name)
+    (source / "config.json").write_text('{"__version__": "0.3.8"}')
+    modules = json.loads((source / "modules.json").read_text())
+    modules[0]["path"] = "0_Transformer"
+    (source / "modules.json").write_text(json.dumps(modules))
+    return source
+
+
+def test_a_transformer_in_a_subfolder(tmp_path: Path) -> None:
+    source = in_subfolder(sentence_encoder(tmp_path / "S", *dense_modules(), mode="cls"))
+    expected = encoded(source)
+    assert run("convert", source, tmp_path / "out", *SAME) == 0
+    assert encoded(tmp_path / "out") == pytest.approx(expected, abs=1e-5)
+    assert AutoModel.from_pretrained(tmp_path / "out").config.model_type == "bert"
+    data = pairs_file(tmp_path)
+    assert run("distil", tmp_path / "out", tmp_path / "learnt", "--teacher", source, "--data", data, *BUDGET) == 0
+    assert encoded(tmp_path / "learnt").shape == expected.shape
+
+
+def test_a_module_outside_of_the_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = sentence_encoder(tmp_path / "S")
+    modules = json.loads((source / "modules.json").read_text())
+    modules[1]["path"] = "../elsewhere"
+    (source / "modules.json").write_text(json.dumps(modules))
+    assert run("convert", source, tmp_path / "out", *SAME) == 2
+    assert "../elsewhere" in capsys.readouterr().err
+
+
+# -- heads and missing weights
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_head_without_weights_is_left_out(tmp_path: Path) -> None:
+    teacher, data = bert(tmp_path / "S"), pairs_file(tmp_path)
+    assert run("convert", teacher, tmp_path / "c", *TABLES) == 0
+    found = []
+    for named in ("BertModel", "BertForMaskedLM"):
+        for folder in (teacher, tmp_path / "c"):
+            edit(folder / "config.json", architectures=[named])
+        words = ("--teacher", teacher, "--data", data, "--validation", data, "--json", tmp_path / "d.json")
+        assert run("distil", tmp_path / "c", tmp_path / named, *words, *BUDGET) == 0
+        found.append(json.loads((tmp_path / "d.json").read_text()))
+        assert json.loads((tmp_path / named / "config.json").read_text())["architectures"] == ["BertModel"]
+    assert found[1]["agreement"] == pytest.approx(found[0]["agreement"], abs=1e-5)
+    assert found[1]["stages"][1]["last"]["output"] == pytest.approx(found[0]["stages"][1]["last"]["output"], abs=1e-5)
+
+
+def test_a_head_without_weights_is_said(tmp_path: Path) -> None:
+    source = bert(tmp_path / "S")
+    edit(source / "config.json", architectures=["BertForMaskedLM"])
+    with pytest.warns(UserWarning, match="names BertForMaskedLM, but the files have no weights of its head"):
+        assert run("convert", source, tmp_path / "c", *SAME) == 0
+
+
+@pytest.mark.parametrize("command", ["convert", "distil", "eval", "export"])
+def test_missing_weights_are_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    whole, source = bert(tmp_path / "whole"), bert(tmp_path / "S")
+    weights = load_file(source / "model.safetensors")
+    del weights["encoder.layer.1.attention.self.query.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    words = {
+        "convert": (source, tmp_path / "out", *SAME),
+        "distil": (whole, tmp_path / "out", "--teacher", source),
+        "eval": (whole, "--teacher", source, "--data", pairs_file(tmp_path)),
+        "export": (source, tmp_path / "out"),
+    }[command]
+    assert run(command, *words) == 2
+    said = capsys.readouterr().err
+    assert "encoder.layer.1.attention.self.query.weight" in said
+    assert str(source) in said
+
+
+def test_a_head_with_some_weights_missing_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = bert(tmp_path / "S", "BertForMaskedLM")
+    weights = load_file(source / "model.safetensors")
+    del weights["cls.predictions.transform.dense.weight"]
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    assert run("convert", source, tmp_path / "out", *SAME) == 2
+    assert "cls.predictions.transform.dense.weight" in capsys.readouterr().err
+    assert run("eval", source, "--task", "mlm", "--data", pairs_file(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("make", [lambda path: bert(path, "BertForMaskedLM"), gpt2], ids=["bert", "gpt2"])
+def test_tied_weights_are_not_missing(tmp_path: Path, make: Any) -> None:
+    source = make(tmp_path / "S")
+    named = json.loads((source / "config.json").read_text())["architectures"]
+    act = "gelu" if named[0].startswith("Bert") else "gelu_new"
+    assert run("convert", source, tmp_path / "out", *SAME[:-1], f"activation={act}") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == named
+
+
+@pytest.mark.parametrize("named", [None, ["EncoderOfOurs"]], ids=["none", "unknown"])
+def test_architectures_absent_or_unknown(tmp_path: Path, named: Any) -> None:
+    source = bert(tmp_path / "S")
+    edit(source / "config.json", architectures=named)
+    assert run("convert", source, tmp_path / "out", *SAME) == 0
+
+
+# -- long texts
+
+
+def test_texts_longer_than_the_tables_of_positions(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    source = tmp_path / "S"
+    bert(source)  # its tokenizer
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=13, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=20, eos_token_id=3, bos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(source)
+    edit(source / "tokenizer_config.json", model_max_length=20)
+    data = pairs_file(tmp_path, repeat=20)
+    assert run("convert", source, tmp_path / "c", *TABLES, "--data", data) == 0
+    words = ("--teacher", source, "--data", data)
+    assert run("distil", tmp_path / "c", tmp_path / "out", *words, *BUDGET) == 0
+    assert run("eval", tmp_path / "out", *words) == 0
+
+
+# -- no padding token
+
+
+def test_a_tokenizer_without_padding_in_every_command(tmp_path: Path) -> None:
+    source, data = gpt2(tmp_path / "S"), pairs_file(tmp_path)
+    assert run("convert", source, tmp_path / "c", *TABLES, "--data", data) == 0
+    words = ("--teacher", source, "--data", data)
+    assert run("distil", tmp_path / "c", tmp_path / "out", *words, *BUDGET) == 0
+    assert run("eval", tmp_path / "out", *words) == 0
+    assert run("export", tmp_path / "out", tmp_path / "exported", "--data", data) == 0
+
+
+# -- pooling
+
+
+def agreement(tmp_path: Path, model: Path, teacher: Path) -> float:
+    report = tmp_path / "eval.json"
+    assert run("eval", model, "--teacher", teacher, "--data", pairs_file(tmp_path), "--json", report) == 0
+    return json.loads(report.read_text())["ours"]["agreement"]["value"]
+
+
+def test_eval_measures_the_embedding_that_the_directory_describes(tmp_path: Path) -> None:
+    teacher = sentence_encoder(tmp_path / "S", *dense_modules(), mode="cls")
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", teacher, tmp_path / "c", *TABLES) == 0
+    rows = [json.loads(line) for line in pairs_file(tmp_path).read_text().splitlines()]
+    texts = [row["short"] for row in rows] + [row["long"] for row in rows]
+    expected = float(np.mean((encoded(tmp_path / "c", texts) * encoded(teacher, texts)).sum(1)))
+    assert agreement(tmp_path, tmp_path / "c", teacher) == pytest.approx(expected, abs=1e-4)
+
+
+def test_words_of_the_tests() -> None:
+    assert set(" ".join(TEXTS).split()) <= set(WORDS)
