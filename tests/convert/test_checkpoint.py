@@ -17,6 +17,8 @@ import nogemm
 from nogemm.convert.checkpoint import is_checkpoint
 from nogemm.convert.quantizer import NogemmConfig, NogemmQuantizer
 from nogemm.layers import LookupFFN
+from nogemm.testing.compare import Mismatch
+from nogemm.testing.compare_model import check_answers, check_same_model, check_same_tensors
 
 
 def saved(model: Any, folder: Path) -> Path:
@@ -25,13 +27,19 @@ def saved(model: Any, folder: Path) -> Path:
     return folder
 
 
+def check_encoder(name: str, loaded: Any, model: Any, family: Family) -> None:
+    """Compare two BERTs of which one may have a pooler that the other lacks."""
+    check_same_tensors(name, loaded.encoder, model.encoder)
+    check_answers(name, family.output(loaded), model, family.output)
+
+
 def test_round_trip_of_every_family(family: Family, tmp_path: Path) -> None:
     model = family.build()
     nogemm.convert(model, {family.names[0]: SMALL, family.names[1]: nogemm.DenseConfig(hidden=12)})
     path = saved(model, tmp_path)
     loaded, info = family.auto.from_pretrained(path, output_loading_info=True)
     assert type(loaded) is type(model)
-    assert torch.equal(family.output(loaded), family.output(model))
+    check_same_model("loaded", loaded, model, family.output)
     assert not any(info.values()), info
     assert {n: layer.config for n, layer in nogemm.converted(loaded).items()} == {
         n: layer.config for n, layer in nogemm.converted(model).items()
@@ -43,19 +51,27 @@ def test_one_converted_site_leaves_the_others_dense(family: Family, tmp_path: Pa
     nogemm.convert(model, SMALL, layers=[1])
     loaded = family.auto.from_pretrained(saved(model, tmp_path))
     assert list(nogemm.converted(loaded)) == [family.names[1]]
-    assert torch.equal(family.output(loaded), family.output(model))
+    check_same_model("loaded", loaded, model, family.output)
+
+
+def test_the_comparison_sees_a_weight_that_changed(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+    converted_bert.save_pretrained(tmp_path)
+    loaded = bert.auto.from_pretrained(tmp_path)
+    with torch.no_grad():
+        loaded.get_parameter("bert.encoder.layer.1.intermediate.tables").mul_(1.001)
+    with pytest.raises(Mismatch, match="tables"):
+        check_same_model("loaded", loaded, converted_bert, bert.output)
+    with pytest.raises(Mismatch, match="off by"):
+        check_answers("loaded", bert.output(loaded), converted_bert, bert.output)
 
 
 def test_base_and_task_models_load_each_others_checkpoint(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.save_pretrained(tmp_path / "task")
     base = transformers.AutoModel.from_pretrained(tmp_path / "task")
-    ids = bert.inputs()
-    with torch.no_grad():
-        expected = converted_bert.bert(**ids).last_hidden_state
-        assert torch.equal(base(**ids).last_hidden_state, expected)
-        base.save_pretrained(tmp_path / "base")
-        task = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
-        assert torch.equal(task.bert(**ids).last_hidden_state, expected)
+    check_encoder("base", base, converted_bert.bert, bert)
+    base.save_pretrained(tmp_path / "base")
+    task = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "base")
+    check_encoder("task", task.bert, converted_bert.bert, bert)
     assert list(nogemm.converted(base)) == ["encoder.layer.0", "encoder.layer.1"]
     assert list(nogemm.converted(task)) == ["bert.encoder.layer.0", "bert.encoder.layer.1"]
 
@@ -66,15 +82,13 @@ def test_the_encoder_alone_loads_from_a_whole_t5(tmp_path: Path) -> None:
     nogemm.convert(model, SMALL)
     encoder = transformers.T5EncoderModel.from_pretrained(saved(model, tmp_path))
     ids = family.inputs()["input_ids"]
-    with torch.no_grad():
-        assert torch.equal(encoder(ids)[0], model.encoder(ids)[0])
+    check_same_model("encoder", encoder.encoder, model.encoder, lambda stack: stack(ids)[0])
 
 
 def test_a_saved_submodule_loads_and_is_guarded(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.bert.save_pretrained(tmp_path)
     loaded = transformers.AutoModel.from_pretrained(tmp_path)
-    with torch.no_grad():
-        assert torch.equal(loaded(**bert.inputs())[0], converted_bert.bert(**bert.inputs())[0])
+    check_encoder("loaded", loaded, converted_bert.bert, bert)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert file.get_slice("encoder.layer.0.intermediate.dense.weight").get_shape() == [0]
 
@@ -85,13 +99,13 @@ def test_resave_of_a_loaded_model(converted_bert: Any, bert: Family, tmp_path: P
     loaded.save_pretrained(tmp_path / "b")
     loaded.save_pretrained(tmp_path / "a")  # over itself
     for name in "ab":
-        assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path / name)), bert.output(converted_bert))
+        check_same_model(name, bert.auto.from_pretrained(tmp_path / name), converted_bert, bert.output)
 
 
 def test_several_shards(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.save_pretrained(tmp_path, max_shard_size="8KB")
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path)), bert.output(converted_bert))
+    check_same_model("loaded", bert.auto.from_pretrained(tmp_path), converted_bert, bert.output)
 
 
 def test_casts_after_load(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
@@ -111,14 +125,14 @@ def test_bfloat16_on_load_equals_a_cast_afterwards(converted_bert: Any, bert: Fa
     converted_bert.save_pretrained(tmp_path)
     loaded = bert.auto.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    assert torch.equal(bert.output(loaded), bert.output(copy.deepcopy(converted_bert).to(torch.bfloat16)))
+    check_same_model("loaded", loaded, copy.deepcopy(converted_bert).to(torch.bfloat16), bert.output)
 
 
 def test_a_bfloat16_checkpoint_stays_bfloat16(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.to(torch.bfloat16).save_pretrained(tmp_path)
     loaded = bert.auto.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
-    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
+    check_same_model("loaded", loaded, converted_bert, bert.output)
 
 
 @pytest.mark.parametrize("tables", ["int8", "bf16"])
@@ -126,7 +140,7 @@ def test_compressed_round_trip(tables: str, converted_bert: Any, bert: Family, t
     nogemm.compress(converted_bert, tables)
     converted_bert.save_pretrained(tmp_path)
     loaded = bert.auto.from_pretrained(tmp_path)
-    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
+    check_same_model("loaded", loaded, converted_bert, bert.output)
     for layer in nogemm.converted(loaded).values():
         assert isinstance(layer, LookupFFN)
         assert layer.tables.dtype == {"int8": torch.int8, "bf16": torch.bfloat16}[tables]
@@ -148,7 +162,7 @@ def test_trainer_fine_tunes_a_loaded_model(converted_bert: Any, bert: Family, tm
     assert all(not torch.equal(after[key], before[key]) for key in before if before[key].numel() > 12)
     model.eval()
     reloaded = bert.auto.from_pretrained(tmp_path / "runs" / "checkpoint-2")
-    assert torch.equal(bert.output(reloaded), bert.output(model))
+    check_same_model("reloaded", reloaded, model, bert.output)
 
 
 def test_pipeline(tmp_path: Path) -> None:
@@ -158,7 +172,7 @@ def test_pipeline(tmp_path: Path) -> None:
     saved(model, tmp_path)
     transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
     run = transformers.pipeline("image-classification", model=str(tmp_path), device="cpu")
-    assert torch.equal(family.output(run.model), family.output(model))
+    check_same_model("pipeline", run.model, model, family.output)
 
 
 def test_a_dense_checkpoint_is_converted_while_loading(bert: Family, tmp_path: Path) -> None:
@@ -172,7 +186,7 @@ def test_a_dense_checkpoint_is_converted_while_loading(bert: Family, tmp_path: P
         assert torch.equal(first.state_dict()[key], value)
     train_a_little(loaded)
     loaded.save_pretrained(tmp_path / "converted")
-    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path / "converted")), bert.output(loaded))
+    check_same_model("reloaded", bert.auto.from_pretrained(tmp_path / "converted"), loaded, bert.output)
 
 
 def test_conversion_while_loading_needs_a_config(bert: Family, tmp_path: Path) -> None:
@@ -187,15 +201,14 @@ def test_user_arguments_are_respected(converted_bert: Any, bert: Family, tmp_pat
     assert eager.config._attn_implementation == "eager"
     assert bert.auto.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path, config=config)), bert.output(converted_bert))
+    check_same_model("loaded", bert.auto.from_pretrained(tmp_path, config=config), converted_bert, bert.output)
 
 
 def test_new_heads_of_another_size_still_load(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.save_pretrained(tmp_path)
     kwargs = {"num_labels": 5, "ignore_mismatched_sizes": True}
     loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, **kwargs)
-    with torch.no_grad():
-        assert torch.equal(loaded.bert(**bert.inputs())[0], converted_bert.bert(**bert.inputs())[0])
+    check_encoder("loaded", loaded.bert, converted_bert.bert, bert)
 
 
 def test_old_weight_names_are_renamed_on_load_and_on_save(tmp_path: Path) -> None:
@@ -208,7 +221,7 @@ def test_old_weight_names_are_renamed_on_load_and_on_save(tmp_path: Path) -> Non
         names = list(file.keys())
     assert "vit.encoder.layer.0.attention.attention.query.weight" in names  # renamed on save
     loaded = family.auto.from_pretrained(tmp_path)
-    assert torch.equal(family.output(loaded), family.output(model))
+    check_same_model("loaded", loaded, model, family.output)
 
 
 def test_the_description_in_config_json(converted_bert: Any, tmp_path: Path) -> None:
@@ -238,24 +251,29 @@ def test_models_inside_models(tmp_path: Path) -> None:
     ids = torch.arange(2, 9)[None]
     inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 8, 8)}
     loaded = transformers.CLIPModel.from_pretrained(tmp_path / "clip")
-    with torch.no_grad():
-        assert torch.equal(loaded(**inputs).logits_per_text, model(**inputs).logits_per_text)
-        for path in ("text", "clip"):
-            text = transformers.CLIPTextModel.from_pretrained(tmp_path / path)
-            assert torch.equal(text(ids)[0], model.text_model(ids)[0])
+
+    def logits(clip: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return clip(**inputs | {"pixel_values": inputs["pixel_values"].to(clip.dtype)}).logits_per_text
+
+    check_same_model("loaded", loaded, model, logits)
+    for path in ("text", "clip"):
+        text = transformers.CLIPTextModel.from_pretrained(tmp_path / path)
+        with torch.no_grad():
+            check_answers(path, text(ids)[0], model.text_model, lambda tower: tower(ids)[0])
 
 
 def test_device_maps(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     converted_bert.save_pretrained(tmp_path)
     loaded = bert.auto.from_pretrained(tmp_path, device_map="cpu")
-    assert torch.equal(bert.output(loaded), bert.output(converted_bert))
+    check_same_model("loaded", loaded, converted_bert, bert.output)
 
 
 def test_the_quantizer_travels_with_copies(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
     twin = copy.deepcopy(converted_bert)
     assert isinstance(twin.hf_quantizer, NogemmQuantizer)
     twin.save_pretrained(tmp_path)
-    assert torch.equal(bert.output(bert.auto.from_pretrained(tmp_path)), bert.output(converted_bert))
+    check_same_model("loaded", bert.auto.from_pretrained(tmp_path), converted_bert, bert.output)
 
 
 FRESH = """

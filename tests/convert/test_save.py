@@ -16,28 +16,33 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILIES, Family, train_a_little
+from tiny_models import FAMILIES, train_a_little
 
 import nogemm
 from nogemm.convert import save as save_function
+from nogemm.testing.compare import Mismatch
+from nogemm.testing.compare_model import check_same_model
 
 save_module = sys.modules[save_function.__module__]
 
 
-def output_at(path: Path) -> torch.Tensor:
-    family = FAMILIES["bert"]
-    return family.output(family.auto.from_pretrained(path))
+def model_at(path: Path) -> Any:
+    return FAMILIES["bert"].auto.from_pretrained(path)
+
+
+def check_at(path: Path, expected: Any) -> None:
+    check_same_model(path.name, model_at(path), expected, FAMILIES["bert"].output)
 
 
 def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 
 
-def test_a_new_path_and_an_old_one(converted_bert: Any, bert: Family, tmp_path: Path) -> None:
+def test_a_new_path_and_an_old_one(converted_bert: Any, tmp_path: Path) -> None:
     nogemm.save(converted_bert, tmp_path / "deep" / "model")
     train_a_little(converted_bert)
     nogemm.save(converted_bert, tmp_path / "deep" / "model")
-    assert torch.equal(output_at(tmp_path / "deep" / "model"), bert.output(converted_bert))
+    check_at(tmp_path / "deep" / "model", converted_bert)
     assert names(tmp_path / "deep") == {"model"}  # no lock, no temporary
 
 
@@ -50,7 +55,7 @@ def test_other_files_stay_and_old_weights_go(converted_bert: Any, tmp_path: Path
     nogemm.save(converted_bert, path)
     assert names(path) == {"config.json", "model.safetensors", "notes.txt", "1_Pooling"}
     assert (path / "notes.txt").read_text() == "mine"
-    output_at(path)
+    check_at(path, converted_bert)
 
 
 def test_a_tokenizer_goes_along(converted_bert: Any, tmp_path: Path) -> None:
@@ -67,7 +72,7 @@ def test_a_symbolic_link_is_followed(converted_bert: Any, tmp_path: Path) -> Non
     (tmp_path / "link").symlink_to("real")
     nogemm.save(converted_bert, tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
-    output_at(tmp_path / "real")
+    check_at(tmp_path / "real", converted_bert)
 
 
 def test_an_error_while_writing_leaves_the_old_checkpoint(
@@ -75,7 +80,7 @@ def test_an_error_while_writing_leaves_the_old_checkpoint(
 ) -> None:
     path = tmp_path / "model"
     nogemm.save(converted_bert, path)
-    expected = output_at(path)
+    expected = model_at(path)
     train_a_little(converted_bert)
 
     def broken(folder: Path) -> None:
@@ -84,7 +89,9 @@ def test_an_error_while_writing_leaves_the_old_checkpoint(
     monkeypatch.setattr(save_module, "_flush", broken)
     with pytest.raises(nogemm.CheckpointError, match=r"power cut.*untouched"):
         nogemm.save(converted_bert, path)
-    assert torch.equal(output_at(path), expected)
+    check_at(path, expected)
+    with pytest.raises(Mismatch):
+        check_at(path, converted_bert)
     assert names(tmp_path) == {"model"}
 
 
@@ -92,7 +99,7 @@ def test_an_error_while_writing_leaves_the_old_checkpoint(
 def test_a_full_disk_leaves_the_old_checkpoint(converted_bert: Any, tmp_path: Path, limit: int) -> None:
     path = tmp_path / "model"
     nogemm.save(converted_bert, path)
-    expected = output_at(path)
+    expected = model_at(path)
     train_a_little(converted_bert)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
@@ -101,7 +108,9 @@ def test_a_full_disk_leaves_the_old_checkpoint(converted_bert: Any, tmp_path: Pa
             nogemm.save(converted_bert, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert torch.equal(output_at(path), expected)
+    check_at(path, expected)
+    with pytest.raises(Mismatch):
+        check_at(path, converted_bert)
     assert names(tmp_path) == {"model"}
 
 
@@ -126,21 +135,19 @@ def test_two_writers_exclude_each_other(converted_bert: Any, tmp_path: Path) -> 
     assert names(tmp_path) == {"model", "another"}
 
 
-def test_a_file_system_without_exchange(
-    converted_bert: Any, bert: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_without_exchange(converted_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(save_module, "_rename_exchange", lambda a, b: False)
     path = tmp_path / "model"
     nogemm.save(converted_bert, path)
     train_a_little(converted_bert)
     nogemm.save(converted_bert, path)
-    assert torch.equal(output_at(path), bert.output(converted_bert))
+    check_at(path, converted_bert)
     # Killed between its two renames: the next save finds the old checkpoint and puts it back first.
     path.rename(tmp_path / ".model.former")
     monkeypatch.setattr(save_module, "_write", lambda *args: (_ for _ in ()).throw(OSError("disk gone")))
     with pytest.raises(nogemm.CheckpointError, match="disk gone"):
         nogemm.save(converted_bert, path)
-    assert torch.equal(output_at(path), bert.output(converted_bert))
+    check_at(path, converted_bert)
 
 
 def test_leftovers_of_killed_saves_are_removed(converted_bert: Any, tmp_path: Path) -> None:

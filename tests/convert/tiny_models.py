@@ -63,8 +63,9 @@ class Family:
         return {**batch_inputs, "decoder_input_ids": ids} if self.encoder_decoder else batch_inputs
 
     def output(self, model: Any) -> Tensor:
+        inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in self.inputs().items()}
         with torch.no_grad():
-            return model(**self.inputs())[0]
+            return model(**inputs)[0]
 
 
 def _names(pattern: str) -> tuple[str, ...]:

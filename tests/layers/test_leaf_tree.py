@@ -13,6 +13,7 @@ from nogemm.layers import DenseConfig, DenseFFN, LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.leaf_tree import hardening_loss, leaf_balance_loss, leaf_probabilities
 from nogemm.layers.leaf_tree_packed import PackedLeafTree
 from nogemm.testing.compare import check_equal
+from nogemm.testing.compare_model import answer_to, check_same_model
 
 SHAPES = [(0, 3, 5, 7, 0), (1, 1, 4, 4, 0), (3, 8, 16, 16, 0), (4, 2, 9, 6, 3)]
 
@@ -307,7 +308,7 @@ def test_config_round_trip_and_state_dict() -> None:
     one, other = build(2, 3, 4, 4, 1), build(2, 3, 4, 4, 1)
     other.load_state_dict(one.state_dict())
     x = torch.randn(5, 4)
-    assert torch.equal(one(x), other(x))
+    check_same_model("loaded", other, one, answer_to(x))
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 import nogemm
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, MongooseFFN, SlideFFN
-from nogemm.testing.compare import check_equal
+from nogemm.testing.compare_model import answer_to, check_same_model
 
 BOTH = [nogemm.SlideConfig, nogemm.MongooseConfig]
 both = pytest.mark.parametrize("make", BOTH, ids=["slide", "mongoose"])
@@ -117,7 +117,8 @@ def test_packed(make: Any, settings: dict[str, Any], dtype: str, tolerance: floa
     torch.set_num_threads(1)
     one = packed(x)
     torch.set_num_threads(2)
-    check_equal("two threads", packed(x), one)
+    # All neurons are multiplied by torch here.
+    assert float((packed(x) - one).norm()) <= tolerance * float(one.norm())
 
 
 @both
@@ -154,7 +155,7 @@ def test_state_holds_signs_and_tables() -> None:
         other = make(**SETTINGS[0]).build(12, 20, hidden=37).eval()
         other.load_state_dict(layer.state_dict())
         x = torch.randn(9, 12)
-        assert torch.equal(layer(x), other(x))
+        check_same_model("loaded", other, layer, answer_to(x))
     assert "codes" in layer.state_dict()
     faithful = [nogemm.SlideConfig(faithful=True).build(12).planes for _ in range(2)]
     assert torch.equal(*faithful)
@@ -278,7 +279,7 @@ def test_faithful_layers_drop_once_more(make: Any) -> None:
     layer = make(bits=2, tables=4, faithful=True).build(12, hidden=37).train()
     dropped = float((layer(x) == 0).float().mean())
     assert dropped == pytest.approx(0.1, abs=0.04)
-    assert torch.equal(layer.eval()(x), layer(x))
+    torch.testing.assert_close(layer.eval()(x), layer(x))
     assert int((make(bits=2, tables=4).build(12, hidden=37).train()(x) == 0).sum()) == 0
 
 

@@ -14,6 +14,7 @@ from nogemm.layers.yoso_fit import collision_shares
 from nogemm.layers.yoso_packed import PackedYoso
 from nogemm.projections import DiagonalChain
 from nogemm.testing.compare import check_equal
+from nogemm.testing.compare_model import answer_to, check_answers, check_same_model
 
 CASES = [
     (nogemm.YosoConfig(hashes=16, bits=5), 32, 24, 50),
@@ -102,8 +103,8 @@ def test_evaluation_repeats_itself_and_survives_saving() -> None:
     other = CASES[0][0].build(32, 24, hidden=50).eval()
     assert not torch.equal(other.hash.weight, layer.hash.weight)
     other.load_state_dict(layer.state_dict())
-    check_equal("again", layer(x), layer(x))
-    check_equal("reloaded", other(x), layer(x))
+    check_same_model("reloaded", other, layer, answer_to(x))
+    check_answers("again", layer(x), layer, answer_to(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -273,7 +274,7 @@ def test_faithful_draws_signs_anew_and_has_unit_length() -> None:
     assert not torch.equal(first, second)
     torch.testing.assert_close((first - layer.bias).norm(dim=-1), torch.ones(30))
     packed = layer.pack()
-    assert torch.equal(packed(x), packed(x))
+    torch.testing.assert_close(packed(x), packed(x))
 
 
 def test_faithful_gradient_comes_from_colliding_neurons_only() -> None:

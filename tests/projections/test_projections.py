@@ -14,6 +14,7 @@ from nogemm.errors import ConfigError
 from nogemm.ops import dct
 from nogemm.ops.hadamard import hadamard_matrix
 from nogemm.projections import BHProjection, DiagonalChain, ShuffleProjection
+from nogemm.testing.compare_model import answer_to, check_same_model
 
 CONFIGS: list[ProjectionConfig] = [
     nogemm.DenseProjectionConfig(),
@@ -237,7 +238,7 @@ def test_survives_json_and_a_state_dict(config: ProjectionConfig) -> None:
     first, second = layer.build(24).eval(), read.build(24).eval()
     x = torch.randn(6, 24)
     second.load_state_dict(first.state_dict())
-    assert torch.equal(first(x), second(x))
+    check_same_model("read", second, first, answer_to(x))
 
 
 @every

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import LOOKUP, Pair, WordTokenizer, make_pair, make_texts, tiny_bert
+from tiny_training import LOOKUP, Pair, WordTokenizer, apart, make_pair, make_texts, tiny_bert
 from torch import nn
 
 import nogemm
@@ -22,6 +22,10 @@ from nogemm.train import DistilOptions, DistilReport, TrainingError, TrainingInt
 from nogemm.train import distil as distil_function
 
 SMALL: dict[str, Any] = {"batch_tokens": 256, "max_length": 16, "lr_projection": 5e-3, "lr_tables": 1e-2}
+
+
+# Of the way from the start; with other instruction sets and threads the same run ends within 2e-5.
+SAME_RUN = 3e-4
 
 
 def run(pair: Pair, **changes: Any) -> DistilReport:
@@ -138,8 +142,9 @@ def test_a_run_depends_on_its_seed_alone() -> None:
     for pair, seed in zip(pairs, (0, 0, 1), strict=True):
         run(pair, seed=seed, tokens=3_000)
     first, again, other = (weights(pair.model) for pair in pairs)
-    assert same(first, again)
-    assert not same(first, other)
+    start = weights(make_pair().model)
+    assert apart(first, again, start) < SAME_RUN
+    assert apart(first, other, start) > 10 * SAME_RUN
 
 
 @pytest.mark.parametrize("after", [3, 19])
@@ -158,11 +163,20 @@ def test_an_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     resumed = make_pair()
     resumed_report = run(resumed, output_dir=tmp_path / "parts", resume=True, **options)
 
-    assert same(weights(whole.model), weights(resumed.model))
-    assert not same(weights(stopped.model), weights(resumed.model))
-    assert resumed_report.tokens == report.tokens
-    assert [h["agreement"] for h in resumed_report.history] == [h["agreement"] for h in report.history]
-    assert [stage.last for stage in resumed_report.stages] == [stage.last for stage in report.stages]
+    check_same_run(make_pair(), whole, report, resumed, resumed_report)
+    start = weights(make_pair().model)
+    assert apart(weights(whole.model), weights(stopped.model), start) > 10 * SAME_RUN
+
+
+def check_same_run(start: Pair, pair: Pair, report: DistilReport, again: Pair, its_report: DistilReport) -> None:
+    """Compare two runs that took the same steps."""
+    assert apart(weights(pair.model), weights(again.model), weights(start.model)) < SAME_RUN
+    assert its_report.tokens == report.tokens
+    assert len(its_report.history) == len(report.history)
+    for one, other in zip(report.history, its_report.history, strict=True):
+        assert other["agreement"] == pytest.approx(one["agreement"], abs=1e-3)
+    for one, other in zip(report.stages, its_report.stages, strict=True):
+        assert other.last == pytest.approx(one.last, rel=1e-3)
 
 
 def interrupt_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
@@ -211,9 +225,7 @@ def test_the_end_of_a_stage_is_saved_with_its_solved_tables(tmp_path: Path, monk
     monkeypatch.setattr(LayerStage, "steps", fail)
     monkeypatch.setattr(LayerStage, "solve", fail)
     resumed_report = run(resumed, output_dir=tmp_path, resume=True, **options)
-    assert same(weights(whole.model), weights(resumed.model))
-    assert resumed_report.tokens == report.tokens
-    assert [stage.last for stage in resumed_report.stages] == [stage.last for stage in report.stages]
+    check_same_run(make_pair(), whole, report, resumed, resumed_report)
 
 
 def test_an_early_stop_is_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +258,7 @@ def test_a_checkpoint_without_marks_of_the_end_resumes(tmp_path: Path, monkeypat
     state = json.loads(file.read_text())
     file.write_text(json.dumps({k: v for k, v in state.items() if k not in ("between", "stopped", "finished")}))
     assert run(again, output_dir=tmp_path, tokens=2_000, resume=True).tokens == report.tokens
-    assert same(weights(pair.model), weights(again.model))
+    assert apart(weights(pair.model), weights(again.model), weights(make_pair().model)) < SAME_RUN
 
 
 def test_a_new_run_does_not_replace_an_earlier_one(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_distil import interrupt_after, run, same, weights
-from tiny_training import make_pair, make_texts
+from test_distil import SAME_RUN, check_same_run, interrupt_after, run, weights
+from tiny_training import apart, make_pair, make_texts
 from torch import nn
 
 import nogemm
@@ -64,10 +64,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: 
     assert kept is not None
     assert any(name.endswith(".seen") for name in ckpt.read_checkpoint(kept).parts["optimiser"])
     again = run(resumed, output_dir=tmp_path / "parts", resume=True, **options)
-    assert same(weights(whole.model), weights(resumed.model))
-    assert not same(weights(stopped.model), weights(resumed.model))
-    assert [stage.last for stage in again.stages] == [stage.last for stage in report.stages]
-    assert [h["agreement"] for h in again.history] == [h["agreement"] for h in report.history]
+    check_same_run(make_pair(TREE), whole, report, resumed, again)
+    start = weights(make_pair(TREE).model)
+    assert apart(weights(whole.model), weights(stopped.model), start) > 10 * SAME_RUN
 
 
 def test_another_optimiser_does_not_resume_a_run(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import nogemm
 from nogemm.config import LayerConfig
@@ -28,6 +28,19 @@ class WordTokenizer:
         assert not padding
         known = {word: i + 2 for i, word in enumerate(WORDS)}
         return {"input_ids": [[1, *(known[w] for w in text.split())][:max_length] for text in texts]}
+
+
+def apart(left: dict[str, Tensor], right: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """Return how far two runs ended from one another, as a share of the way that the first went.
+
+    Products on the way are torch's, so two equal runs need not end with equal bits.
+    """
+    assert left.keys() == right.keys() == start.keys()
+
+    def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+        return sum(float((one[k].double() - other[k].double()).square().sum()) for k in one) ** 0.5
+
+    return distance(left, right) / distance(left, start)
 
 
 @dataclass
