@@ -2,14 +2,14 @@
 
 A layer that conversion left random keeps a snapshot: the version counter of every parameter, which torch raises at
 every in-place write (an optimiser step, a load), and a sample of its values, which also sees writes through `.data`.
-A cast leaves the counters alone; a copied layer is compared by its values.
+A cast leaves the counters alone. A layer that is copied or pickled takes its snapshot along.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,29 +20,50 @@ from nogemm.layers import FFN
 SAMPLE = 1024  # values kept per parameter
 
 
-@dataclass
 class _Mark:
-    parameter: weakref.ref[nn.Parameter]
-    version: int
-    sample: torch.Tensor
+    """One parameter as conversion left it. Pickled or copied along with its layer, it follows the copy's parameter."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self._follow(parameter)
+        self.sample = _sample(parameter)
+        self.changed = False
+
+    def _follow(self, parameter: nn.Parameter | None) -> None:
+        # Weakly: whoever frees a layer's parameter, to compress it for example, must get the memory back.
+        self.parameter = None if parameter is None else weakref.ref(parameter)
+        self.version = 0 if parameter is None else parameter._version
+
+    def written(self, parameter: nn.Parameter) -> bool:
+        """Tell whether the parameter, which goes by the mark's name, has been written since."""
+        followed = self.parameter is not None and self.parameter() is parameter
+        if self.changed or (followed and self.version != parameter._version):
+            return True
+        # The layer may have been through bfloat16 and back, so equal means equal up to its rounding.
+        return not torch.allclose(_sample(parameter).float(), self.sample.float(), rtol=2**-7, atol=1e-6)
+
+    def __getstate__(self) -> dict[str, Any]:
+        parameter = None if self.parameter is None else self.parameter()
+        changed = self.changed if parameter is None else self.written(parameter)
+        return {"parameter": parameter, "sample": self.sample, "changed": changed}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._follow(state["parameter"])
+        self.sample, self.changed = state["sample"], state["changed"]
 
 
 def mark_random(layer: FFN) -> None:
     """Remember the present parameters as untrained."""
-    marks = [_Mark(weakref.ref(p), p._version, _sample(p)) for p in layer.parameters() if p.numel() and not p.is_meta]
+    marks = {name: _Mark(p) for name, p in layer.named_parameters() if p.numel() and not p.is_meta}
     object.__setattr__(layer, "untrained", marks)
 
 
 def is_random(layer: FFN) -> bool:
     """Tell whether the layer is as random as conversion left it."""
-    marks: list[_Mark] | None = getattr(layer, "untrained", None)
+    marks: dict[str, _Mark] | None = getattr(layer, "untrained", None)
     if layer.fitted != "random" or marks is None:
         return False
-    parameters = [p for p in layer.parameters() if p.numel()]
-    if len(parameters) != len(marks):  # compressed since: the values that are left decide
-        parameters = [p for p in parameters if any(m.parameter() is p for m in marks)]
-        marks = [m for m in marks if any(m.parameter() is p for p in parameters)]
-    return not any(_changed(p, mark) for p, mark in zip(parameters, marks, strict=True))
+    # A compressed layer has fewer parameters: those that are left decide.
+    return not any(name in marks and marks[name].written(p) for name, p in layer.named_parameters())
 
 
 def fitted_state(layer: FFN) -> str:
@@ -62,13 +83,6 @@ def warn_if_random(model: nn.Module, action: str) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _changed(parameter: nn.Parameter, mark: _Mark) -> bool:
-    if mark.parameter() is parameter and mark.version != parameter._version:
-        return True
-    # The layer may have been through bfloat16 and back, so equal means equal up to its rounding.
-    return not torch.allclose(_sample(parameter).float(), mark.sample.float(), rtol=2**-7, atol=1e-6)
 
 
 def _sample(parameter: nn.Parameter) -> torch.Tensor:

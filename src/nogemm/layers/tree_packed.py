@@ -15,6 +15,8 @@ from nogemm.ops.packed_tree import TreeWeights, pack_tree
 if TYPE_CHECKING:
     from nogemm.layers.tree import TreeFFN
 
+# Looked up once, and not kept on the layer: an operator cannot be pickled.
+_PACKED_TREE = torch.ops.nogemm.packed_tree.default
 _NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -32,7 +34,6 @@ class PackedTree(PackedFFN):
         self.native = native_available()
         if self.native:
             self.register_buffer("packed", pack_tree(_weights(layer), dtype), persistent=False)
-            self._call = torch.ops.nogemm.packed_tree.default
         else:
             self.portable = round_tree(layer, dtype)
 
@@ -44,13 +45,13 @@ class PackedTree(PackedFFN):
             and x.shape[-1:] == (self.d_model,)
             and not torch.is_grad_enabled()
         ):
-            return self._call(x, self._buffers["packed"], self.d_out)
+            return _PACKED_TREE(x, self._buffers["packed"], self.d_out)
         return super().forward(x)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if self.native:
             known = x_ND if x_ND.dtype in _NATIVE_DTYPES else x_ND.float()
-            return self._call(known, self._buffers["packed"], self.d_out).to(x_ND.dtype)
+            return _PACKED_TREE(known, self._buffers["packed"], self.d_out).to(x_ND.dtype)
         return self.portable(x_ND)
 
 

@@ -1,4 +1,4 @@
-"""What surrounds a run: modes and gradient flags that are put back, Ctrl-C, and options compared on resuming."""
+"""What surrounds a run: modes, hooks and gradient flags that are put back, Ctrl-C, and options compared on resuming."""
 
 from __future__ import annotations
 
@@ -6,13 +6,20 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from nogemm.convert.sites import converted
 from nogemm.layers import TreeFFN
-from nogemm.train.stages import Stage
+
+if TYPE_CHECKING:
+    from nogemm.train.stages import Stage
+
+# How transformers captures hidden states: hooks that are functions of this module, installed by the first call that
+# asks for them and never removed, and a mark on every model that has them. Such a model cannot be pickled.
+_CAPTURING = "transformers.utils.output_capturing"
+_CAPTURED = "_output_capturing_hooks_installed"
 
 
 @contextmanager
@@ -26,6 +33,21 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def no_hook_left(model: nn.Module) -> Iterator[None]:
+    """Take away the hooks that transformers installs within the block; those that were there before stay."""
+    before = [(module, set(module._forward_hooks), _CAPTURED in module.__dict__) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, known, marked in before:
+            added = {key: hook for key, hook in module._forward_hooks.items() if key not in known}
+            for key in [key for key, hook in added.items() if getattr(hook, "__module__", "") == _CAPTURING]:
+                del module._forward_hooks[key]
+            if not marked:
+                module.__dict__.pop(_CAPTURED, None)
 
 
 @contextmanager

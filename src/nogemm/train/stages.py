@@ -25,6 +25,7 @@ from nogemm.layers import FFN, LookupFFN
 from nogemm.layers.lookup_fit import fit_tables
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
+from nogemm.train.guards import no_hook_left
 from nogemm.train.losses import Spread, hidden_states, output_kind, outputs_differ, relative_error, task_loss
 from nogemm.train.masking import Masking
 from nogemm.train.optim import backbone_parameters, clip_gradients, layer_groups
@@ -192,7 +193,10 @@ def rate(options: DistilOptions, group: str) -> float:
 
 
 def run(model: nn.Module, batch: Batch, hidden: bool = False) -> Any:
-    """Call a transformers model; an encoder-decoder's decoder reads the same tokens as its encoder."""
+    """Call a transformers model; an encoder-decoder's decoder reads the same tokens as its encoder.
+
+    The model keeps no hook of the hidden states that are asked for.
+    """
     inputs: dict[str, Any] = {"input_ids": batch.ids, "attention_mask": batch.mask}
     if batch.types is not None and _takes_types(type(model)):
         inputs["token_type_ids"] = batch.types
@@ -201,7 +205,10 @@ def run(model: nn.Module, batch: Batch, hidden: bool = False) -> Any:
         inputs |= {"decoder_input_ids": batch.ids, "decoder_attention_mask": batch.mask}
     elif hasattr(config, "use_cache"):
         inputs["use_cache"] = False
-    return model(**inputs, output_hidden_states=hidden, return_dict=True)
+    if not hidden:
+        return model(**inputs, return_dict=True)
+    with no_hook_left(model):
+        return model(**inputs, output_hidden_states=True, return_dict=True)
 
 
 @cache
