@@ -81,3 +81,20 @@ def test_pipeline_and_small_checkpoint(minilm: str, tokenizer: Any, tmp_path: Pa
     check_answers("pipeline", torch.tensor(run(TEXTS[0])), model, lambda m: m(**one).last_hidden_state)
     with torch.no_grad():
         assert torch.isfinite(model(**batch).last_hidden_state).all()
+
+
+def test_process_pool_of_sentence_transformers(minilm: str) -> None:
+    """Its processes get the model pickled; an optimiser has been at it."""
+    model = SentenceTransformer(minilm, device="cpu")
+    nogemm.convert(model, CONFIG, layers=[5])
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    features = model.tokenize(TEXTS)
+    model(features)["sentence_embedding"].sum().backward()
+    optimiser.step()
+    expected = model.encode(TEXTS)
+    pool = model.start_multi_process_pool(["cpu", "cpu"])
+    try:
+        got = model.encode(TEXTS, pool=pool, chunk_size=2)
+    finally:
+        model.stop_multi_process_pool(pool)
+    assert abs(got - expected).max() < 1e-5  # two texts at a time instead of four

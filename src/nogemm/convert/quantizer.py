@@ -16,9 +16,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from nogemm.config import LayerConfig, layer_config
 from nogemm.convert import checkpoint
 from nogemm.convert.fitted import mark_random, warn_if_random
+from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
 from nogemm.errors import CheckpointError, ConfigError, PackedError
 from nogemm.layers import PackedFFN
+from nogemm.ops._threads import in_passing
 
 SAVE_PACKED = (
     "a packed model is for evaluation only and cannot be saved: save before packing, or pack a copy. "
@@ -81,7 +83,7 @@ class NogemmQuantizer(HfQuantizer):
         if self.pre_quantized:
             stored = self.request.stored
             checkpoint.check_files(stored, kwargs.get("checkpoint_files"))
-            _install_skeleton(model, stored)
+            in_passing(lambda: _install_skeleton(model, stored))  # a process may load, and then fork
             self.kept = _dtypes(model)
         return model
 
@@ -94,7 +96,7 @@ class NogemmQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.pre_quantized:
             _check_loaded(model)
-            _check_and_cast(model, self.request.stored, self.kept)
+            in_passing(lambda: _check_and_cast(model, self.request.stored, self.kept))
             for name, layer in converted(model).items():
                 stored = self.request.stored.get("fitted", {})
                 layer.fitted = stored.get(checkpoint.base_name(model, name), "trained")
@@ -111,6 +113,7 @@ class NogemmQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
             raise PackedError(SAVE_PACKED)
+        refuse_quantised(model, "save_pretrained")
         warn_if_random(model, "save_pretrained")
         checkpoint.attach(model)  # fresh descriptions for models inside this one, whose configs are stored along
         attach_quantizer(model)  # last: a model inside may share this one's config

@@ -16,6 +16,7 @@ from torch import nn
 from nogemm.convert.sites import inner_model, installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
+from nogemm.layers._base import is_quantised
 
 try:
     import fcntl
@@ -53,6 +54,7 @@ def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callabl
     """Save as `save` does; `extra` adds files to the new directory before it takes the place of the old one."""
     if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
         raise PackedError("save: the model is packed, for evaluation only; save before packing, or unpack it first")
+    refuse_quantised(model, "save")
     needed = sum(value.numel() * value.element_size() for value in inner_model(model).state_dict().values())
 
     def write(folder: Path) -> None:
@@ -60,6 +62,15 @@ def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callabl
         extra(folder)
 
     replace_directory(path, write, caller="save", needed=needed)
+
+
+def refuse_quantised(model: nn.Module, caller: str) -> None:
+    """Raise CheckpointError if torch's dynamic quantisation has been at the model."""
+    if is_quantised(model):
+        raise CheckpointError(
+            f"{caller}: torch's dynamic quantisation has rounded matrices of the {type(model).__name__}, into a form "
+            "that no checkpoint holds; save the model before it is quantised, and quantise it after loading"
+        )
 
 
 def replace_directory(

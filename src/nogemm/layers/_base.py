@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nogemm.config import LayerConfig
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
+from nogemm.ops._threads import in_passing
 from nogemm.ops.neurons_at_indices import finite_tokens
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ def each_alone(answer: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
     if finite_N1 is None:
         return answer(x_ND)
     return torch.where(finite_N1, answer(torch.where(finite_N1, x_ND, 0.0)), float("nan"))
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Tell whether torch's dynamic quantisation has replaced an nn.Linear inside: weights are behind a method then."""
+    return any(callable(getattr(part, "weight", None)) for part in module.modules())
 
 
 class FFN(nn.Module, ABC):
@@ -76,8 +82,11 @@ class FFN(nn.Module, ABC):
         """Return FLOP, distinct weight bytes touched (expected, uniform codes) and parameters for `n_tokens` tokens."""
 
     def compute_dtype(self) -> torch.dtype:
-        """Return the dtype that the layer computes in: its first floating parameter's."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """Return the dtype that the layer computes in: its first floating parameter's.
+
+        A layer has none left where torch's dynamic quantisation has taken them all; what is left takes float32.
+        """
+        return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Start from the dense layer's weights where the method allows it; return and set `fitted`."""
@@ -89,6 +98,8 @@ class FFN(nn.Module, ABC):
 
     def pack(self, dtype: str = "fp32", path: str = "auto") -> PackedFFN:
         """Make the evaluation-only twin, weights laid out for the native kernels; the layer is untouched.
+
+        No thread of the work is left, so that a process may pack, fork, and call the layer in its children.
 
         Args:
             dtype, path: see `nogemm.pack`.
@@ -102,6 +113,14 @@ class FFN(nn.Module, ABC):
             raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
         if self.training:
             raise PackedError(f"pack: {type(self).__name__} is in training mode; call eval() first")
+        if is_quantised(self):
+            raise PackedError(
+                f"pack: torch's dynamic quantisation has rounded the matrices of this {type(self).__name__}; pack the "
+                f"model first, and quantise what is left of it, or pack the model as it was before"
+            )
+        return in_passing(lambda: self._packed(dtype, path))
+
+    def _packed(self, dtype: str, path: str) -> PackedFFN:
         packed = self._pack(dtype)
         packed.fix_path(path)
         return packed

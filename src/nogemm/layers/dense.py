@@ -134,10 +134,11 @@ class DenseFFN(FFN):
         return each_alone(lambda x: self.down(self.hidden_activations(x)), x_ND)
 
     def cost(self, n_tokens: int = 1) -> Cost:
-        stored = sum(p.numel() for p in self.parameters())
+        linears = [linear for linear in (self.gate, self.up, self.down) if linear is not None]
+        parts = [part for linear in linears for part in stored_of(linear)]
         matrices = self.hidden * (self.d_model * (1 if self.gate is None else 2) + self.d_out)
-        itemsize = self.up.weight.element_size()
-        return Cost(2.0 * matrices * n_tokens, float(stored * itemsize if n_tokens else 0), stored)
+        read = sum(part.numel() * part.element_size() for part in parts)
+        return Cost(2.0 * matrices * n_tokens, float(read if n_tokens else 0), sum(part.numel() for part in parts))
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Copy the dense layer if the widths are equal; otherwise keep the neurons with the largest weights."""
@@ -191,6 +192,19 @@ class DenseFFN(FFN):
         return PackedDense(self, dtype)
 
 
+def stored_of(linear: nn.Module) -> list[Tensor]:
+    """Return weight [out, in] and, if there is one, bias [out] as they are stored: quantised by torch, or not."""
+    parts = (linear.weight, linear.bias)
+    # Of a quantised layer both are methods, which unpack what torch's kernels take.
+    return [part for part in (part() if callable(part) else part for part in parts) if part is not None]
+
+
+def weights_of(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight [out, in] and bias [out] as numbers to compute with, of a quantised layer too; no bias is zeros."""
+    weight, *bias = (part.dequantize() if part.is_quantized else part for part in stored_of(linear))
+    return weight, bias[0] if bias else weight.new_zeros(len(weight))
+
+
 def forward_selection(gram_FF: Tensor, cross_FD: Tensor, count: int) -> Tensor:
     """Choose `count` columns one by one, each the one that lowers the least-squares error most.
 
@@ -234,13 +248,12 @@ class PackedDense(PackedFFN):
         )
         copy.load_state_dict(layer.state_dict())
         copy.eval().requires_grad_(False)
-        self.compute = _TORCH_DTYPE.get(dtype, torch.float32)
         if dtype == "int8":
             copy = torch.ao.quantization.quantize_dynamic(copy, {nn.Linear}, dtype=torch.qint8)
-        self.dense = copy.to(self.compute)
+        self.dense = copy.to(_TORCH_DTYPE.get(dtype, torch.float32))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
-        return self.dense.tokens(x_ND.to(self.compute)).to(x_ND.dtype)
+        return self.dense.tokens(x_ND.to(self.dense.compute_dtype())).to(x_ND.dtype)
 
 
 @register

@@ -26,7 +26,7 @@ from nogemm.config import (
 )
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, weights_of
 from nogemm.ops import bucket_union, hash_codes
 from nogemm.projections import Projection
 from nogemm.projections._padded import random_signs
@@ -125,7 +125,7 @@ class HashedNeurons(FFN):
     def hash_neurons(self) -> Tensor:
         """Hash the neurons as they are now, [F, T]."""
         linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
-        return self.hashed(linear.weight, linear.bias)
+        return self.hashed(*weights_of(linear))
 
     def retrieved(self, v_ND: Tensor) -> Tensor:
         """Return which neurons each (normed) token's chunk computes, bool [N, F]."""
@@ -152,19 +152,21 @@ class HashedNeurons(FFN):
 
     def cost(self, n_tokens: int = 1) -> Cost:
         """Count hashing and the expected neurons under uniform codes; real codes are skewed, see `active`."""
-        per_neuron = self.neurons.cost(1).flops / self.hidden
+        neurons, itemsize = self.neurons.cost(1), self.compute_dtype().itemsize
         hashing, read, trained = self._hashing_cost()
         computed = self.expected_active(min(self.chunk, max(n_tokens, 1)))
-        itemsize = self.neurons.up.weight.element_size()
-        stored = sum(p.numel() for p in self.parameters())
-        rows = sum(p.numel() for p in self.neurons.parameters()) - self.d_out
-        fixed = (stored - rows - trained) * itemsize + read + 4.0 * self.hidden * self.tables
-        touched = self.expected_active(n_tokens) / self.hidden * rows * itemsize
-        return Cost(n_tokens * (hashing + per_neuron * computed), touched + fixed if n_tokens else 0.0, stored)
+        others = sum(p.numel() for p in self.parameters()) - sum(p.numel() for p in self.neurons.parameters())
+        fixed = (others - trained + self.d_out) * itemsize + read + 4.0 * self.hidden * self.tables
+        touched = self.expected_active(n_tokens) / self.hidden * (neurons.bytes_read - self.d_out * itemsize)
+        return Cost(
+            n_tokens * (hashing + neurons.flops / self.hidden * computed),
+            touched + fixed if n_tokens else 0.0,
+            others + neurons.parameters,
+        )
 
     def _hashing_cost(self) -> tuple[float, float, int]:
         """Return FLOP of hashing one token, bytes of what hashes, and how many of its numbers are parameters."""
-        itemsize = self.neurons.up.weight.element_size()
+        itemsize = self.compute_dtype().itemsize
         if self.projection is not None:
             cost = self.projection.cost(itemsize)
             return cost.flops, cost.bytes_read, sum(p.numel() for p in self.projection.parameters())

@@ -116,7 +116,8 @@ class LeafTreeFFN(FFN):
         self.master_out = nn.Parameter(torch.empty(master, self.d_out)) if master else None
         self.master_out_bias = nn.Parameter(torch.empty(self.d_out)) if master else None
         self.master_gate = nn.Parameter(torch.empty(())) if master else None
-        self.reset_parameters()
+        if not self.leaf_in.is_meta:  # there, weights will be loaded: their scale would be computed for nothing
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights: unit-variance pre-activations, an output scale independent of shape; biases zero."""

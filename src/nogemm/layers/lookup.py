@@ -111,7 +111,8 @@ class LookupFFN(FFN):
         if config.storage == "fp32":
             self.tables = nn.Parameter(torch.empty(shape))
             self.register_buffer("row_scale", None)
-            self.reset_parameters()
+            if not self.tables.is_meta:  # there, weights will be loaded: their scale would be computed for nothing
+                self.reset_parameters()
         else:
             self._store_compressed(torch.zeros(shape, dtype=_STORAGE[config.storage]), _unit_scale(config))
 

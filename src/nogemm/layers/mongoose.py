@@ -17,7 +17,7 @@ from nogemm.config import Replaced, register
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import PUBLISHED_DROPOUT, attach_loss
 from nogemm.layers._base import PackedFFN
-from nogemm.layers.dense import DenseFFN
+from nogemm.layers.dense import DenseFFN, weights_of
 from nogemm.layers.hashed_neurons import HashedConfig, HashedNeurons, extended_product
 from nogemm.layers.slide import draw_planes
 from nogemm.ops import bucket_union
@@ -152,7 +152,7 @@ class MongooseFFN(HashedNeurons):
     def _pairs(self, v_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return cosines in the hashed space, and which neurons each token should have found or not, all [N, F]."""
         linear = self.neurons.up if self.neurons.gate is None else self.neurons.gate
-        v_ND, weight_FD, bias_F = v_ND.detach(), linear.weight.detach(), linear.bias.detach()
+        v_ND, (weight_FD, bias_F) = v_ND.detach(), (part.detach() for part in weights_of(linear))
         product_NF = v_ND @ weight_FD.T
         found_NF = bucket_union(self.hashed(v_ND), self.neuron_codes().T)  # of each token's own hashes
         ordered_NF = product_NF.sort(1).values

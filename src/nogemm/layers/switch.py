@@ -29,7 +29,7 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import PUBLISHED_DROPOUT, attach_loss, drop_input
 from nogemm.layers._base import FFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN
+from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, stored_of
 from nogemm.layers.switch_routing import Routing, choose_experts, dispatch
 from nogemm.projections import Projection
 
@@ -179,7 +179,7 @@ class SwitchFFN(FFN):
         one = first.cost(1)
         routing = self._router_cost()
         small = 0 if self.norm is None else sum(p.numel() for p in self.norm.parameters())
-        fixed = small * self.router.weight.element_size() + routing.bytes_read
+        fixed = small * self.compute_dtype().itemsize + routing.bytes_read
         return Cost(
             n_tokens * (one.flops + routing.flops),
             distinct_rows(n_tokens, self.config.experts) * one.bytes_read + (fixed if n_tokens else 0.0),
@@ -187,11 +187,11 @@ class SwitchFFN(FFN):
         )
 
     def _router_cost(self) -> Cost:
-        itemsize = self.router.weight.element_size()
         if isinstance(self.router, Projection):
-            return self.router.cost(itemsize)
-        stored = sum(p.numel() for p in self.router.parameters())
-        return Cost(2.0 * self.d_model * self.config.experts, float(stored * itemsize), stored)
+            return self.router.cost(self.compute_dtype().itemsize)
+        parts = stored_of(self.router)
+        read = sum(part.numel() * part.element_size() for part in parts)
+        return Cost(2.0 * self.d_model * self.config.experts, float(read), sum(part.numel() for part in parts))
 
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the router's weights, an optimiser group of their own."""

@@ -133,7 +133,8 @@ class TreeFFN(FFN):
         self.bias = nn.Parameter(torch.empty(self.d_out)) if config.out_bias else None
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64) if config.routing == "anneal" else None)
         self.row_sparse = False
-        self.reset_parameters()
+        if not self.weight_in.is_meta:  # there, weights will be loaded: their scale would be computed for nothing
+            self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights as `config.init` says; biases and thresholds start at zero."""

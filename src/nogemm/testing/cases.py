@@ -7,7 +7,9 @@ repeats, batches of 0, 1 and one more than a tile.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from nogemm.config import LayerConfig, layer_class, layer_kinds
 from nogemm.layers import LookupConfig, TreeConfig
 from nogemm.projections import (
     AcdcConfig,
@@ -93,3 +95,15 @@ TREE_CASES: tuple[TreeCase, ...] = (
     TreeCase("relu with a core", TreeConfig(depth=3, core=5, activation="relu", bias=False, out_bias=False), 50, 33),
     TreeCase("annealed", TreeConfig(trees=5, depth=2, core=1, routing="anneal", init="reference"), 16, 48),
 )
+
+# One small layer of every registered kind, for what must hold of all of them; a new kind joins by itself.
+_SMALL_SETTINGS: dict[str, dict[str, Any]] = {
+    "lookup": {"tables": 8, "bits": 4, "projection": BHConfig(rounds=2, block=8)},
+    "tree": {"depth": 5},
+    "shuffle": {"block": 8},
+    "slide": {"bits": 3, "tables": 4},
+    "mongoose": {"bits": 3, "tables": 4},
+    "yoso": {"hashes": 8, "bits": 4},
+    "switch": {"experts": 3},
+}
+KINDS: dict[str, LayerConfig] = {kind: layer_class(kind)(**_SMALL_SETTINGS.get(kind, {})) for kind in layer_kinds()}
