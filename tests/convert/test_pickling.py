@@ -16,6 +16,9 @@ import nogemm
 from nogemm.convert.fitted import fitted_state
 from nogemm.errors import CheckpointError
 
+# A product of torch may end in other bits where its numbers lie at other addresses.
+BITS: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6}
+
 
 def trained(bert: Family) -> Any:
     model = bert.build()
@@ -33,13 +36,14 @@ def test_a_model_after_an_optimiser_step(bert: Family, packed: bool, tmp_path: P
         nogemm.pack(model, keep=True)
     expected = bert.output(model)
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-        assert torch.equal(bert.output(twin), expected)
+        torch.testing.assert_close(bert.output(twin), expected, **BITS)
         if packed:
             nogemm.unpack(twin)
         assert {fitted_state(layer) for layer in nogemm.converted(twin).values()} == {"trained", "closed-form"}
         nogemm.save(twin, tmp_path / "model")
         loaded = bert.auto.from_pretrained(tmp_path / "model")
-        assert packed or torch.equal(bert.output(loaded), expected)
+        if not packed:
+            torch.testing.assert_close(bert.output(loaded), expected, **BITS)
         pickle.dumps(loaded)
 
 
@@ -61,5 +65,5 @@ def test_families_whose_dropout_goes_along_pickle(family: Family) -> None:
     model = family.build()
     nogemm.convert(model, nogemm.DenseConfig())
     twin = pickle.loads(pickle.dumps(model))
-    assert torch.equal(family.output(twin), family.output(model))
+    torch.testing.assert_close(family.output(twin), family.output(model), **BITS)
     assert len(nogemm.converted(twin)) == len(FAMILIES[next(iter(FAMILIES))].names)
