@@ -188,6 +188,32 @@ def test_a_name_proves_nothing() -> None:
     assert (site.adapter.up, site.adapter.gate) == ("up", None)  # its gate is never called
 
 
+class First(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Linear(8, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.dense(x))
+
+
+class Split(nn.Module):
+    """Two modules, the activation spelt out in the first, a tiny scale behind the second, both hard to see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.scale = First(), nn.Linear(20, 8), nn.Parameter(torch.full((8,), 1e-6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scale * self.second(self.first(x))
+
+
+def test_a_split_ffn_with_its_activation_spelt_out() -> None:
+    (site,) = nogemm.sites(Model(Layer(Split())))
+    assert site.adapter.put == "first"
+    assert site.activation == "gelu"
+
+
 class Peeping(Layer):
     """A parent that runs its FFN's first matrix past the FFN."""
 

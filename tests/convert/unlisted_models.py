@@ -72,6 +72,11 @@ UNLISTED: dict[str, Family] = {
         tf.AutoModel,
         _names("encoder.layer.{}"),
     ),
+    "esm": Family(
+        lambda: tf.EsmModel(tf.EsmConfig(**BERT, pad_token_id=1, mask_token_id=2)),
+        tf.AutoModel,
+        _names("encoder.layer.{}"),
+    ),
     "gpt-neox": Family(
         lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_GPT)),
         tf.AutoModelForCausalLM,

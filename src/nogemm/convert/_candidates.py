@@ -16,7 +16,8 @@ from nogemm.convert._reading import linear_shape
 from nogemm.layers import FFN, PackedFFN
 
 # Matrices of attention by name: with heads wider than the model, d -> heads -> d has an FFN's shape.
-_ATTENTION = re.compile(r"(^|[_.])(w?qkv|[qkv]|kv|query|key|value)([_.]|$)|attn|query_key_value", re.IGNORECASE)
+_ATTENTION = re.compile(r"(^|_)(w?qkv|[qkv]|kv|query|key|value)(_|$)|attn", re.IGNORECASE)
+_EXPERTS = re.compile("expert|moe", re.IGNORECASE)
 _DEPTH = 3  # a matrix lies at most this many names below the module that holds the FFN
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 
@@ -111,38 +112,36 @@ def find_experts(root: nn.Module) -> list[Experts]:
             ours.append(f"{path}.")
         if path.startswith(tuple(ours)):
             continue
-        count = _expert_count(path.rpartition(".")[2], module)
+        attribute = path.rpartition(".")[2]
+        count = _expert_count(attribute, module)
         if count and not any(path.startswith(f"{other.name}.") for other in found.values() if other.name):
             outer = path.rpartition(".")[0]
             # The list alone knows no router: the block around it does, and its shared expert goes with it.
-            named = path if not outer or "expert" not in path.rpartition(".")[2].lower() else outer
+            named = outer if outer and "expert" in (attribute + type(module).__name__).lower() else path
             found.setdefault(id(parents[named]), Experts(named, parents[named], count))
     return list(found.values())
 
 
-def _expert_count(name: str, module: nn.Module) -> int:
+def _expert_count(attribute: str, module: nn.Module) -> int:
     if isinstance(module, FFN):
         return 0
-    if isinstance(module, _CONTAINERS) and "expert" in name.lower() and len(module) > 1:
-        return len(module)
-    stacked = [p.shape for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1]
-    for a in stacked:
-        for b in stacked:
-            widens = {(a[1], a[2]), (2 * a[1], a[2]), (a[1], 2 * a[2])} & {(b[2], b[1]), (b[1], b[2])}
-            if a is not b and a[0] == b[0] and widens and a[1] != a[2]:
-                return int(a[0])
-    return 0
+    if isinstance(module, _CONTAINERS):
+        return len(module) if "expert" in attribute.lower() and len(module) > 1 else 0
+    if not _EXPERTS.search(attribute + type(module).__name__):
+        return 0  # attention, too, is kept in tensors of three axes somewhere
+    return next((p.shape[0] for p in module.parameters(recurse=False) if p.dim() == 3 and p.shape[0] > 1), 0)
 
 
 def _match(free: dict[str, nn.Module]) -> list[tuple[tuple[str, ...], str]]:
     """Pair matrices that widen with one that narrows back, in the model's order."""
-    shapes = {key: linear_shape(matrix) or (0, 0) for key, matrix in free.items()}
+    named = {key: matrix for key, matrix in free.items() if not _ATTENTION.search(key.rpartition(".")[2])}
+    shapes = {key: linear_shape(matrix) or (0, 0) for key, matrix in named.items()}
     used: set[str] = set()
     out: list[tuple[tuple[str, ...], str]] = []
     for leave, (d, hidden) in shapes.items():
         if leave in used or d == hidden:
             continue
-        inner = [key for key in free if key not in used and key != leave and not _ATTENTION.search(key)]
+        inner = [key for key in named if key not in used and key != leave]
         enter = tuple(key for key in inner if shapes[key] == (hidden, d))
         others = [key for key in inner if shapes[key] == (d, hidden)]
         if len(enter) == len(others) + 1:  # as many out as in: FFNs side by side, each in the model's order

@@ -38,7 +38,7 @@ from nogemm.convert._reading import (
     read_linear,
 )
 from nogemm.convert._running import Seen, Unproven, first_line, first_that_runs, run_and_watch
-from nogemm.convert._tensors import Arguments
+from nogemm.convert._tensors import Arguments, without_hooks
 from nogemm.convert._trial import Trial, rounding
 
 
@@ -70,7 +70,8 @@ def prove(candidate: Candidate, calls: list[Arguments], given: SiteAdapter | Non
 def _copy(candidate: Candidate) -> nn.Module:
     """Copy the module in fp32 on the CPU, with random matrices and nothing that is zero by chance of initialisation."""
     try:
-        owner = copy.deepcopy(candidate.owner).to("cpu", torch.float32).eval().requires_grad_(False)
+        owner = without_hooks(copy.deepcopy(candidate.owner))
+        owner = owner.to("cpu", torch.float32).eval().requires_grad_(False)
     except Exception as error:
         raise Unproven(f"its module cannot be copied: {first_line(error)}") from error
     generator = torch.Generator().manual_seed(1)
@@ -81,7 +82,7 @@ def _copy(candidate: Candidate) -> nn.Module:
     inside = tuple(f"{path}." for path in candidate.matrices)
     for name, parameter in owner.named_parameters():
         if not name.startswith(inside):
-            zeros = parameter == 0
+            zeros = parameter.abs() < 1e-3  # the scale of a branch, for example, may start there
             if zeros.any():
                 noise = torch.rand(parameter.shape, generator=generator) * 0.2 - 0.1
                 parameter.copy_(torch.where(zeros, noise, parameter))
@@ -159,9 +160,9 @@ def _ways(
     inside: dict[str, nn.Module],
     dropouts: Dropouts,
 ) -> Iterator[SiteAdapter]:
-    """Yield adapters to try: our layer in the place of the module, with the dropout that ends it; or of one matrix.
-
-    The second leaves all else running, but our tensors then have the matrix's name, which transformers may rename.
+    """Yield adapters to try: our layer in the place of the module, with the dropout that ends it; of one matrix; or of
+    the part that holds the first matrix. What is left of the module runs on, so the later ways do for more classes.
+    But in the second our tensors have a matrix's name, which transformers may rename.
     """
     paths = {**wiring, "down": candidate.leave}
     between = dropouts.paths
@@ -174,6 +175,11 @@ def _ways(
             yield SiteAdapter(**whole, dropout=path)
     if activation is not None and not wiring.get("fused"):
         yield SiteAdapter(**{**paths, "activation": activation}, between=between, put=paths["up"])
+    parts = paths["up"].split(".")[:-1]
+    for depth in range(len(parts), 0, -1):  # the first of two modules, activation and all
+        part = ".".join(parts[:depth])
+        if not candidate.leave.startswith(f"{part}."):
+            yield SiteAdapter(**whole, between=between, put=part)
 
 
 def _activation_path(

@@ -44,17 +44,17 @@ def random_calls(d: int) -> list[Arguments]:
 
 def first_that_runs(owner: nn.Module, calls: list[Arguments]) -> Arguments:
     """Return the first call that the module accepts and answers with finite numbers."""
-    last = "no way to call its module is known"
+    reason = ""
     for call in calls:
         try:
             answer = run(owner, call)
         except Unproven as error:
-            last = str(error)
+            reason = reason or str(error)
             continue
         if answer and all(torch.isfinite(part).all() for part in answer):
             return call
-        last = "its module returns no tensor, or infinite numbers, on random input"
-    raise CannotRun(last)
+        reason = reason or "its module returns no tensor, or infinite numbers, on random input"
+    raise CannotRun(reason)
 
 
 def run(owner: nn.Module, call: Arguments, seed: int = 0) -> list[Tensor]:

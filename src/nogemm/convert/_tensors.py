@@ -54,6 +54,15 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules, not its tensors: both share every parameter and buffer."""
-    shared = {id(value): value for value in (*model.parameters(), *model.buffers())}
-    return copy.deepcopy(model, dict(shared))
+    """Copy a model's modules, not its tensors: both share every parameter and buffer. Hooks are left out."""
+    shared: dict[int, Any] = {id(value): value for value in (*model.parameters(), *model.buffers())}
+    return without_hooks(copy.deepcopy(model, shared))
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """Take users' hooks from a copy, or they would see what is run there; torch's own make weights, and stay."""
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
+                del hooks[key]
+    return model

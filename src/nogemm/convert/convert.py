@@ -13,6 +13,7 @@ from nogemm.config import LayerConfig, Replaced
 from nogemm.convert._families import is_listed
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
+from nogemm.convert.discover import in_words
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.convert.sites import Refusal, Site, Survey, inner_model, installed, placement, remember, site_names, survey
@@ -132,8 +133,8 @@ def _choose(
     blocked = [refusal for refusal in found.blocked if picks.get(refusal.name) is not None]
     if blocked:
         raise ConfigError(
-            f"convert: {len(blocked)} of the chosen sites cannot be converted as they are: {_listed(blocked)}. "
-            "Or choose others with layers="
+            f"convert: {len(blocked)} of the chosen sites cannot be converted as they are: "
+            f"{'; '.join(in_words(blocked))}. Or choose others with layers="
         )
     open_sites = {site.name: site for site in found.open}
     return [(open_sites[name], value) for name, value in picks.items() if value is not None]
@@ -175,17 +176,8 @@ def _no_site(model: nn.Module, refusals: Sequence[Refusal]) -> str:
     if not refusals:
         hint = " No module in it has linear layers d -> F -> d."
     else:
-        hint = f" What looks like one is refused: {_listed(refusals)}."
+        hint = f" What looks like one is refused: {'; '.join(in_words(refusals))}."
     return (
         f"convert: {type(inner).__name__} has no FFN that nogemm knows or can prove.{hint} Teach it one with "
         'nogemm.register_site("ClassName", up="...", activation="...", down="...")'
     )
-
-
-def _listed(refusals: Sequence[Refusal]) -> str:
-    """Write refusals out; those of one class with one reason once, with the number of the others."""
-    groups: dict[tuple[str, str], list[Refusal]] = {}
-    for refusal in refusals:
-        groups.setdefault((refusal.holder, refusal.reason), []).append(refusal)
-    parts = [str(g[0]) + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
-    return "; ".join(parts)

@@ -12,6 +12,7 @@ Reading order: `discover`, `Found`, `Refusal`.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,14 @@ class Refusal:
         return f"{self.name} ({self.holder}): {self.reason}"
 
 
+def in_words(refusals: Iterable[Refusal]) -> list[str]:
+    """Write refusals out; those of one class with one reason once, with the number of the others."""
+    groups: dict[tuple[str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal.holder, refusal.reason), []).append(refusal)
+    return [str(g[0]) + (f" (and {len(g) - 1} more like it)" if len(g) > 1 else "") for g in groups.values()]
+
+
 @dataclass(frozen=True, eq=False)
 class Found:
     """A proven FFN: its module's path, the module, and how it is taken out."""
@@ -53,6 +62,8 @@ class Found:
     adapter: SiteAdapter
 
 
+# Settings that only count layers. A layer that works otherwise for its number is noticed when the whole model runs.
+_PLACE = re.compile(r"idx|index|(layer|block)_?(id|num|number)$")
 # What was found out in this process, by class, shapes and settings of the module and by the class of the whole model.
 _ANSWERS: dict[Hashable, SiteAdapter | str] = {}
 
@@ -141,12 +152,11 @@ def _signature(root: nn.Module, candidate: Candidate) -> Hashable:
             for key, value in sorted(vars(module).items())
             if not key.startswith("_")
             and key != "training"
-            and "idx" not in key
-            and "index" not in key
+            and not _PLACE.search(key)
             and (isinstance(value, (bool, int, float, str)) or hasattr(value, "__code__"))
         )
         config = getattr(module, "config", None)
-        drops = tuple(sorted((k, str(v)) for k, v in vars(config).items() if "drop" in k)) if config else ()
+        drops = tuple(sorted((k, str(v)) for k, v in getattr(config, "__dict__", {}).items() if "drop" in k))
         parts.append((path, type(module), shapes, settings, drops))
     return tuple(parts)
 

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nogemm.config import LayerConfig, Replaced
-from nogemm.convert.discover import Refusal
+from nogemm.convert.discover import Refusal, in_words
 from nogemm.cost import Cost
 
 
@@ -94,7 +94,7 @@ class ConversionReport:
                 for i, (text, w) in enumerate(zip(row, widths, strict=True))
             ]
             lines.append("  ".join(cells).rstrip())
-        lines += [f"left dense: {refusal}" for refusal in self.refused]
+        lines += [f"left dense: {words}" for words in in_words(self.refused)]
         return "\n".join(lines)
 
 
