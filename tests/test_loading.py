@@ -13,17 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from people import SAME, TEXTS, WORDS, bert, edit, encoded, gpt2, pairs_file, run, sentence_encoder
+from nogemm.bench.embed import embed, logits
+from nogemm.bench.model_job import DenseModelContender, pooled_cosine
+from nogemm.convert.loading import load_encoder, load_model, load_tokenizer
+from nogemm.convert.pooling import pooling_of
+from nogemm.train import sources as reader
+from people import SAME, TEXTS, bert, edit, encoded, gpt2, pairs_file, run, sentence_encoder
 
 TABLES = ("--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8")
 BUDGET = ("--tokens", 400, "--set", "batch_tokens=64")
 
 
-def dense_modules() -> list[Any]:
+def dense_modules(wide: int = 16) -> list[Any]:
     from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize
 
     torch.manual_seed(2)
-    return [Dense(16, 8, activation_function=torch.nn.Tanh()), LayerNorm(8), Normalize()]
+    return [Dense(wide, 8, activation_function=torch.nn.Tanh()), LayerNorm(8), Normalize()]
 
 
 # -- modules.json
@@ -167,6 +172,19 @@ def test_texts_longer_than_the_tables_of_positions(tmp_path: Path) -> None:
 # -- no padding token
 
 
+def test_padding_changes_no_embedding(tmp_path: Path) -> None:
+    model, tokenizer = load_encoder(gpt2(tmp_path / "S")), load_tokenizer(tmp_path / "S")
+    one_by_one = embed(model, tokenizer, TEXTS, batch_tokens=1)
+    assert embed(model, tokenizer, TEXTS, batch_tokens=1000) == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_a_classifier_finds_the_last_token_before_the_padding(tmp_path: Path) -> None:
+    model = load_model(gpt2(tmp_path / "S", "GPT2ForSequenceClassification"))
+    tokenizer = load_tokenizer(tmp_path / "S")
+    one_by_one = logits(model, tokenizer, TEXTS, batch_tokens=1)
+    assert logits(model, tokenizer, TEXTS, batch_tokens=1000) == pytest.approx(one_by_one, abs=1e-5)
+
+
 def test_a_tokenizer_without_padding_in_every_command(tmp_path: Path) -> None:
     source, data = gpt2(tmp_path / "S"), pairs_file(tmp_path)
     assert run("convert", source, tmp_path / "c", *TABLES, "--data", data) == 0
@@ -179,9 +197,9 @@ def test_a_tokenizer_without_padding_in_every_command(tmp_path: Path) -> None:
 # -- pooling
 
 
-def agreement(tmp_path: Path, model: Path, teacher: Path) -> float:
+def agreement(tmp_path: Path, model: Path, teacher: Path, *words: str) -> float:
     report = tmp_path / "eval.json"
-    assert run("eval", model, "--teacher", teacher, "--data", pairs_file(tmp_path), "--json", report) == 0
+    assert run("eval", model, "--teacher", teacher, "--data", pairs_file(tmp_path), "--json", report, *words) == 0
     return json.loads(report.read_text())["ours"]["agreement"]["value"]
 
 
@@ -195,5 +213,77 @@ def test_eval_measures_the_embedding_that_the_directory_describes(tmp_path: Path
     assert agreement(tmp_path, tmp_path / "c", teacher) == pytest.approx(expected, abs=1e-4)
 
 
-def test_words_of_the_tests() -> None:
-    assert set(" ".join(TEXTS).split()) <= set(WORDS)
+def test_distil_learns_the_embedding_that_the_directory_describes(tmp_path: Path) -> None:
+    teacher, data = sentence_encoder(tmp_path / "S", *dense_modules(), mode="cls"), pairs_file(tmp_path)
+    with pytest.warns(UserWarning, match="random"):
+        assert run("convert", teacher, tmp_path / "c", *TABLES) == 0
+    words = ("--teacher", teacher, "--data", data, "--validation", data, "--json", tmp_path / "d.json")
+    assert run("distil", tmp_path / "c", tmp_path / "out", *words, *BUDGET, "--set", "max_length=40") == 0
+    texts = list(reader.texts(str(data)))
+    expected = float(np.mean((encoded(tmp_path / "out", texts) * encoded(teacher, texts)).sum(1)))
+    assert json.loads((tmp_path / "d.json").read_text())["agreement"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_sentence_transformer_pools_as_its_directory(tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    folder = sentence_encoder(tmp_path / "S", *dense_modules(32), mode=("cls", "lasttoken"))
+    model = SentenceTransformer(str(folder), device="cpu")
+    hidden, mask = torch.randn(2, 3, 16), torch.ones(2, 3, dtype=torch.long)
+    assert torch.equal(pooling_of(model)(hidden, mask), pooling_of(folder)(hidden, mask))
+    assert not pooling_of(model)(hidden, mask).requires_grad
+
+
+def test_bench_model_agrees_by_the_embedding(tmp_path: Path) -> None:
+    teacher = sentence_encoder(tmp_path / "S", mode="cls")
+    contender = DenseModelContender({"dense": str(teacher), "engine": "torch-fp32", "seed": 0})
+    assert contender.pooling.modes == ("cls",)
+    ids, _ = contender._inputs(3, 4)
+    assert ids[:, 0].tolist() == [2, 2, 2]  # [CLS]
+    hidden = torch.randn(3, 4, 16)
+    other = hidden.clone()
+    other[:, 1:] = 0.0
+    assert pooled_cosine(hidden, other, contender.pooling) == pytest.approx(torch.ones(3, dtype=torch.float64))
+
+
+# -- the local cache, and code that a directory brings
+
+
+def test_a_name_in_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    snapshot = tmp_path / "hub" / "models--some--encoder" / "snapshots" / ("a" * 40)
+    bert(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert run("convert", "some/encoder", tmp_path / "out", *SAME) == 0
+    assert AutoModel.from_pretrained(tmp_path / "out").config.model_type == "bert"
+    capsys.readouterr()
+    assert run("convert", "some/other", tmp_path / "other", *SAME) == 2
+    assert "`hf download some/other`" in capsys.readouterr().err
+
+
+CODE = """
+from transformers import BertConfig, BertModel
+
+class OursConfig(BertConfig):
+    model_type = "ours"
+
+class OursModel(BertModel):
+    config_class = OursConfig
+"""
+
+
+def test_code_of_a_directory_runs_only_if_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = bert(tmp_path / "S")
+    (source / "modeling_ours.py").write_text(CODE)
+    code = {"AutoConfig": "modeling_ours.OursConfig", "AutoModel": "modeling_ours.OursModel"}
+    edit(source / "config.json", model_type="ours", architectures=["OursModel"], auto_map=code)
+    assert run("convert", source, tmp_path / "out", *SAME) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+    assert run("convert", source, tmp_path / "out", *SAME, "--trust-remote-code") == 0
+    # The code comes along, so that the result is another such directory.
+    assert agreement(tmp_path, tmp_path / "out", source, "--trust-remote-code") == pytest.approx(1.0, abs=1e-5)
