@@ -188,6 +188,14 @@ def test_a_name_proves_nothing() -> None:
     assert (site.adapter.up, site.adapter.gate) == ("up", None)  # its gate is never called
 
 
+def test_wide_matrices_are_proven_too() -> None:
+    """What rounding may do grows with the width; it must not hide what is wrong."""
+    torch.manual_seed(0)
+    for activation, expected in ((nn.GELU("tanh"), ["gelu_pytorch_tanh"]), (nn.Mish(), [])):
+        ffn = nn.Sequential(nn.Linear(256, 8192), activation, nn.Linear(8192, 256), nn.Dropout(0.1))
+        assert [site.activation for site in nogemm.sites(nn.Sequential(ffn))] == expected
+
+
 class First(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -115,10 +115,10 @@ def _wired(
 def _wiring(owner: nn.Module, candidate: Candidate, seen: dict[str, Seen]) -> dict[str, Any]:
     """Find how the hidden layer follows from the matrices' outputs; return the part of an adapter that says it."""
     for path, one in seen.items():
-        weight, bias = read_linear(owner.get_submodule(path))
+        linear = owner.get_submodule(path)
         for x, y in zip(one.inputs, one.outputs, strict=True):
-            limit = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-            if y.shape != limit.shape or ((F.linear(x, weight, bias) - y).abs() > rounding(weight) * limit).any():
+            limit = rounding(linear, x)
+            if y.shape != limit.shape or ((F.linear(x, *read_linear(linear)) - y).abs() > limit).any():
                 raise Unproven(f"{path} is not a plain linear map")
     first = candidate.enter[0]
     if any(not torch.equal(a, b) for p in candidate.enter for a, b in _pairs(seen[first].inputs, seen[p].inputs)):

@@ -59,7 +59,7 @@ def activation_name(owner: nn.Module, path: str) -> str:
 
 def computed_name(act: Any) -> str | None:
     """Name the activation that gives what `act` gives, if DenseFFN knows one."""
-    x = torch.linspace(-12.0, 12.0, 97, device="cpu")  # far enough out to see one that is clipped
+    x = torch.linspace(-12.0, 12.0, 97, device="cpu", dtype=torch.float32)  # far enough out to see one that is clipped
     try:
         with torch.no_grad():
             y = act(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.convert._candidates import Candidate
@@ -18,9 +17,15 @@ from nogemm.errors import ConfigError
 EPS = torch.finfo(torch.float32).eps
 
 
-def rounding(weight: Tensor) -> float:
-    """Rounding of two sums of as many products, relative to the sum of their absolute values."""
-    return 2.0 * (weight.shape[1] + 2) * EPS
+def rounding(linear: nn.Module, x: Tensor) -> Tensor:
+    """Bound how far two fp32 products W x + b may lie apart that sum in different orders, [..., d_out].
+
+    Errors of n sums add up like sqrt(n) of them, each eps times a partial sum, which |W_i| |x| bounds. The worst case
+    would be sqrt(n) times more, which wide matrices never come near, and which would hide what is wrong.
+    """
+    weight, bias = read_linear(linear)
+    size = x.norm(dim=-1, keepdim=True) * weight.norm(dim=1)
+    return 4.0 * weight.shape[1] ** 0.5 * EPS * (size if bias is None else size + bias.abs())
 
 
 class Trial:
@@ -80,12 +85,10 @@ class Trial:
     def _with_noise(self, twin: nn.Module, size: float) -> list[Tensor]:
         """Run with the FFN's output off by rounding, and by `size` times its own size."""
         down = twin.get_submodule(self.candidate.leave)
-        weight, bias = read_linear(down)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-            limit = rounding(weight) * F.linear(args[0].abs(), weight.abs(), None if bias is None else bias.abs())
             signs = torch.arange(y.numel()).reshape(y.shape) % 2 * 2.0 - 1.0
-            return y + signs * (limit + size * y.abs())
+            return y + signs * (rounding(down, args[0]) + size * y.abs())
 
         handle = down.register_forward_hook(hook)
         try:

@@ -153,7 +153,8 @@ def site_names(model: nn.Module) -> list[str]:
 def record_sites(model: nn.Module, names: list[str] | None = None) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
     """Within the block, keep {site name: (input, output)} of the last forward pass, dense and converted sites alike.
 
-    The output is what the FFN adds before the model's own dropout and residual. Shapes are the model's own:
+    The output is what the FFN adds before the model's own dropout and residual; of a site that one pass uses several
+    times (ALBERT) it is the last use's. Shapes are the model's own:
     [batch, length, width], or [batch * length, width] in OPT.
     """
     ends: dict[str, tuple[nn.Module, nn.Module]] = {site.name: (site.up, site.down) for site in sites(model)}

@@ -46,7 +46,8 @@ def each_alone(answer: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
 
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether torch's dynamic quantisation has replaced an nn.Linear inside: weights are behind a method then."""
-    return any(callable(getattr(part, "weight", None)) for part in module.modules())
+    weights = (getattr(part, "weight", None) for part in module.modules())  # torch's parametrisations are modules
+    return any(callable(weight) and not isinstance(weight, nn.Module) for weight in weights)
 
 
 class FFN(nn.Module, ABC):
