@@ -13,6 +13,8 @@ Legend: N tokens, D width.
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from openvino import opset15 as ov
 from openvino.utils.node_factory import NodeFactory
 
 import nogemm
+from nogemm.bench.check import token_errors
 from nogemm.bench.measure import summary
 from nogemm.bench.partial import recording
 from nogemm.bench.result import origin
@@ -34,8 +37,11 @@ from nogemm.hardware.cpu import usable_cores
 D = 384
 LAYER = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(block=64))
 BATCHES = (64, 512, 4096)
-COSINES = {"f32": 0.9999, "bf16": 0.99, "int8": 0.95}  # at least, with the rest in this precision
-RESTS = tuple(COSINES)
+RESTS = ("f32", "bf16", "int8")
+COSINES = {"bf16": 0.99, "int8": 0.95}  # at least, with the rest in this precision
+# In f32: a token's relative error (the operator rounds tokens to 15 bits, where a step may go either way), the largest
+# share of tokens beyond it because a bit flipped, and how near to zero that bit is, in sizes of a usual one.
+ROUNDING, FLIPPED, NEAR = 1e-3, 0.1, 1e-3
 ROUNDS, SECONDS = 15, 0.03
 
 
@@ -64,12 +70,18 @@ def main() -> None:
     print("\n".join(lines))
 
 
-def packed_layer() -> Any:
+@functools.cache
+def layer() -> Any:
     """Return the layer, its tables random."""
     torch.manual_seed(0)
-    layer = LAYER.build(D)
-    torch.nn.init.normal_(layer.get_parameter("tables"))
-    return layer.eval().requires_grad_(False).pack("int8")
+    made = LAYER.build(D)
+    torch.nn.init.normal_(made.get_parameter("tables"))
+    return made.eval().requires_grad_(False)
+
+
+def packed_layer() -> Any:
+    """Return it packed, with int8 rows."""
+    return layer().pack("int8")
 
 
 def compiled_graphs(packed: Any, threads: int) -> dict[tuple[str, str, int], Any]:
@@ -116,17 +128,53 @@ def compiled(model: Any, rest: str, threads: int) -> Any:
 def check(model: Any, packed: Any, what: str, rest: str, batch: int) -> None:
     """Raise unless a graph computes what torch does; the operator alone gives the same bits.
 
-    Between matrices a code flips where rounding moves a value across zero, so whole outputs are held by their cosine.
+    The matrix before the operator rounds otherwise, so a bit of the hash flips where it lies that near to zero. In f32
+    few tokens may differ by more than rounding, and those must agree with a neighbouring code. Other precisions move
+    every token: whole outputs are held by their cosine.
     """
     before_DD, after_DD = torch.from_numpy(matrices())
     x_ND = torch.randn(batch, D)
-    y_ND = x_ND if what == "operator" else x_ND @ before_DD.T
-    y_ND = y_ND if what == "matrices" else packed(y_ND)
+    seen_ND = x_ND if what == "operator" else x_ND @ before_DD.T
+    y_ND = seen_ND if what == "matrices" else packed(seen_ND)
     y_ND = y_ND if what == "operator" else y_ND @ after_DD.T
     found_ND = torch.from_numpy(model([x_ND.numpy()])[0])
     cosine = float(torch.nn.functional.cosine_similarity(found_ND, y_ND, dim=-1).mean())
-    if not (torch.equal(found_ND, y_ND) if what == "operator" else cosine >= COSINES[rest]):
+    if what == "operator":
+        right = torch.equal(found_ND, y_ND)
+    elif rest == "f32":
+        beyond = torch.nonzero(~(token_errors(found_ND, y_ND) <= ROUNDING)).flatten().tolist()
+        scale = y_ND.square().sum(-1).mean().sqrt()
+        right = len(beyond) <= max(1.0, FLIPPED * batch) and all(
+            what == "between" and distance(found_ND[n], packed, seen_ND[n], after_DD) <= ROUNDING * scale
+            for n in beyond
+        )
+    else:
+        right = cosine >= COSINES[rest]
+    if not right:
         raise AssertionError(f"{what}, {rest}: differs from torch at {batch} tokens, mean cosine {cosine:.6f}")
+
+
+def distance(found_D: torch.Tensor, packed: Any, seen_D: torch.Tensor, after_DD: torch.Tensor) -> float:
+    """Return how far an answer is from the nearest that other signs of the bits closest to zero give.
+
+    A bit's value is z = w.x / s + b, with w a centred row of the projection and s the norm's deviation: at
+    x + (t - z) s w / w.w it is t. For a t beyond what rounding does to z, that is the same token with a known sign.
+    """
+    unpacked = layer()
+    matrix_MD = unpacked.projection.dense_matrix()
+    matrix_MD = matrix_MD - matrix_MD.mean(1, keepdim=True)
+    z_M = unpacked.projection(unpacked.norm(seen_D.unsqueeze(0)))[0]
+    edge = NEAR * float(z_M.abs().mean())
+    near = [j for j in z_M.abs().argsort()[:4].tolist() if abs(float(z_M[j])) <= edge]
+    choices = [seen_D]
+    for signs in itertools.product((1, -1), repeat=len(near)):
+        moved_D = seen_D.clone()
+        for j, sign in zip(near, signs, strict=True):
+            step = (sign * edge - z_M[j]) * seen_D.std(correction=0) / matrix_MD[j].square().sum()
+            moved_D += step * matrix_MD[j]
+        choices.append(moved_D)
+    answers_KD = packed(torch.stack(choices)) @ after_DD.T
+    return float((answers_KD - found_D).norm(dim=-1).min())
 
 
 def timed(graphs: dict[tuple[str, str, int], Any], batch: int, seconds: float) -> list[dict[str, Any]]:

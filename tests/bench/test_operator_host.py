@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmark_scripts import load
 
 from nogemm.bench.report_data import read_results
@@ -40,6 +41,46 @@ def test_what_follows_from_the_times() -> None:
     assert operator_host.found(rows, 2) == [
         "64 tokens: 100 us alone, 1.80 times one thread's speed; 110 between f32, 130 between bf16, 120 between int8"
     ]
+
+
+def test_a_bit_that_rounding_flips_is_accepted_and_a_far_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake host: torch's own products, one token moved across the border of one of its bits."""
+    packed, layer = operator_host.packed_layer(), operator_host.layer()
+    before_DD, after_DD = torch.from_numpy(operator_host.matrices())
+    rows_MD = layer.projection.dense_matrix()
+    rows_MD = rows_MD - rows_MD.mean(1, keepdim=True)
+
+    def bits(seen_D: torch.Tensor) -> torch.Tensor:
+        return layer.projection(layer.norm(seen_D.unsqueeze(0)))[0]
+
+    def moved(seen_D: torch.Tensor, j: int, to: float) -> torch.Tensor:
+        """Give bit j the value `to`: exactly, but for the few sums on the way."""
+        for _ in range(3):
+            step = (to - bits(seen_D)[j]) * seen_D.std(correction=0) / rows_MD[j].square().sum()
+            seen_D = seen_D + step * rows_MD[j]
+        return seen_D
+
+    def host(flip: int, value: float) -> Any:
+        """Answer as if `flip` had turned: the tokens are drawn so that it is about `value`."""
+
+        def run(inputs: list[Any]) -> list[Any]:
+            seen_ND = torch.from_numpy(inputs[0]) @ before_DD.T
+            seen_ND[0] = moved(seen_ND[0], flip, -value)
+            return [(packed(seen_ND) @ after_DD.T).numpy()]
+
+        return run
+
+    for value, accepted in ((1e-5, True), (0.2, False)):
+        seen_D = moved(torch.randn(D := operator_host.D), 5, value)
+        x_D = torch.linalg.solve(before_DD.double(), seen_D.double()).float()
+        tokens = torch.cat((x_D.unsqueeze(0), torch.randn(32, D)))
+        monkeypatch.setattr(torch, "randn", lambda *shape, tokens=tokens: tokens)
+        if accepted:
+            operator_host.check(host(5, value), packed, "between", "f32", 33)
+        else:
+            with pytest.raises(AssertionError, match="between, f32: differs from torch at 33 tokens"):
+                operator_host.check(host(5, value), packed, "between", "f32", 33)
+        monkeypatch.undo()
 
 
 def test_another_layer_is_noticed() -> None:
