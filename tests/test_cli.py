@@ -199,11 +199,16 @@ def test_export_writes_a_directory_for_openvino(tiny, tmp_path, capsys):
     with pytest.warns(UserWarning, match="random"):
         assert run("convert", tiny, converted, *small) == 0
     with pytest.warns(UserWarning, match="random"):
-        assert run("export", converted, target, "--dtype", "bf16", "--json", tmp_path / "e.json") == 0
+        assert (
+            run("export", converted, target, "--dtype", "bf16", "--rest", "float", "--json", tmp_path / "e.json") == 0
+        )
     assert json.loads((tmp_path / "e.json").read_text())["dtype"] == "bf16"
     assert (target / "openvino_model.bin").is_file()
     assert (target / "tokenizer.json").is_file()
-    assert "2 layers with bf16 rows, the rest float" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 layers with bf16 rows, the rest float (as asked)" in said
+    assert "inputs input_ids, attention_mask, token_type_ids; output last_hidden_state" in said
+    assert "contradict" in failed(capsys, "export", converted, target, "--int8", "--rest", "float")
     assert "to='tvm'" in failed(capsys, "export", converted, target, "--to", "tvm")
     assert "no converted FFN" in failed(capsys, "export", tiny, tmp_path / "other")
 

@@ -17,6 +17,7 @@ from tiny_export import LOOKUP, TEXTS, build
 import nogemm
 from nogemm.convert.sites import installed
 from nogemm.export import extension
+from nogemm.export.samples import INPUTS
 from nogemm.export.traced import host_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,20 +41,22 @@ config = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
 model = core.compile_model(folder + "/openvino_model.xml", "CPU", config)
 inputs = numpy.load(folder + "/inputs.npz")
 found = {}
-for i in range(len(inputs.files) // 2):
-    y = model({"input_ids": inputs[f"ids{i}"], "attention_mask": inputs[f"mask{i}"]})["last_hidden_state"]
-    found[str(i)] = y.copy()
+names = [x.get_any_name() for x in model.inputs]
+for i in range(len(inputs.files) // len(names)):
+    found[str(i)] = model({name: inputs[f"{name}{i}"] for name in names})[0].copy()
 numpy.savez(folder + "/outputs.npz", **found)
 assert not {"torch", "nogemm"} & set(sys.modules)
 """
 
 
-def read(
-    folder: Path, batches: list[tuple[torch.Tensor, torch.Tensor]], threads: int = 1, **env: str
-) -> list[torch.Tensor]:
-    """Run batches through an exported directory in a fresh process."""
-    arrays = {f"ids{i}": ids.numpy() for i, (ids, _) in enumerate(batches)}
-    arrays |= {f"mask{i}": mask.numpy() for i, (_, mask) in enumerate(batches)}
+def read(folder: Path, batches: list[tuple[torch.Tensor, ...]], threads: int = 1, **env: str) -> list[torch.Tensor]:
+    """Run batches of ids, mask and perhaps types (else 0) through an exported directory in a fresh process."""
+    names = json.loads((folder / "nogemm_export.json").read_text())["inputs"]
+    arrays = {
+        f"{name}{i}": x.numpy()
+        for i, batch in enumerate(batches)
+        for name, x in zip(names, (*batch, torch.zeros_like(batch[0])), strict=False)
+    }
     np.savez(folder / "inputs.npz", allow_pickle=False, **arrays)
     words = [sys.executable, "-c", READER, str(folder), str(threads)]
     done = subprocess.run(words, capture_output=True, text=True, env=os.environ | env, check=False)
@@ -87,7 +90,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor) -> fl
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 def test_a_fresh_process_computes_what_torch_does(dtype: str, converted: Any, tokenizer: Any, tmp_path: Path) -> None:
-    report = nogemm.export(converted, tmp_path / "out", dtype=dtype, tokenizer=tokenizer, calibration=TEXTS)
+    words = {"tokenizer": tokenizer, "calibration": TEXTS, "rest": "float"}
+    report = nogemm.export(converted, tmp_path / "out", dtype=dtype, **words)
     assert {path.name for path in (tmp_path / "out").iterdir()} >= FILES
     assert report.layers == ("encoder.layer.0", "encoder.layer.1")
     assert report.cosine > 0.999
@@ -178,6 +182,10 @@ def test_wrong_requests_are_named(converted: Any, tokenizer: Any, tmp_path: Path
     }.items():
         with pytest.raises(nogemm.ConfigError, match=said):
             nogemm.export(converted, out, **options)
+    with pytest.raises(nogemm.ConfigError, match="int8=True and rest='float' contradict"):
+        nogemm.export(converted, out, int8=True, rest="float")
+    with pytest.raises(nogemm.ConfigError, match="rest='half'"):
+        nogemm.export(converted, out, rest="half")
     with pytest.raises(nogemm.ConfigError, match="no converted FFN"):
         nogemm.export(torch.nn.Linear(2, 2), out)
     with pytest.raises(
@@ -229,11 +237,12 @@ def test_the_example_in_cpp_prints_what_python_computes(converted: Any, tmp_path
     subprocess.run(
         [extension._compiler(), *command, str(libraries[0]), f"-Wl,-rpath,{folder}", "-o", str(program)], check=True
     )
-    ids = [2, 17, 23, 3]
+    words = ["2", "17", "23", "3", "/", "11", "3"]
     said = subprocess.run(
-        [str(program), str(tmp_path / "out"), *map(str, ids)], capture_output=True, text=True, check=True
+        [str(program), str(tmp_path / "out"), *words], capture_output=True, text=True, check=True
     ).stdout
-    wanted = read(tmp_path / "out", [(torch.tensor([ids]), torch.ones(1, 4, dtype=torch.long))])[0]
+    ids, types = torch.tensor([[2, 17, 23, 3, 11, 3]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
+    wanted = read(tmp_path / "out", [(ids, torch.ones_like(ids), types)])[0]
     # The program takes OpenVINO's own precision, bfloat16 where the processor has it.
     assert torch.allclose(torch.tensor([float(word) for word in said.split()]), wanted[0, :, 0], atol=0.1)
     failed = subprocess.run([str(program), str(tmp_path), "1"], capture_output=True, text=True, check=False)
@@ -243,5 +252,5 @@ def test_the_example_in_cpp_prints_what_python_computes(converted: Any, tmp_path
 
 def test_the_packed_weights_are_stored_once(converted: Any, tmp_path: Path) -> None:
     report = nogemm.export(converted, tmp_path / "out")
-    state = host_model(converted, "fp32").state_dict()
+    state = host_model(converted, "fp32", INPUTS).state_dict()
     assert report.weight_bytes < 1.1 * sum(value.numel() * value.element_size() for value in state.values())

@@ -162,6 +162,22 @@ class OurModelContender(_ModelContender):
         return self._verify(self.reference, OUR_COSINES[self.settings["dtype"]])
 
 
+class WithMore(peers.Runner):
+    """A runner that is given some inputs more, always the same."""
+
+    def __init__(self, runner: peers.Runner, more: tuple[Tensor, ...]) -> None:
+        self.runner, self.more = runner, more
+
+    def prepare(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare((*inputs, *self.more))
+
+    def run(self, prepared: Any) -> Any:
+        return self.runner.run(prepared)
+
+    def result(self, outputs: Any) -> tuple[Tensor, ...]:
+        return self.runner.result(outputs)
+
+
 class ExportedModelContender(_ModelContender):
     """The converted model as `nogemm export` writes it, read back and run by OpenVINO in the precision "rest"."""
 
@@ -185,13 +201,15 @@ class ExportedModelContender(_ModelContender):
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         from nogemm.bench.peers.openvino_engine import compiled
         from nogemm.export import openvino_host
-        from nogemm.export.export import MODEL
         from nogemm.export.extension import LIBRARY
+        from nogemm.export.folder import MODEL
 
         self._open(case)
         folder = Path(self.folder.name) / "model"
         graph = openvino_host.load(folder / MODEL, folder / LIBRARY)
-        self.runner = compiled(graph, self.rest, self._inputs(*self.case))
+        inputs = self._inputs(*self.case)
+        types = tuple(torch.zeros_like(inputs[0]) for _ in graph.inputs[len(inputs) :])  # single texts: all of type 0
+        self.runner = WithMore(compiled(graph, self.rest, (*inputs, *types)), types)
         rest = "fp32" if self.rest == "f32" else self.rest
         return self._verify(self.reference, min(OUR_COSINES[self.settings["dtype"]], DENSE_COSINES[rest]))
 

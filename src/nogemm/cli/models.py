@@ -181,7 +181,10 @@ def export(
     output: OutputArgument,
     to: Annotated[str, typer.Option(help="The engine that will run it: openvino.")] = "openvino",
     dtype: Annotated[str, typer.Option(help="Of the packed rows: fp32, bf16 or int8.")] = "int8",
-    int8: Annotated[bool, typer.Option("--int8", help="The engine's own part in int8, too.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="The same as --rest int8.")] = False,
+    rest: Annotated[
+        str, typer.Option(help="The engine's own part: float, int8, or auto, whichever is faster on this machine.")
+    ] = "auto",
     data: Annotated[str, typer.Option(help="Texts that int8 is calibrated on.")] = "sample",
     trust_remote_code: Trust = False,
     json: Json = None,
@@ -198,10 +201,13 @@ def export(
     sample = list(islice(texts(data), 512))
     with progress.watching():
         progress(f"exporting {model}")
-        report = nogemm.export(loaded, output, to=to, dtype=dtype, int8=int8, tokenizer=tokenizer, calibration=sample)
-    rest, size = "int8" if report.int8 else "float", f"{report.weight_bytes / 2**20:.0f} MiB"
-    print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {rest}, {size}")
-    print(f"mean cosine with the packed torch model {report.cosine:.5f}")
+        report = nogemm.export(
+            loaded, output, to=to, dtype=dtype, int8=int8 or None, rest=rest, tokenizer=tokenizer, calibration=sample
+        )
+    chosen, size = "int8" if report.int8 else "float", f"{report.weight_bytes / 2**20:.0f} MiB"
+    print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {chosen} ({report.reason}), {size}")
+    print(f"agreement with the packed torch model {report.cosine:.5f}, worst text {report.worst:.5f}")
+    print(f"inputs {', '.join(report.inputs)}; output {report.output}")
     print(output)
     finish(asdict(report), json)
 

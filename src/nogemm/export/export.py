@@ -5,28 +5,24 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nogemm.convert.save import replace_directory
 from nogemm.convert.sites import inner_model
-from nogemm.errors import CheckpointError, ConfigError, NogemmError
+from nogemm.errors import ConfigError
+from nogemm.export.agreement import check_agreement
 from nogemm.export.extension import LIBRARY, extension_path
+from nogemm.export.folder import MODEL, check_target, describe
+from nogemm.export.rest import choose_rest
+from nogemm.export.samples import graph_inputs, random_batch, text_batches
 from nogemm.export.traced import HostModel, check_exportable, host_model
-from nogemm.files import write_json
 
 HOSTS = ("openvino",)
-MODEL = "openvino_model.xml"
-RECORD = "nogemm_export.json"
-# Texts and tokens that activation ranges are chosen on, and that the file is compared with torch on.
-_CALIBRATION_TEXTS = 64
-_CALIBRATION_TOKENS = 128
-_LEAST_COSINE = {False: 0.99, True: 0.8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +33,12 @@ class ExportReport:
         to: the host.
         dtype: of the packed rows: "fp32", "bf16" or "int8".
         int8: whether the host computes the rest in int8.
+        reason: why it does, or does not.
         layers: names of the sites that run our operator.
         inputs, output: names of the model's tensors.
-        cosine: mean cosine between the file's output vectors and the packed torch model's, on the calibration texts or
-            on random tokens.
+        cosine: mean agreement of the file's outputs with the packed torch model's, on calibration texts and pairs of
+            them or on random tokens: their cosine, for vectors of one length (`nogemm.export.agreement`).
+        worst: that of the text which agrees least.
         weight_bytes: size of the weight file.
         versions: of nogemm and of the host's packages.
     """
@@ -48,10 +46,12 @@ class ExportReport:
     to: str
     dtype: str
     int8: bool
+    reason: str
     layers: tuple[str, ...]
     inputs: tuple[str, ...]
     output: str
     cosine: float
+    worst: float
     weight_bytes: int
     versions: dict[str, str]
 
@@ -62,70 +62,81 @@ def export(
     *,
     to: str = "openvino",
     dtype: str = "fp32",
-    int8: bool = False,
+    int8: bool | None = None,
+    rest: str = "auto",
     tokenizer: Any = None,
     calibration: Sequence[str] | None = None,
 ) -> ExportReport:
     """Write a converted model as a directory that OpenVINO runs, FFNs by our kernels, the rest by its own.
 
     The directory holds openvino_model.xml and .bin, the extension library that the operator needs, the model's config,
-    the tokenizer, nogemm_export.json and a README. Batch and length stay dynamic. Weights are portable: the packed
-    layers are laid out alike for every instruction set, and the library picks the kernels when it is loaded. The file
-    is run once and compared with the packed torch model before it takes its place; an export of the same path is
-    replaced in one step.
+    the tokenizer, nogemm_export.json and a README. Batch and length stay dynamic, inputs are what the tokenizer makes,
+    outputs are float32, whatever the model's dtype. Weights are portable: the packed layers are laid out alike for
+    every instruction set, the library picks the kernels when it is loaded, and int8 products overflow on no processor.
+    The file is run once, pairs of texts included, and compared with the packed torch model before it takes its place;
+    an export of the same path is replaced in one step.
 
     Args:
-        model: a transformers model or SentenceTransformer that takes input_ids and attention_mask, converted, in
-            evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, HireFFN, and sites
-            left dense.
+        model: a transformers model or SentenceTransformer that takes input_ids, attention_mask and perhaps
+            token_type_ids, converted, in evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, HireFFN, and
+            sites left dense.
         path: directory to write; absent, empty, or an earlier export.
         to: the host, "openvino".
         dtype: of the packed rows, "fp32", "bf16" or "int8", as in `nogemm.pack`.
-        int8: quantise the rest (attention, embeddings stay float) by NNCF on `calibration`.
-        tokenizer: saved into the directory; needed with `int8`.
-        calibration: texts like those the model will see; needed with `int8`, the first 64 are used.
+        int8: True is rest="int8", False rest="float".
+        rest: precision of what the host computes itself: "float"; "int8", quantised by NNCF on `calibration`; "auto",
+            whichever is faster on this machine (measured once, seconds), float where there is nothing to calibrate on.
+        tokenizer: saved into the directory; names the inputs; needed for int8.
+        calibration: texts like those the model will see; needed for int8, the first 64 are used.
     Returns:
         ExportReport.
     Raises:
-        ConfigError: an unknown host or dtype, a layer that the host cannot run, int8 without texts.
+        ConfigError: an unknown host or precision, a layer or an input that the host cannot run, int8 without texts.
         PackedError: training mode, or packed already.
         NativeError: openvino, nncf or a C++ compiler is absent; the message says what to install.
         CheckpointError: `path` holds something else, or writing failed; what was there is untouched.
+        NogemmError: the file disagrees with the torch model by more than the precisions explain; nothing was written.
     """
     if to not in HOSTS:
         raise ConfigError(f"export: to must be one of {', '.join(HOSTS)}, got to={to!r}")
-    if int8 and (tokenizer is None or not calibration):
-        raise ConfigError("export: int8=True is calibrated on texts: give tokenizer=... and calibration=[texts]")
+    calibrated = tokenizer is not None and bool(calibration)
     layers = check_exportable(model, dtype)
-    _check_target(Path(path))
+    names = graph_inputs(inner_model(model), tokenizer)
+    check_target(Path(path))
     from nogemm.export import openvino_host as host
 
-    host.check_installed(int8)
+    host.check_installed()
+    chosen = choose_rest(rest, int8, calibrated)
+    if chosen.precision == "int8":
+        host.check_installed("nncf")
     library = extension_path()
-    traced = host_model(copy.deepcopy(inner_model(model)), dtype)
-    samples = _samples(traced, tokenizer, calibration)
-    graph = host.convert(traced, samples[0], library)
-    if int8:
-        graph = host.quantise(graph, samples)
+    traced = host_model(_copy(inner_model(model), tokenizer), dtype, names)
+    singles, pairs = _batches(traced, tokenizer, calibration if calibrated else None)
+    graph = host.convert(traced, singles[0], library)
+    if chosen.precision == "int8":
+        graph = host.quantise(graph, [*singles, *pairs])
     reports: list[ExportReport] = []
 
     def write(folder: Path) -> None:
         shutil.copyfile(library, folder / LIBRARY)
         host.save(graph, folder / MODEL)
-        cosine = host.compare(folder / MODEL, folder / LIBRARY, traced, samples[0])
-        _check_cosine(cosine, int8)
+        found = host.compare(folder / MODEL, folder / LIBRARY, traced, [singles[0], *pairs[:1]])
+        check_agreement(found, chosen.precision, dtype)
+        packages = ("nogemm", "openvino", *(("nncf",) if chosen.precision == "int8" else ()))
         report = ExportReport(
             to=to,
             dtype=dtype,
-            int8=int8,
+            int8=chosen.precision == "int8",
+            reason=chosen.reason,
             layers=tuple(layers),
             inputs=traced.input_names,
             output=traced.output_name,
-            cosine=cosine,
+            cosine=found.mean,
+            worst=found.worst,
             weight_bytes=(folder / MODEL).with_suffix(".bin").stat().st_size,
-            versions={name: version(name) for name in ("nogemm", "openvino", *(("nncf",) if int8 else ()))},
+            versions={name: version(name) for name in packages},
         )
-        _describe(inner_model(model), tokenizer, report, folder)
+        describe(traced.model, tokenizer, report, folder)
         reports.append(report)
 
     needed = sum(value.numel() * value.element_size() for value in traced.state_dict().values())
@@ -133,76 +144,22 @@ def export(
     return reports[0]
 
 
-def _check_target(path: Path) -> None:
-    if path.is_dir() and any(path.iterdir()) and not (path / RECORD).exists():
-        raise CheckpointError(f"export: {path} holds something that is no export; give a new directory")
+def _copy(model: nn.Module, tokenizer: Any) -> nn.Module:
+    """Return a copy in float32, which every host computes, with the tokenizer's padding token where it has none."""
+    copied = copy.deepcopy(model).float()
+    config: Any = copied.config
+    if getattr(config, "pad_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is not None:
+        config.pad_token_id = tokenizer.pad_token_id
+    return copied
 
 
-def _samples(traced: HostModel, tokenizer: Any, texts: Sequence[str] | None) -> list[tuple[Tensor, ...]]:
-    """Return batches of tokens: of the texts, or random ones."""
-    if tokenizer is None or not texts:
-        ids = torch.randint(0, traced.vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
-        return [(ids, torch.ones_like(ids))]
-    batches = []
-    texts = list(texts[:_CALIBRATION_TEXTS])
-    for start in range(0, len(texts), 8):
-        found = tokenizer(
-            texts[start : start + 8],
-            padding=True,
-            truncation=True,
-            max_length=min(_CALIBRATION_TOKENS, traced.longest),
-            return_tensors="pt",
+def _batches(
+    traced: HostModel, tokenizer: Any, texts: Sequence[str] | None
+) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
+    """Return batches of single texts and of pairs; of random tokens, in two shapes, without texts."""
+    if texts is None:
+        one, other = (
+            random_batch(traced.input_names, traced.vocabulary, traced.types, shape) for shape in ((2, 16), (3, 9))
         )
-        batches.append((found["input_ids"], found["attention_mask"]))
-    return batches
-
-
-def _check_cosine(cosine: float, int8: bool) -> None:
-    if not cosine >= _LEAST_COSINE[int8]:
-        raise NogemmError(
-            f"export: the file computes something else than the packed torch model (mean cosine {cosine:.4f}, needed "
-            f"{_LEAST_COSINE[int8]}); nothing was written"
-        )
-
-
-def _describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:
-    """Write what belongs beside the graph: config, tokenizer, our record, and how to load it all."""
-    config = getattr(model, "config", None)
-    if config is not None:
-        config.save_pretrained(str(folder))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(str(folder))
-    write_json(folder / RECORD, asdict(report) | {"model": MODEL, "extension": LIBRARY})
-    rest = "int8, calibrated by NNCF" if report.int8 else "float"
-    text = _README.format(
-        count=len(report.layers),
-        dtype=report.dtype,
-        rest=rest,
-        library=LIBRARY,
-        model=MODEL,
-        output=report.output,
-        openvino=report.versions["openvino"],
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-_README = """# A model converted by nogemm, for OpenVINO
-
-{count} feed-forward layers run as `nogemm.PackedFFN` ({dtype} rows), the rest is {rest}. No torch is needed:
-
-```python
-import openvino
-
-core = openvino.Core()
-core.add_extension("{library}")
-model = core.compile_model("{model}", "CPU")
-hidden = model({{"input_ids": ids, "attention_mask": mask}})["{output}"]  # int64 arrays [texts, tokens]
-```
-
-In C++: `ov::Core core; core.add_extension("{library}"); core.compile_model("{model}", "CPU");`
-
-`{library}` was built against OpenVINO {openvino} and serves that release. For another one, or another operating
-system or processor family, take the library that this builds there:
-`python -c "from nogemm.export import extension_path; print(extension_path())"`.
-`NOGEMM_ISA` (scalar, avx2, avx512, ...) forces an instruction set.
-"""
+        return [one], [other]
+    return text_batches(traced.input_names, tokenizer, texts, traced.longest)

@@ -16,20 +16,21 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.errors import NativeError
+from nogemm.export.agreement import Agreement, agreement
+from nogemm.export.int8_range import bound_pairs
 from nogemm.export.traced import OPERATORS, HostModel
 
 OPERATOR = "PackedFFN"
 
 
-def check_installed(int8: bool) -> None:
+def check_installed(package: str = "openvino") -> None:
     """Say what to install, unless it is there.
 
     Raises:
-        NativeError: openvino, or nncf with `int8`, is absent.
+        NativeError: the package, openvino or nncf, is absent.
     """
-    for package in ("openvino", "nncf") if int8 else ("openvino",):
-        if importlib.util.find_spec(package) is None:
-            raise NativeError(f"export: {package} is not installed: pip install 'nogemm[openvino]'")
+    if importlib.util.find_spec(package) is None:
+        raise NativeError(f"export: {package} is not installed: pip install 'nogemm[openvino]'")
 
 
 def convert(model: HostModel, example: tuple[Tensor, ...], extension: Path) -> Any:
@@ -57,12 +58,28 @@ def convert(model: HostModel, example: tuple[Tensor, ...], extension: Path) -> A
 
 
 def quantise(graph: Any, samples: Sequence[tuple[Tensor, ...]]) -> Any:
-    """Quantise a graph to int8 by NNCF, activation ranges taken from sample inputs."""
+    """Quantise a graph to int8 by NNCF, activation ranges taken from sample inputs.
+
+    Weights are scaled so that 8-bit products overflow on no processor (`int8_range`): the file computes the same where
+    there are no dot-product instructions.
+    """
     with quiet():
         import nncf
+        from openvino._offline_transformations import compress_quantize_weights_transformation
 
         rows = [{i: x.numpy() for i, x in enumerate(inputs)} for inputs in samples]
-        return nncf.quantize(graph, nncf.Dataset(rows), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(rows))
+        quantised = nncf.quantize(
+            graph,
+            nncf.Dataset(rows),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(rows),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(
+                overflow_fix=nncf.OverflowFix.DISABLE, backend_params={"compress_weights": False}
+            ),
+        )
+        bound_pairs(quantised)
+        compress_quantize_weights_transformation(quantised)
+        return quantised
 
 
 def save(graph: Any, path: Path) -> None:
@@ -86,6 +103,31 @@ def shared_core() -> Any:
 
 
 @functools.cache
+def computes_bf16() -> bool:
+    """Say whether OpenVINO multiplies in bfloat16 here, which it then does unless it is told not to.
+
+    It reports what the processor has. Held to a lesser instruction set it finds no such product, so one is compiled.
+    """
+    import numpy as np
+    import openvino
+    from openvino import opset15 as ov
+
+    core = shared_core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return False
+    x = ov.parameter([-1, 64], np.float32)
+    y = ov.matmul(x, ov.constant(np.ones((64, 64), np.float32)), False, True)
+    model = openvino.Model([y.output(0)], [x], "bf16")  # type: ignore[misc]
+    try:
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        compiled([np.ones((4, 64), np.float32)])
+    except RuntimeError:
+        return False
+    kinds = [item.get_rt_info()["primitiveType"].astype(str) for item in compiled.get_runtime_model().get_ops()]
+    return any(kind.endswith("bf16") for kind in kinds)
+
+
+@functools.cache
 def _extend(extension: Path) -> None:
     shared_core().add_extension(str(extension))
 
@@ -96,16 +138,14 @@ def load(path: Path, extension: Path) -> Any:
     return shared_core().read_model(str(path))
 
 
-def compare(path: Path, extension: Path, model: nn.Module, example: tuple[Tensor, ...]) -> float:
-    """Return the mean cosine between the saved graph's output vectors and the torch model's, padding left out."""
+def compare(path: Path, extension: Path, model: nn.Module, batches: Sequence[tuple[Tensor, ...]]) -> Agreement:
+    """Run the saved graph and the torch model on batches of inputs, the mask second among them, and compare."""
     graph = load(path, extension)
     compiled = shared_core().compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    found = torch.from_numpy(compiled([x.numpy() for x in example])[0].copy())
+    found = [torch.from_numpy(compiled([x.numpy() for x in inputs])[0].copy()) for inputs in batches]
     with torch.inference_mode():
-        expected = model(*example)
-    seen = example[1].bool()
-    cosine = nn.functional.cosine_similarity(found[seen].double(), expected[seen].double(), dim=-1)
-    return float(cosine.mean())
+        expected = [model(*inputs) for inputs in batches]
+    return agreement(found, expected, [inputs[1] for inputs in batches])
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Legend: B texts, L tokens per text.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import inner_model, installed
 from nogemm.errors import ConfigError, PackedError
+from nogemm.export.samples import random_batch
 from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, HireFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
 
 # Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
@@ -24,7 +26,6 @@ OPERATORS: dict[type[FFN], str] = {
 }
 # Layers that are plain torch and need no operator.
 _PLAIN = (DenseFFN, NoFFN)
-_INPUTS = ("input_ids", "attention_mask")
 _OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -46,27 +47,29 @@ class HostModel(nn.Module):
 
     Attributes:
         input_names, output_name: what the host's tensors are called.
-        vocabulary, longest: token ids are below the first, texts are at most the second long.
+        vocabulary, types, longest: token ids are below the first, their types below the second, texts are at most the
+            third long.
     """
 
-    def __init__(self, model: nn.Module, output_name: str) -> None:
+    def __init__(self, model: nn.Module, input_names: tuple[str, ...], output_name: str) -> None:
         super().__init__()
         self.model = model
-        self.input_names = _INPUTS
+        self.input_names = input_names
         self.output_name = output_name
         config: Any = model.config
         self.vocabulary = int(config.vocab_size)
+        self.types = int(getattr(config, "type_vocab_size", None) or 1)
         self.longest = int(getattr(config, "max_position_embeddings", None) or 512)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return getattr(_call(self.model, input_ids, attention_mask), self.output_name)
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return getattr(_call(self.model, self.input_names, inputs), self.output_name)
 
 
 def check_exportable(model: nn.Module, dtype: str) -> list[str]:
     """Return the names of the sites that will run our operator, or say what cannot be exported.
 
     Raises:
-        ConfigError: no converted FFN, a layer that no host runs, inputs that are not token ids, an unknown dtype.
+        ConfigError: no converted FFN, a layer that no host runs, an unknown dtype.
         PackedError: packed already, or in training mode.
     """
     if dtype not in PACK_DTYPES:
@@ -83,15 +86,16 @@ def check_exportable(model: nn.Module, dtype: str) -> list[str]:
     for name, layer in layers.items():
         if not isinstance(layer, (*OPERATORS, *_PLAIN)):
             raise ConfigError(f"export: {name} is a {type(layer).__name__}; the host runs {known}")
-    taken = inspect.signature(inner.forward).parameters
-    if any(name not in taken for name in _INPUTS) or getattr(inner.config, "is_encoder_decoder", False):
-        raise ConfigError(f"export: {type(inner).__name__} does not take {' and '.join(_INPUTS)} alone")
     warn_if_random(model, "export")
     return [name for name, layer in layers.items() if isinstance(layer, tuple(OPERATORS))]
 
 
-def host_model(model: nn.Module, dtype: str) -> HostModel:
-    """Pack the layers of a model in place, one at a time, and wrap it."""
+def host_model(model: nn.Module, dtype: str, input_names: tuple[str, ...]) -> HostModel:
+    """Pack the layers of a model in place, one at a time, and wrap it.
+
+    Raises:
+        ConfigError: a layer without a native kernel, or a model that answers with no one tensor or takes no batches.
+    """
     paths = {id(module): path for path, module in model.named_modules()}
     for name, layer in installed(model).items():
         if isinstance(layer, _PLAIN):
@@ -103,16 +107,24 @@ def host_model(model: nn.Module, dtype: str) -> HostModel:
         operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
         model.set_submodule(paths[id(layer)], operator)
     model.requires_grad_(False)
-    ids = torch.zeros(1, 2, dtype=torch.long)
-    with torch.inference_mode():
-        found = _call(model, ids, torch.ones_like(ids))
+    kind = type(model).__name__
+    try:
+        with torch.inference_mode():
+            found = _call(model, input_names, random_batch(input_names, 2, 1))
+    except ValueError as error:  # a decoder's classifier finds the last token of a text by the padding behind it
+        if getattr(model.config, "pad_token_id", None) is None:
+            raise ConfigError(
+                f"export: {kind} takes batches only with a padding token ({error}); set model.config.pad_token_id, or "
+                "give tokenizer=... that has one"
+            ) from error
+        raise
     names = [name for name in _OUTPUTS if isinstance(getattr(found, name, None), Tensor)]
     if not names:
-        raise ConfigError(f"export: {type(model).__name__} returns neither {' nor '.join(_OUTPUTS)}")
-    return HostModel(model, names[0]).eval()
+        raise ConfigError(f"export: {kind} returns neither {' nor '.join(_OUTPUTS)}")
+    return HostModel(model, input_names, names[0]).eval()
 
 
-def _call(model: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Any:
+def _call(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> Any:
     caches = "use_cache" in inspect.signature(model.forward).parameters
     more = {"use_cache": False} if caches else {}
-    return model(input_ids=input_ids, attention_mask=attention_mask, return_dict=True, **more)
+    return model(**dict(zip(names, inputs, strict=True)), return_dict=True, **more)

@@ -1,4 +1,4 @@
-"""OpenVINO: f32, bf16, and int8 calibrated by NNCF on sample activations."""
+"""OpenVINO: f32, bf16 (f32 on processors without it), and int8 calibrated by NNCF on sample activations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench.peers._base import Engine, Inputs, Runner
-from nogemm.export.openvino_host import quantise, quiet, shared_core
+from nogemm.export.openvino_host import computes_bf16, quantise, quiet, shared_core
 
 
 class OpenVinoRunner(Runner):
@@ -56,7 +56,7 @@ def compiled(model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "NUM_STREAMS": 1,
         "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" else "f32",
+        "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" and computes_bf16() else "f32",
     }
     return OpenVinoRunner(shared_core().compile_model(model, "CPU", config))
 

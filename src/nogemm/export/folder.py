@@ -1,0 +1,78 @@
+"""What lies beside an exported graph: config, tokenizer, our record, and how to load it all."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from nogemm.errors import CheckpointError
+from nogemm.export.extension import LIBRARY
+from nogemm.files import write_json
+
+if TYPE_CHECKING:
+    from nogemm.export.export import ExportReport
+
+MODEL = "openvino_model.xml"
+RECORD = "nogemm_export.json"
+
+
+def check_target(path: Path) -> None:
+    """Refuse a directory that holds something else than an export."""
+    if path.is_dir() and any(path.iterdir()) and not (path / RECORD).exists():
+        raise CheckpointError(f"export: {path} holds something that is no export; give a new directory")
+
+
+def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:
+    """Write config, tokenizer, record and README."""
+    config = getattr(model, "config", None)
+    if config is not None:
+        config.save_pretrained(str(folder))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
+    write_json(folder / RECORD, asdict(report) | {"model": MODEL, "extension": LIBRARY})
+    text = _README.format(
+        count=len(report.layers),
+        dtype=report.dtype,
+        rest="int8, calibrated by NNCF" if report.int8 else "float",
+        library=LIBRARY,
+        model=MODEL,
+        feed=", ".join(f'"{name}": {_ARRAYS[name]}' for name in report.inputs),
+        what="".join(f"`{name}` {_MEANINGS[name]}; " for name in report.inputs),
+        output=report.output,
+        openvino=report.versions["openvino"],
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+_ARRAYS = {"input_ids": "ids", "attention_mask": "mask", "token_type_ids": "types"}
+_MEANINGS = {
+    "input_ids": "are the tokens",
+    "attention_mask": "is 1 at tokens and 0 at padding",
+    "token_type_ids": "are 0, and 1 in the second text of a pair",
+}
+
+_README = """# A model converted by nogemm, for OpenVINO
+
+{count} feed-forward layers run as `nogemm.PackedFFN` ({dtype} rows), the rest is {rest}. No torch is needed:
+
+```python
+import openvino
+
+core = openvino.Core()
+core.add_extension("{library}")
+model = core.compile_model("{model}", "CPU")
+{output} = model({{{feed}}})["{output}"]
+```
+
+Inputs are int64 arrays [texts, tokens], all of them needed: {what}the tokenizer beside this file makes them.
+
+In C++: `ov::Core core; core.add_extension("{library}"); core.compile_model("{model}", "CPU");`
+
+`{library}` was built against OpenVINO {openvino} and serves that release. For another one, or another operating
+system or processor family, take the library that this builds there:
+`python -c "from nogemm.export import extension_path; print(extension_path())"`.
+`NOGEMM_ISA` (scalar, avx2, avx512, ...) forces an instruction set.
+"""
