@@ -21,7 +21,6 @@ from nogemm.export.int8_range import bound_pairs
 from nogemm.export.openvino_host import shared_core
 
 pytestmark = pytest.mark.skipif(platform.machine() != "x86_64", reason="the pairs in question are x86's")
-HELD = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
 K = 48
 
 # A product of 8-bit numbers, before and after its ranges were bounded; prints the relative errors.
@@ -71,7 +70,9 @@ def errors(kind: str, bounded: bool) -> float:
 
 def test_neighbours_at_the_limit_do_not_overflow_on_avx2() -> None:
     words = [sys.executable, "-c", PROGRAM, str(Path(__file__).parent)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | HELD)
+    done = subprocess.run(
+        words, capture_output=True, text=True, check=True, env=os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    )
     found = json.loads(done.stdout.splitlines()[-1])
     assert all(error > 0.1 for error in found[0::2])  # as they are: sums of pairs end at 2^15
     assert all(error < 0.02 for error in found[1::2])  # bounded: a bit of precision at most
@@ -85,14 +86,14 @@ def test_small_weights_and_those_that_alternate_keep_their_scale() -> None:
     alternating = np.tile(np.float32([127, -127]), (32, K // 2))
     quantiser.input(0).replace_source_output(ov.constant(alternating).output(0))
     bound_pairs(graph)
-    assert float(quantiser.input_value(2).get_node().get_data()) == 127
+    assert quantiser.input_value(2).get_node().get_data().max() == 127
 
 
 def test_an_int8_export_computes_the_same_held_to_avx2(tokenizer: Any, tmp_path: Path) -> None:
     model = build(nogemm.DenseConfig())
     nogemm.export(model, tmp_path / "out", rest="int8", tokenizer=tokenizer, calibration=TEXTS)
     inputs = batches()
-    here, there = read(tmp_path / "out", inputs), read(tmp_path / "out", inputs, **HELD)
+    here, there = read(tmp_path / "out", inputs), read(tmp_path / "out", inputs, ONEDNN_MAX_CPU_ISA="AVX2")
     for y, z, (_, mask) in zip(here, there, inputs, strict=True):
         cosine = torch.nn.functional.cosine_similarity(y, z, dim=-1)[mask.bool()]
         assert cosine.min() > 0.999

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from nogemm.convert.save import replace_directory
 from nogemm.convert.sites import inner_model
+from nogemm.convert.texts import prepare_tokenizer
 from nogemm.errors import ConfigError
-from nogemm.export.agreement import check_agreement
+from nogemm.export.agreement import Agreement, check_agreement
 from nogemm.export.extension import LIBRARY, extension_path
 from nogemm.export.folder import MODEL, check_target, describe
-from nogemm.export.rest import choose_rest
+from nogemm.export.rest import Rest, choose_rest
 from nogemm.export.samples import graph_inputs, random_batch, text_batches
 from nogemm.export.traced import HostModel, check_exportable, host_model
 
@@ -110,7 +111,10 @@ def export(
     if chosen.precision == "int8":
         host.check_installed("nncf")
     library = extension_path()
-    traced = host_model(_copy(inner_model(model), tokenizer), dtype, names)
+    copied = copy.deepcopy(inner_model(model)).float()  # what every host computes in
+    if tokenizer is not None:
+        tokenizer = prepare_tokenizer(copy.deepcopy(tokenizer), copied)
+    traced = host_model(copied, dtype, names)
     singles, pairs = _batches(traced, tokenizer, calibration if calibrated else None)
     graph = host.convert(traced, singles[0], library)
     if chosen.precision == "int8":
@@ -122,20 +126,7 @@ def export(
         host.save(graph, folder / MODEL)
         found = host.compare(folder / MODEL, folder / LIBRARY, traced, [singles[0], *pairs[:1]])
         check_agreement(found, chosen.precision, dtype)
-        packages = ("nogemm", "openvino", *(("nncf",) if chosen.precision == "int8" else ()))
-        report = ExportReport(
-            to=to,
-            dtype=dtype,
-            int8=chosen.precision == "int8",
-            reason=chosen.reason,
-            layers=tuple(layers),
-            inputs=traced.input_names,
-            output=traced.output_name,
-            cosine=found.mean,
-            worst=found.worst,
-            weight_bytes=(folder / MODEL).with_suffix(".bin").stat().st_size,
-            versions={name: version(name) for name in packages},
-        )
+        report = _report(to, dtype, chosen, layers, traced, found, folder)
         describe(traced.model, tokenizer, report, folder)
         reports.append(report)
 
@@ -144,13 +135,23 @@ def export(
     return reports[0]
 
 
-def _copy(model: nn.Module, tokenizer: Any) -> nn.Module:
-    """Return a copy in float32, which every host computes, with the tokenizer's padding token where it has none."""
-    copied = copy.deepcopy(model).float()
-    config: Any = copied.config
-    if getattr(config, "pad_token_id", None) is None and getattr(tokenizer, "pad_token_id", None) is not None:
-        config.pad_token_id = tokenizer.pad_token_id
-    return copied
+def _report(
+    to: str, dtype: str, chosen: Rest, layers: Sequence[str], traced: HostModel, found: Agreement, folder: Path
+) -> ExportReport:
+    int8 = chosen.precision == "int8"
+    return ExportReport(
+        to=to,
+        dtype=dtype,
+        int8=int8,
+        reason=chosen.reason,
+        layers=tuple(layers),
+        inputs=traced.input_names,
+        output=traced.output_name,
+        cosine=found.mean,
+        worst=found.worst,
+        weight_bytes=(folder / MODEL).with_suffix(".bin").stat().st_size,
+        versions={name: version(name) for name in ("nogemm", "openvino", *(("nncf",) if int8 else ()))},
+    )
 
 
 def _batches(
@@ -162,4 +163,4 @@ def _batches(
             random_batch(traced.input_names, traced.vocabulary, traced.types, shape) for shape in ((2, 16), (3, 9))
         )
         return [one], [other]
-    return text_batches(traced.input_names, tokenizer, texts, traced.longest)
+    return text_batches(traced.input_names, tokenizer, texts, traced.model)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert.texts import encode, padded
 from nogemm.errors import ConfigError
 
 # Tensors [B, L] of whole numbers that a host is given, in the order of the graph's inputs.
@@ -46,7 +47,7 @@ def graph_inputs(model: nn.Module, tokenizer: Any = None) -> tuple[str, ...]:
 
 
 def text_batches(
-    names: Sequence[str], tokenizer: Any, texts: Sequence[str], longest: int
+    names: Sequence[str], tokenizer: Any, texts: Sequence[str], model: nn.Module
 ) -> tuple[list[tuple[Tensor, ...]], list[tuple[Tensor, ...]]]:
     """Return batches of tokens as the tokenizer makes them: of single texts, and of pairs of them."""
     texts = list(texts[:_TEXTS])
@@ -55,15 +56,11 @@ def text_batches(
 
     def batch(start: int, pairs: bool) -> tuple[Tensor, ...]:
         chosen = slice(start, start + _BATCH)
-        found = tokenizer(
-            texts[chosen],
-            others[chosen] if pairs else None,
-            padding=True,
-            truncation=True,
-            max_length=min(_TOKENS, longest),
-            return_tensors="pt",
-        )
-        return tuple(found[name] if name in found else torch.ones_like(found["input_ids"]) for name in names)
+        found = encode(tokenizer, texts[chosen], _TOKENS, model, text_pair=others[chosen] if pairs else None)
+        rows = [{name: found[name][i] for name in found} for i in range(len(texts[chosen]))]
+        inputs = padded(tokenizer, rows)
+        inputs.setdefault(INPUTS[1], (inputs[INPUTS[0]] != tokenizer.pad_token_id).long())
+        return tuple(inputs[name] for name in names)
 
     # Pairs are rarer than texts in most uses: every fourth batch, one at least.
     return [batch(start, False) for start in starts], [batch(start, True) for start in starts[::4]]

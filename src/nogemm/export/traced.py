@@ -47,8 +47,7 @@ class HostModel(nn.Module):
 
     Attributes:
         input_names, output_name: what the host's tensors are called.
-        vocabulary, types, longest: token ids are below the first, their types below the second, texts are at most the
-            third long.
+        vocabulary, types: token ids are below the first, their types below the second.
     """
 
     def __init__(self, model: nn.Module, input_names: tuple[str, ...], output_name: str) -> None:
@@ -59,7 +58,6 @@ class HostModel(nn.Module):
         config: Any = model.config
         self.vocabulary = int(config.vocab_size)
         self.types = int(getattr(config, "type_vocab_size", None) or 1)
-        self.longest = int(getattr(config, "max_position_embeddings", None) or 512)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return getattr(_call(self.model, self.input_names, inputs), self.output_name)
