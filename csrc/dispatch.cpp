@@ -3,6 +3,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -37,6 +38,25 @@ const Level kLevels[] = {
 #endif
 };
 
+// Held by NOGEMM_MAX_ISA, a machine answers as one would that has nothing above that level.
+const char* const kHeld = std::getenv("NOGEMM_MAX_ISA");
+
+bool known(const char* name) {
+  for (const Level& level : kLevels) {
+    if (std::strcmp(name, level.table->name) == 0) return true;
+  }
+  return false;
+}
+
+bool offered(const Level& level) {
+  if (!level.supported()) return false;
+  if (kHeld == nullptr || *kHeld == '\0' || !known(kHeld)) return true;  // environment_choice refuses an unknown name
+  for (const Level* above = &level; above != std::end(kLevels); ++above) {
+    if (std::strcmp(kHeld, above->table->name) == 0) return true;
+  }
+  return false;
+}
+
 struct Choice {
   const KernelTable* table;  // null when `error` says why
   std::string error;
@@ -45,7 +65,7 @@ struct Choice {
 std::string supported_names() {
   std::string names;
   for (const Level& level : kLevels) {
-    if (level.supported()) names += (names.empty() ? "" : ", ") + std::string(level.table->name);
+    if (offered(level)) names += (names.empty() ? "" : ", ") + std::string(level.table->name);
   }
   return names;
 }
@@ -57,10 +77,11 @@ Choice choose(const char* name) {
   const bool best = name == nullptr || *name == '\0';
   const KernelTable* table = nullptr;
   for (const Level& level : kLevels) {
-    if (best ? level.supported() : std::strcmp(name, level.table->name) == 0) {
-      if (!level.supported()) {
-        return {nullptr, "instruction set '" + std::string(name) +
-                             "' is not supported by this CPU; supported: " + supported_names()};
+    if (best ? offered(level) : std::strcmp(name, level.table->name) == 0) {
+      if (!offered(level)) {
+        const std::string why = level.supported() ? "' is above NOGEMM_MAX_ISA=" + std::string(kHeld)
+                                                  : "' is not supported by this CPU";
+        return {nullptr, "instruction set '" + std::string(name) + why + "; supported: " + supported_names()};
       }
       table = level.table;
     }
@@ -74,6 +95,9 @@ Choice choose(const char* name) {
 
 const Choice& environment_choice() {
   static const Choice choice = [] {
+    if (kHeld != nullptr && *kHeld != '\0' && !known(kHeld)) {
+      return Choice{nullptr, "NOGEMM_MAX_ISA: unknown instruction set '" + std::string(kHeld) + "'"};
+    }
     Choice c = choose(std::getenv("NOGEMM_ISA"));
     if (c.table == nullptr) c.error = "NOGEMM_ISA: " + c.error;
     return c;
@@ -110,7 +134,7 @@ NOGEMM_EXPORT const char* nogemm_isa_error() {
 
 NOGEMM_EXPORT const char* nogemm_isa_supported(int i) {
   for (const nogemm::Level& level : nogemm::kLevels) {
-    if (level.supported() && i-- == 0) return level.table->name;
+    if (offered(level) && i-- == 0) return level.table->name;
   }
   return nullptr;
 }

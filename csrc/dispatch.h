@@ -3,6 +3,7 @@
 // The best supported level is chosen on first use. The environment variable NOGEMM_ISA forces one; a name
 // that is unknown, or known but not supported by this CPU, is remembered as an error and reported by the
 // first call that needs a kernel (or by `nogemm_isa_error`), never by a crash while the library loads.
+// NOGEMM_MAX_ISA holds the library to a level: those above it are as good as not supported.
 #pragma once
 #include "kernel_table.h"
 
@@ -16,7 +17,7 @@ const KernelTable& kernels();
 // Plain C entry points for ctypes. Strings live as long as the library, error strings until the next call on
 // the same thread.
 extern "C" {
-// Name of the level in force, or "" if NOGEMM_ISA is wrong (see nogemm_isa_error).
+// Name of the level in force, or "" if NOGEMM_ISA or NOGEMM_MAX_ISA is wrong (see nogemm_isa_error).
 const char* nogemm_isa();
 // Why no level is in force, or null.
 const char* nogemm_isa_error();

@@ -10,6 +10,7 @@ from typing import Any
 from nogemm import ops
 from nogemm.errors import ConfigError
 from nogemm.hardware import machine, machine_line
+from nogemm.hardware.held import held_to
 
 DTYPES = ("fp32", "bf16", "int8")
 
@@ -24,6 +25,7 @@ def origin(settings: dict[str, Any]) -> dict[str, Any]:
         "machine": machine(),
         "machine_line": machine_line(),
         "isa": ops.isa(),
+        "held_to": held_to(),
         "date": datetime.now(UTC).date().isoformat(),
         "load_average": load_average(),
         "settings": settings,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 
@@ -23,6 +24,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+@app.callback()
+def common(
+    context: typer.Context,
+    isa: Annotated[
+        str | None, typer.Option(help="Hold every engine to it: avx2, avx512, avx512_vnni, avx512_bf16.")
+    ] = None,
+) -> None:
+    if isa is None:
+        return
+    from nogemm.hardware.hold import become, lines, obeyed
+
+    # Libraries read their variables when they load: the command starts anew, without the option.
+    words = list(context.obj)
+    place = next(i for i, word in enumerate(words) if word.partition("=")[0] == "--isa")
+    del words[place : place + (1 if "=" in words[place] else 2)]
+    print("\n".join(lines(isa, obeyed(isa))), file=sys.stderr)
+    become(isa, [sys.executable, "-m", "nogemm", *words])
+
+
 app.command("env")(info.env)
 app.command("convert")(models.convert)
 app.command("distil")(models.distil)
@@ -42,7 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sleep_while_waiting()
     try:
         with sigterm_interrupts():
-            app(args=list(arguments) if arguments is not None else None, prog_name="nogemm")
+            words = sys.argv[1:] if arguments is None else list(arguments)
+            app(args=words, prog_name="nogemm", obj=words)
     except (NogemmError, ValueError, OSError) as error:
         if os.environ.get("NOGEMM_TRACEBACK") == "1":
             raise

@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nogemm.hardware.held import held_to
+
 _CPU = Path("/sys/devices/system/cpu")
 _FLAGS = {
     "avx2": "avx2",
@@ -78,6 +80,9 @@ def machine_line() -> str:
     if facts["memory_bytes"]:
         parts.append(f"{size(facts['memory_bytes'])} memory")
     parts.append(f"torch {facts['versions']['torch']}")
+    held = held_to()
+    if held is not None:
+        parts.append(f"held to {held}")
     return ", ".join(parts)
 
 

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from nogemm import ops
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, usable_cores
+from nogemm.hardware.held import held_to
 from nogemm.ops._packing import PACK_MODES, quantise_rows
 from nogemm.ops.packed_hire import HireWeights, pack_hire, packed_neurons
 
@@ -136,6 +137,8 @@ def cache_file(isa: str) -> Path:
     """Return where this machine's speeds are kept; the name changes with whatever changes them."""
     facts = machine()
     told = [FORMAT, facts["cpu"], facts["model"], facts["caches"], usable_cores(), isa, torch.__version__]
+    if held_to() is not None:
+        told.append(held_to())  # torch's products, too, are slower then
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / f"speeds-{name}.json"
 

@@ -118,8 +118,13 @@ def use_isa(name: str) -> Iterator[None]:
 
 
 def _check_forced_isa() -> None:
-    """Refuse an NOGEMM_ISA that did not take effect, instead of running something else silently."""
+    """Refuse an NOGEMM_ISA or NOGEMM_MAX_ISA that did not take effect, instead of running something else silently."""
     wanted = os.environ.get("NOGEMM_ISA")
+    held = os.environ.get("NOGEMM_MAX_ISA")
+    if held and native_available() and not isa() and not wanted:
+        raise NativeError(
+            f"NOGEMM_MAX_ISA={held} is unknown; this machine and build know: {', '.join(supported_isas())}"
+        )
     if wanted and native_available() and isa() != wanted:
         raise NativeError(
             f"NOGEMM_ISA={wanted} cannot be used here; this machine and build support: {', '.join(supported_isas())}"
