@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 
 import nogemm
@@ -289,6 +290,32 @@ def test_interrupted_distil_ends_with_130_and_says_how_to_go_on(monkeypatch, cap
     assert run("distil", tiny, tmp_path / "out", "--teacher", tiny) == 130
     assert "--resume" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_distil_to_where_nothing_can_be_written_says_where_the_weights_are(tiny, tmp_path, capsys):
+    converted, blocked = tmp_path / "converted", tmp_path / "a file"
+    model = AutoModel.from_pretrained(tiny)
+    nogemm.convert(model, nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(block=8)))
+    with pytest.warns(UserWarning, match="random"):
+        model.save_pretrained(converted)
+    blocked.write_text("")
+    asked = ["--teacher", tiny, "--data", tmp_path / "texts.jsonl", "--tokens", 400, "--run", tmp_path / "run"]
+    assert run("distil", converted, blocked, *asked) == 2
+    said = capsys.readouterr().err
+    assert f"{blocked} is a file" in said
+    assert f"The trained weights are in {tmp_path / 'run'}: the same command with --resume" in said
+    (checkpoint,) = (tmp_path / "run").glob("step-*")
+    trained = load_file(checkpoint / "model.safetensors")
+    assert run("distil", converted, tmp_path / "out", *asked, "--resume") == 0
+    saved = AutoModel.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, trained[name]) for name, value in saved.items())
+
+
+def test_distil_without_a_place_for_checkpoints_stops_before_it_trains(tiny, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    said = failed(capsys, "distil", tiny, tmp_path / "out", "--teacher", tiny, "--run", tmp_path / "a file" / "run")
+    assert "no checkpoint can be kept in" in said
+    assert "choose another directory with output_dir (--run on the command line)" in said
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from nogemm.convert.fitted import fitted_state
 from nogemm.errors import CheckpointError
 
 # A product of torch may end in other bits where its numbers lie at other addresses.
-BITS: dict[str, float] = {"rtol": 1e-5, "atol": 1e-6}
+BITS: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def trained(bert: Family) -> Any:

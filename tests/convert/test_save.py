@@ -19,6 +19,7 @@ import transformers
 from tiny_models import FAMILIES, train_a_little
 
 import nogemm
+from nogemm.convert import exchange as exchange_module
 from nogemm.convert import save as save_function
 from nogemm.testing.compare import Mismatch
 from nogemm.testing.compare_model import check_same_model
@@ -86,7 +87,7 @@ def test_an_error_while_writing_leaves_the_old_checkpoint(
     def broken(folder: Path) -> None:
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(save_module, "_flush", broken)
+    monkeypatch.setattr(save_module, "flush", broken)
     with pytest.raises(nogemm.CheckpointError, match=r"power cut.*untouched"):
         nogemm.save(converted_bert, path)
     check_at(path, expected)
@@ -136,7 +137,7 @@ def test_two_writers_exclude_each_other(converted_bert: Any, tmp_path: Path) -> 
 
 
 def test_a_file_system_without_exchange(converted_bert: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(save_module, "_rename_exchange", lambda a, b: False)
+    monkeypatch.setattr(exchange_module, "rename_exchange", lambda a, b: False)
     path = tmp_path / "model"
     nogemm.save(converted_bert, path)
     train_a_little(converted_bert)

@@ -22,7 +22,7 @@ from nogemm.cli.common import (
 from nogemm.cli.measured import Keep, Note, end_early, measured
 from nogemm.cli.options import words
 from nogemm.config import layer_kinds
-from nogemm.errors import ConfigError
+from nogemm.errors import CheckpointError, ConfigError, NogemmError
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory of a model, a name in the local cache, or all-MiniLM-L6-v2.")
@@ -128,7 +128,13 @@ def distil(
     except KeyboardInterrupt as stopped:
         record.keep({"options": options.to_dict(), "run": str(run)})
         end_early(record, stopped, print_partial)
-    save_like(loaded, model, output, tokenizer)
+    try:
+        save_like(loaded, model, output, tokenizer)
+    except (NogemmError, OSError) as error:
+        raise CheckpointError(
+            f"{error}. The trained weights are in {run}: the same command with --resume, --run {run} and another "
+            "OUTPUT saves them there, and trains nothing anew"
+        ) from error
     agreement = "" if report.agreement is None else f", agreement {report.agreement:.4f}"
     print(f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.stopped}){agreement}")
     print(output)

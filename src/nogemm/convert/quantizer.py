@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+import sys
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -117,7 +119,7 @@ class NogemmQuantizer(HfQuantizer):
         warn_if_random(model, "save_pretrained")
         checkpoint.attach(model)  # fresh descriptions for models inside this one, whose configs are stored along
         attach_quantizer(model)  # last: a model inside may share this one's config
-        state = model.state_dict()
+        state = _state_to_save(model, sys._getframe(1))
         save_id = checkpoint.seal(model, model.config.quantization_config.stored, state)
         state.update(checkpoint.sentinels(model, state))
         return state, {checkpoint.SAVE_ID: save_id}
@@ -156,6 +158,35 @@ def attach_quantizer(model: Any) -> None:
     model.config.quantization_config = config
     model.config.attn_implementation = checkpoint.GUARD
     model.config.experts_implementation = checkpoint.GUARD
+
+
+def _state_to_save(model: Any, caller: FrameType) -> dict[str, Tensor]:
+    """Return what `save_pretrained(state_dict=...)` was given, an average of weights for example, else the weights.
+
+    transformers does not hand a given state on to a quantizer, and takes the quantizer's in its place: so it is read
+    where the caller has it.
+
+    Raises:
+        CheckpointError: the given tensors are not this model's; the message names them.
+    """
+    from transformers import PreTrainedModel
+
+    own = model.state_dict()
+    saving = caller.f_code is inspect.unwrap(PreTrainedModel.save_pretrained).__code__
+    given = caller.f_locals["state_dict"] if saving else None
+    if given is None:
+        return own
+    paths = {id(module): path for path, module in model.named_modules()}
+    ours = [f"{paths[id(layer)]}.{key}" for layer in converted(model).values() for key in layer.state_dict()]
+    wrong = {
+        "unknown": [key for key in given if key not in own],
+        "missing of converted FFNs": [key for key in ours if key not in given],
+        "of another shape": [key for key in ours if key in given and given[key].shape != own[key].shape],
+    }
+    if any(wrong.values()):
+        said = [f"{what}: {', '.join(names[:4])}{' ...' * (len(names) > 4)}" for what, names in wrong.items() if names]
+        raise CheckpointError(f"save_pretrained: state_dict does not fit the {type(model).__name__}. {'; '.join(said)}")
+    return dict(given)
 
 
 def set_packed(model: nn.Module, packed: bool) -> None:

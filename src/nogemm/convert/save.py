@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from nogemm.convert.exchange import (
+    CLOSED,
+    FIXED,
+    LOCK,
+    HalfWayError,
+    change_inside,
+    discard,
+    exchange,
+    finish_inside,
+    flush,
+    former_of,
+    stage_inside,
+)
 from nogemm.convert.sites import inner_model, installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
@@ -29,8 +40,6 @@ _WEIGHTS = (
     "pytorch_model*.bin",
     "pytorch_model*.bin.index.json",
 )
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 def save(model: nn.Module, path: str | Path, *, tokenizer: Any = None) -> None:
@@ -78,6 +87,9 @@ def replace_directory(
 ) -> None:
     """Let `write` fill a temporary sibling of `path`, flush it, and exchange the two in one step of the file system.
 
+    Where `path` is a mount point, or its parent folder takes no new file, that happens inside `path`, file by file (see
+    `exchange.py`).
+
     Args:
         caller: starts every message.
         needed: bytes that will be written, at least.
@@ -89,34 +101,80 @@ def replace_directory(
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise CheckpointError(f"{caller}: {path} is a file; give a directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target, caller):
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not (os.path.ismount(target) or _closed(target)):
+            try:
+                _replace_beside(target, write, caller, needed, carry_over)
+                return
+            except OSError as error:
+                if error.errno not in FIXED:  # a mount point that does not look like one
+                    raise
+        _replace_inside(target, write, caller, needed, carry_over)
+    except NogemmError:
+        raise
+    except HalfWayError as error:
+        raise CheckpointError(f"{caller}: stopped half-way through {path}: {error}") from error
+    except Exception as error:  # safetensors reports a full disk as an error of its own, not as OSError
+        closed = isinstance(error, OSError) and error.errno in CLOSED
+        advice = ". Give a directory that can be written, or one in a folder that can" if closed else ""
+        raise CheckpointError(
+            f"{caller}: could not write {path}: {error}{advice}. What was there before is untouched"
+        ) from error
+
+
+def _closed(target: Path) -> bool:
+    """Tell whether `target` is there, and the folder that holds it takes no new file."""
+    if fcntl is None or not target.exists():
+        return False
+    try:
+        os.close(_open_lock(target.with_name(f".{target.name}.lock")))
+    except OSError as error:
+        if error.errno in CLOSED:
+            return True
+        raise
+    return False
+
+
+def _replace_beside(target: Path, write: Callable[[Path], None], caller: str, needed: int, carry_over: bool) -> None:
+    with _locked(target.with_name(f".{target.name}.lock"), target, caller):
         _remove_leftovers(target)
         fresh = target.with_name(f".{target.name}.saving-{os.getpid()}")
         try:
             fresh.mkdir()
-            _check_space(needed, target, caller)
+            _check_space(needed, target.parent, caller)
             write(fresh)
             if carry_over and target.exists():
                 _carry_over(target, fresh)
-            _flush(fresh)
-            _exchange(fresh, target)
-        except NogemmError:
-            raise
-        except Exception as error:  # safetensors reports a full disk as an error of its own, not as OSError
-            raise CheckpointError(
-                f"{caller}: could not write {path}: {error}. What was there before is untouched"
-            ) from error
+            flush(fresh)
+            exchange(fresh, target)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)  # the new one after an error, the old one after an exchange
 
 
-def _check_space(needed: int, target: Path, caller: str) -> None:
+def _replace_inside(target: Path, write: Callable[[Path], None], caller: str, needed: int, carry_over: bool) -> None:
+    with _locked(target / LOCK, target, caller):
+        finish_inside(target)
+        _check_space(needed, target, caller)
+        fresh = stage_inside(target)
+        try:
+            write(fresh)
+            flush(fresh)
+            change_inside(fresh, target, lambda entry: not carry_over or _is_weights(entry))
+        except HalfWayError:
+            raise
+        except BaseException:
+            discard(fresh.parent)
+            raise
+        discard(fresh.parent)
+
+
+def _check_space(needed: int, folder: Path, caller: str) -> None:
     """Refuse early: safetensors fills a memory map, and a disk that fills up under one kills the process."""
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{caller}: the model needs {needed / 1e6:.1f} MB, {target.parent} has {free / 1e6:.1f} MB free. "
+            f"{caller}: the model needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free. "
             "What was there before is untouched"
         )
 
@@ -132,15 +190,18 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         raise CheckpointError("save: save_pretrained wrote no safetensors file")
 
 
+def _open_lock(lock: Path) -> int:
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+
+
 @contextmanager
-def _locked(target: Path, caller: str) -> Iterator[None]:
+def _locked(lock: Path, target: Path, caller: str) -> Iterator[None]:
     """Hold the lock of a path; the system releases it when the process dies."""
     if fcntl is None:
         yield
         return
-    lock = target.with_name(f".{target.name}.lock")
     while True:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = _open_lock(lock)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -164,7 +225,7 @@ def _remove_leftovers(target: Path) -> None:
     """Remove what killed saves left behind; under the lock nobody else is writing."""
     for old in target.parent.glob(f".{_escape(target.name)}.saving-*"):
         shutil.rmtree(old, ignore_errors=True)
-    former = _former(target)
+    former = former_of(target)
     if former.exists():
         if target.exists():
             shutil.rmtree(former, ignore_errors=True)
@@ -176,14 +237,10 @@ def _escape(name: str) -> str:
     return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
-def _former(target: Path) -> Path:
-    return target.with_name(f".{target.name}.former")
-
-
 def _carry_over(old: Path, new: Path) -> None:
     for entry in old.iterdir():
         destination = new / entry.name
-        if destination.exists() or any(entry.match(pattern) for pattern in _WEIGHTS):
+        if destination.exists() or _is_weights(entry):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, destination, symlinks=True)
@@ -191,48 +248,5 @@ def _carry_over(old: Path, new: Path) -> None:
             shutil.copy2(entry, destination, follow_symlinks=False)
 
 
-def _flush(folder: Path) -> None:
-    """Write files and folder entries to disk: a rename must not reach it before the content does."""
-    for root, _, files in os.walk(folder):
-        for name in (*files, "."):
-            path = os.path.join(root, name)
-            if not os.path.islink(path):
-                _sync(path)
-
-
-def _sync(path: str | Path) -> None:
-    if os.name != "posix":
-        return  # Windows opens no directory, and syncs no file that is open for reading
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(fresh: Path, target: Path) -> None:
-    """Make `target` the new directory; what was there, if anything, is at `fresh` afterwards."""
-    if not target.exists():
-        fresh.rename(target)
-    elif not _rename_exchange(fresh, target):
-        # No exchange on this file system: for an instant the path is absent, and the next save repairs a kill there.
-        former = _former(target)
-        target.rename(former)
-        fresh.rename(target)
-        shutil.rmtree(former, ignore_errors=True)
-    _sync(target.parent)
-
-
-def _rename_exchange(a: Path, b: Path) -> bool:
-    """Swap two paths atomically (Linux renameat2); return False where the system or file system cannot."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (OSError, AttributeError):
-        return False
-    done = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
-    if done == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM, errno.ENOTSUP):
-        return False
-    raise OSError(code, os.strerror(code), str(b))
+def _is_weights(entry: Path) -> bool:
+    return any(entry.match(pattern) for pattern in _WEIGHTS)

@@ -44,12 +44,18 @@ class Lock:
     """Hold `output_dir/lock` while a run writes there; a second run is refused at once."""
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "lock"
         self._file = None
 
     def __enter__(self) -> Lock:
-        self._file = open(self._path, "w", encoding="utf-8")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self._path, "w", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(
+                f"no checkpoint can be kept in {self._path.parent}: {error}; choose another directory with output_dir "
+                "(--run on the command line)"
+            ) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
