@@ -23,6 +23,11 @@ NOGEMM_INLINE Bytes set_dwords(int32_t x) { return _mm512_set1_epi32(x); }
 NOGEMM_INLINE Bytes bit_and(Bytes a, Bytes b) { return _mm512_and_si512(a, b); }
 NOGEMM_INLINE Bytes bit_xor(Bytes a, Bytes b) { return _mm512_xor_si512(a, b); }
 NOGEMM_INLINE Bytes shift_right4(Bytes a) { return _mm512_srli_epi16(a, 4); }
+NOGEMM_INLINE Bytes shift_right8(Bytes a) { return _mm512_srli_epi16(a, 8); }
+NOGEMM_INLINE Bytes unpack_low16(Bytes a, Bytes b) { return _mm512_unpacklo_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_high16(Bytes a, Bytes b) { return _mm512_unpackhi_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_low32(Bytes a, Bytes b) { return _mm512_unpacklo_epi32(a, b); }
+NOGEMM_INLINE Bytes unpack_high32(Bytes a, Bytes b) { return _mm512_unpackhi_epi32(a, b); }
 NOGEMM_INLINE Bytes add16(Bytes a, Bytes b) { return _mm512_add_epi16(a, b); }
 NOGEMM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm512_add_epi32(a, b); }
 NOGEMM_INLINE Bytes pairs16(Bytes a, Bytes b) { return _mm512_maddubs_epi16(a, b); }
@@ -47,6 +52,11 @@ NOGEMM_INLINE Bytes set_dwords(int32_t x) { return _mm256_set1_epi32(x); }
 NOGEMM_INLINE Bytes bit_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
 NOGEMM_INLINE Bytes bit_xor(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
 NOGEMM_INLINE Bytes shift_right4(Bytes a) { return _mm256_srli_epi16(a, 4); }
+NOGEMM_INLINE Bytes shift_right8(Bytes a) { return _mm256_srli_epi16(a, 8); }
+NOGEMM_INLINE Bytes unpack_low16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_high16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_low32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
+NOGEMM_INLINE Bytes unpack_high32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
 NOGEMM_INLINE Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
 NOGEMM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
 NOGEMM_INLINE Bytes pairs16(Bytes a, Bytes b) { return _mm256_maddubs_epi16(a, b); }

@@ -12,8 +12,8 @@
 // Tables. [slice][table][row][columns of the slice], 64 columns in fp32, else 128, the last slice 64 if that is enough. Inside
 // each 64 columns
 //   bf16  the 32-bit word i of every 32 columns holds column i (low half) and 16 + i (high half): two shifts widen it;
-//   int8  byte 16 L + 4 q + i holds column 16 q + 4 L + i, plus 128: interleaving the bytes of four rows inside 128-bit
-//         lanes (the only cheap interleave) then leaves sums of neighbouring columns in neighbouring lanes.
+//   int8  byte 16 L + 4 q + i holds column 16 q + 4 L + i, plus 128: interleaving the bytes of four rows, or the words of
+//         two, inside 128-bit lanes (the only cheap interleave) then leaves sums of neighbouring columns in neighbouring lanes.
 #pragma once
 #include <cstdint>
 

@@ -147,7 +147,7 @@ NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t sl
   const LookupHeader& h = *l.h;
   const int64_t width = h.slice_width(slice), bytes = width * row_element(h);
   const char* rows = slice_rows(l, slice);
-  for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, lookups.index + e);
+  for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, bytes, lookups.index + e);
 }
 
 template <class S>

@@ -3,7 +3,7 @@
 // The accumulators of a slice stay in registers over all lookups of a pass. A pass is one token and all its lookups, or,
 // in large batches, a group of tables whose slice fits the L2 cache: then sums wait in memory between groups.
 #pragma once
-#include "lookup_scores.h"
+#include "lookup_row_sums.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -16,7 +16,7 @@ struct GatherPass {
   int64_t chunks;           // width of the slice / 64
   int64_t columns;          // columns of y in the slice
   const float* bias;        // of the slice
-  int64_t from, to;         // lookups, multiples of 4 for integer scores
+  int64_t from, to;         // lookups, multiples of 4
   bool first, last;         // start from zero; add the bias and write y
   float* sums;              // [token][sums_stride] between passes
   int64_t sums_stride;
@@ -43,10 +43,10 @@ NOGEMM_INLINE void store_columns(Y* y, F value, int64_t left) {
 
 // Tells the cache which rows come next: the same lookup of the next token.
 template <bool AHEAD>
-NOGEMM_INLINE void fetch_ahead(const char* rows, int64_t row_bytes, const int32_t* index) {
+NOGEMM_INLINE void fetch_ahead(const char* rows, int64_t row_bytes, int64_t bytes, const int32_t* index) {
   if constexpr (AHEAD) {
     const char* p = rows + *index * row_bytes;
-    for (int64_t at = 0; at < row_bytes; at += 64) prefetch_l2(p + at);
+    for (int64_t at = 0; at < bytes; at += 64) prefetch_l2(p + at);
   }
 }
 
@@ -62,97 +62,48 @@ NOGEMM_INLINE void add_row(const bf16* p, F score, F* acc, int vectors) {
     NOGEMM_UNROLL
     for (int w = 0; w < kHalf; ++w) {
       const I pair = load(words + (q / 2 + w) * kLanes);
-      acc[q + w] = fma(score, as_float(shift_left16(pair)), acc[q + w]);
+      acc[q + w] = fma(score, as_float(shift_left<16>(pair)), acc[q + w]);
       acc[q + w + kHalf] = fma(score, as_float(pair & set1(static_cast<int32_t>(0xffff0000u))), acc[q + w + kHalf]);
     }
 }
-// Bytes in stored order, still plus 128: the caller takes 128 sum(score) off and puts the columns in order.
-NOGEMM_INLINE void add_row(const uint8_t* p, F score, F* acc, int vectors) {
-  for (int q = 0; q < vectors; ++q) acc[q] = fma(score, load_u8(p + q * kLanes), acc[q]);
-}
+
+// What a pass over columns first .. first + 64 CH of a slice reads and fetches.
+struct PassRows {
+  const char* rows;
+  const char* next_rows;
+  int64_t token, next_token;
+};
 
 template <class Row, int CH, bool AHEAD>
-NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, int64_t token, int64_t chunk, const char* next_rows,
-                               int64_t next_token, F* acc) {
+NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const PassRows& pass, F* acc) {
   constexpr int kVectors = CH * kChunk / kLanes;
-  const char* rows = g.rows + chunk * kChunk * static_cast<int64_t>(sizeof(Row));
-  F total = zero();
+  constexpr int64_t kBytesRead = CH * kChunk * static_cast<int64_t>(sizeof(Row));
   for (int64_t e = g.from; e < g.to; ++e) {
-    const int64_t at = e * l.width + token;
-    fetch_ahead<AHEAD>(next_rows, g.row_bytes, l.index + e * l.width + next_token);
-    const F score = set1(l.score[at]);
-    if constexpr (sizeof(Row) == 1) total = total + score;
-    add_row(reinterpret_cast<const Row*>(rows + l.index[at] * g.row_bytes), score, acc, kVectors);
+    const int64_t at = e * l.width + pass.token;
+    fetch_ahead<AHEAD>(pass.next_rows, g.row_bytes, kBytesRead, l.index + e * l.width + pass.next_token);
+    const auto* row = reinterpret_cast<const Row*>(pass.rows + l.index[at] * g.row_bytes);
+    add_row(row, set1(l.score[at]), acc, kVectors);
   }
-  if constexpr (sizeof(Row) == 1)
-    for (int q = 0; q < kVectors; ++q) acc[q] = fnma(total, set1(128.0f), acc[q]);
 }
 
-#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
-
-// acc + sum of four products, unsigned by signed bytes. By hand for the reason given at dot_pairs.
-NOGEMM_INLINE __m512i dot_bytes(__m512i acc, __m512i bytes, __m512i weights) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(bytes), "v"(weights));
-  return acc;
-}
-
-// acc += sum of q * stored bytes, four rows at a time; exact.
+// The same for int8 rows: integers, four rows at a time.
 template <int CH, bool AHEAD>
-NOGEMM_INLINE void add_lookups_integer(const GatherPass& g, const Lookups& l, int64_t token, const char* next_rows,
-                                       int64_t next_token, __m512i* acc) {
-  constexpr int64_t kRowBytes = CH * kChunk;  // one pass covers the slice, so the row's length is known
-  __m512i high[CH * 4];
-  NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q) high[q] = _mm512_setzero_si512();
-  const int64_t width = l.width;
-  const int32_t* index = l.index + g.from * width + token;
-  const int32_t *highs = l.high() + g.from / 4 * width + token, *lows = l.low() + g.from / 4 * width + token;
+NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const PassRows& pass, RowSums<CH>& sums) {
+  const int64_t width = l.width, row_bytes = kPassChunks > 1 ? CH * kChunk : g.row_bytes;
+  const int32_t* index = l.index + g.from * width + pass.token;
+  const int32_t* words = l.words() + g.from / 2 * width + pass.token;
   for (int64_t left = (g.to - g.from) / 4; left > 0; --left) {
-    const char* p[4] = {g.rows + index[0] * kRowBytes, g.rows + index[width] * kRowBytes,
-                        g.rows + index[2 * width] * kRowBytes, g.rows + index[3 * width] * kRowBytes};
-    if constexpr (AHEAD) {
-      const int32_t* next = index - token + next_token;
-      NOGEMM_UNROLL
-      for (int i = 0; i < 4; ++i) fetch_ahead<true>(next_rows, kRowBytes, next + i * width);
-    }
-    const __m512i h = _mm512_set1_epi32(*highs), s = _mm512_set1_epi32(*lows);
-    index += 4 * width;
-    highs += width;
-    lows += width;
+    const uint8_t* p[4];
     NOGEMM_UNROLL
-    for (int c = 0; c < CH; ++c) {
-      const __m512i r0 = _mm512_loadu_si512(p[0] + c * 64), r1 = _mm512_loadu_si512(p[1] + c * 64);
-      const __m512i r2 = _mm512_loadu_si512(p[2] + c * 64), r3 = _mm512_loadu_si512(p[3] + c * 64);
-      const __m512i a = _mm512_unpacklo_epi8(r0, r1), b = _mm512_unpackhi_epi8(r0, r1);
-      const __m512i d = _mm512_unpacklo_epi8(r2, r3), f = _mm512_unpackhi_epi8(r2, r3);
-      const __m512i four[4] = {_mm512_unpacklo_epi16(a, d), _mm512_unpackhi_epi16(a, d), _mm512_unpacklo_epi16(b, f),
-                               _mm512_unpackhi_epi16(b, f)};
-      NOGEMM_UNROLL
-      for (int q = 0; q < 4; ++q) {
-        high[c * 4 + q] = dot_bytes(high[c * 4 + q], four[q], h);
-        acc[c * 4 + q] = dot_bytes(acc[c * 4 + q], four[q], s);
-      }
+    for (int i = 0; i < 4; ++i) {
+      p[i] = reinterpret_cast<const uint8_t*>(pass.rows) + index[i * width] * row_bytes;
+      fetch_ahead<AHEAD>(pass.next_rows, row_bytes, CH * kChunk, index - pass.token + pass.next_token + i * width);
     }
+    add_four(sums, p, words[0], words[width]);
+    index += 4 * width;
+    words += 2 * width;
   }
-  NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q) acc[q] = _mm512_add_epi32(acc[q], _mm512_slli_epi32(high[q], 8));
-}
-
-#endif
-
-// Sums in the order of the columns (int8 rows without VNNI arrive in stored order).
-template <class Row, int CH>
-NOGEMM_INLINE void order_columns(F* acc) {
-  if constexpr (sizeof(Row) == 1 && !kIntegerScores) {
-    constexpr int kVectors = CH * kChunk / kLanes;
-    alignas(64) float stored[CH * kChunk], ordered[CH * kChunk];
-    for (int q = 0; q < kVectors; ++q) store(stored + q * kLanes, acc[q]);
-    for (int c = 0; c < CH * kChunk; ++c) {
-      const int in64 = c % 64;
-      ordered[c] = stored[c - in64 + 16 * (in64 % 16 / 4) + 4 * (in64 / 16) + in64 % 4];
-    }
-    for (int q = 0; q < kVectors; ++q) acc[q] = load(ordered + q * kLanes);
-  }
+  finish_sums(sums);
 }
 
 // y[column ...] = value, as far as the slice has columns.
@@ -164,50 +115,47 @@ NOGEMM_INLINE void finish_columns(const GatherPass& g, const Output& y, int64_t 
   if (y.dtype == 2) store_columns(reinterpret_cast<fp16*>(y.y) + at, sum, left);
 }
 
-#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
-
 template <int CH, bool AHEAD>
-NOGEMM_INLINE void gather_token_integer(const GatherPass& g, const Lookups& l, int64_t token, int32_t* sums,
-                                        const Output& y, const char* next_rows, int64_t next_token) {
-  __m512i acc[CH * 4];
-  NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q) acc[q] = g.first ? _mm512_setzero_si512() : _mm512_loadu_si512(sums + q * kLanes);
-  add_lookups_integer<CH, AHEAD>(g, l, token, next_rows, next_token, acc);
+NOGEMM_INLINE void gather_token_integer(const GatherPass& g, const Lookups& l, const PassRows& pass, int64_t column,
+                                        int32_t* kept, const Output& y) {
+  RowSums<CH> acc;
+  start_sums(acc, g.first ? nullptr : kept);
+  add_lookups<CH, AHEAD>(g, l, pass, acc);
   if (!g.last) {
     NOGEMM_UNROLL
-    for (int q = 0; q < CH * 4; ++q) _mm512_storeu_si512(sums + q * kLanes, acc[q]);
+    for (int v = 0; v < acc.kVectors; ++v) store(kept + v * kLanes, acc.sums[v]);
     return;
   }
-  const __m512i excess = _mm512_set1_epi32(l.excess()[token]);
-  const F step = set1(l.step[token]);
+  order_sums(acc);
+  const I excess = set1(l.excess()[pass.token]);
+  const F step = set1(l.step[pass.token]);
   NOGEMM_UNROLL
-  for (int q = 0; q < CH * 4; ++q)
-    finish_columns(g, y, token, q * kLanes, to_float(I{_mm512_sub_epi32(acc[q], excess)}) * step);
+  for (int v = 0; v < acc.kVectors; ++v)
+    finish_columns(g, y, pass.token, column + v * kLanes, to_float(acc.sums[v] - excess) * step);
 }
-
-#endif
 
 template <class Row, int CH, bool AHEAD>
 NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t token, int64_t chunk, float* sums,
                                 const Output& y, const char* next_rows, int64_t next_token) {
-#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
-  if constexpr (sizeof(Row) == 1)
-    return gather_token_integer<CH, AHEAD>(g, l, token, reinterpret_cast<int32_t*>(sums), y, next_rows, next_token);
-#endif
-  constexpr int kVectors = CH * kChunk / kLanes;
-  F acc[kVectors];
-  NOGEMM_UNROLL
-  for (int q = 0; q < kVectors; ++q) acc[q] = zero();
-  add_lookups<Row, CH, AHEAD>(g, l, token, chunk, next_rows, next_token, acc);
-  order_columns<Row, CH>(acc);
-  float* kept = sums + chunk * kChunk;
-  if (!g.first)
-    for (int q = 0; q < kVectors; ++q) acc[q] = acc[q] + load(kept + q * kLanes);
-  if (!g.last) {
-    for (int q = 0; q < kVectors; ++q) store(kept + q * kLanes, acc[q]);
-    return;
+  const int64_t column = chunk * kChunk, offset = column * static_cast<int64_t>(sizeof(Row));
+  const PassRows pass = {g.rows + offset, next_rows + offset, token, next_token};
+  float* kept = sums + column;
+  if constexpr (sizeof(Row) == 1) {
+    return gather_token_integer<CH, AHEAD>(g, l, pass, column, reinterpret_cast<int32_t*>(kept), y);
+  } else {
+    constexpr int kVectors = CH * kChunk / kLanes;
+    F acc[kVectors];
+    NOGEMM_UNROLL
+    for (int q = 0; q < kVectors; ++q) acc[q] = zero();
+    add_lookups<Row, CH, AHEAD>(g, l, pass, acc);
+    if (!g.first)
+      for (int q = 0; q < kVectors; ++q) acc[q] = acc[q] + load(kept + q * kLanes);
+    if (!g.last) {
+      for (int q = 0; q < kVectors; ++q) store(kept + q * kLanes, acc[q]);
+      return;
+    }
+    for (int q = 0; q < kVectors; ++q) finish_columns(g, y, token, column + q * kLanes, acc[q]);
   }
-  for (int q = 0; q < kVectors; ++q) finish_columns(g, y, token, chunk * kChunk + q * kLanes, acc[q]);
 }
 
 // Tokens [0, tokens) of a piece; y and sums point at the piece's first token.

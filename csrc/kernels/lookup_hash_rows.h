@@ -91,8 +91,7 @@ NOGEMM_INLINE void row_finish(const Layer& l, int64_t repeat, int64_t columns, c
 NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, float* scores, const Lookups& out) {
   const LookupHeader& h = *l.h;
   const I lane = lane_index(), step = times(lane, h.bits);
-  const bool integers = kIntegerScores && h.mode == 2;
-  float* to = integers ? scores : out.score;
+  float* to = h.mode == 2 ? scores : out.score;
   const int64_t k = h.neighbours;
   for (int64_t table = 0; table < h.tables; table += kLanes) {
     const int64_t left = h.tables - table;
@@ -124,7 +123,7 @@ NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, floa
     out.index[i] = 0;
     to[i] = 0.0f;
   }
-  if (integers) row_integer_scores(out, scores);
+  if (h.mode == 2) row_integer_scores(out, scores);
 }
 
 // out[n]: the lookups of token start + n (width 1).

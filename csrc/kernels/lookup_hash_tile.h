@@ -48,7 +48,7 @@ NOGEMM_INLINE F tile_x(const LookupHeader& h, const char* input, int64_t c, int 
   constexpr int NT = NV * kLanes;
   if (!h.fixed_point) return load(reinterpret_cast<const float*>(input) + c * NT + v * kLanes);
   const I pair = load(reinterpret_cast<const int32_t*>(input) + c / 2 * NT + v * kLanes);
-  return to_float(shift_right16(c % 2 ? pair : shift_left16(pair))) * state.scale[v];
+  return to_float(shift_right16(c % 2 ? pair : shift_left<16>(pair))) * state.scale[v];
 }
 
 // A block of the wide buffer has one feature of zeros behind it: without it the butterflies' 2^k streams, a power of two
@@ -127,9 +127,9 @@ NOGEMM_INLINE void tile_finish(const Layer& l, int64_t repeat, int64_t columns, 
 // Codes and scores of one table; z points at the table's first bit.
 template <int NV>
 NOGEMM_INLINE void tile_encode(const Layer& l, int64_t table, const float* z, const TileState<NV>& state, float* scores,
-                               const Lookups& out, I* largest) {
+                               const Lookups& out) {
   const LookupHeader& h = *l.h;
-  const bool integers = kIntegerScores && h.mode == 2;
+  float* to = h.mode == 2 ? scores : out.score;
   for (int v = 0; v < NV; ++v) {
     Encoded e;
     const auto bit = [z, v](int j) { return load(z + (j * NV + v) * kLanes); };
@@ -137,11 +137,8 @@ NOGEMM_INLINE void tile_encode(const Layer& l, int64_t table, const float* z, co
     for (int f = 0; f < h.neighbours; ++f) {
       const int64_t at = (table * h.neighbours + f) * out.width + v * kLanes;
       const I index = e.code[f] | set1(static_cast<int32_t>(table << h.bits));
-      F score = h.fixed_point ? e.score[f] + state.poison[v] : e.score[f];
-      if (h.mode == 2) score = score * gather(Layer::floats(l, h.row_scale), index);
-      if (integers) largest[v] = max(largest[v], magnitude(score));
       store(out.index + at, index);
-      store((integers ? scores : out.score) + at, score);
+      store(to + at, h.fixed_point ? e.score[f] + state.poison[v] : e.score[f]);
     }
   }
 }
@@ -154,8 +151,6 @@ static void tile_hash(const Layer& l, const Tokens& x, int64_t start, int64_t to
   constexpr int NT = NV * kLanes;
   TileState<NV> state;
   tile_input<S, NV>(l, x, start, tokens, s, state);
-  I largest[NV];
-  for (int v = 0; v < NV; ++v) largest[v] = set1(int32_t{0});
   const int64_t bits = int64_t{h.tables} * h.bits;
   int64_t table = 0, carried = 0;  // columns of an unfinished table, kept in front of the next repeat's
   for (int64_t repeat = 0; repeat < h.repeats; ++repeat) {
@@ -169,19 +164,20 @@ static void tile_hash(const Layer& l, const Tokens& x, int64_t start, int64_t to
       for (int64_t i = 0; i < carried * NT; i += kLanes) store(z - carried * NT + i, load(kept + i));
     }
     for (; at + h.bits <= columns; at += h.bits, ++table)
-      tile_encode<NV>(l, table, z + at * NT, state, s.scores, out, largest);
+      tile_encode<NV>(l, table, z + at * NT, state, s.scores, out);
     carried = columns - at;
     float* keep = s.scores + padded_lookups(h) * NT;
     for (int64_t i = 0; i < carried * NT; i += kLanes) store(keep + i, load(z + at * NT + i));
   }
-  const bool integers = kIntegerScores && h.mode == 2;
+  float* scores = h.mode == 2 ? s.scores : out.score;
   for (int64_t e = h.lookups(); e < out.count; ++e)
     for (int v = 0; v < NV; ++v) {
       store(out.index + e * NT + v * kLanes, set1(int32_t{0}));
-      store((integers ? s.scores : out.score) + e * NT + v * kLanes, zero());
+      store(scores + e * NT + v * kLanes, zero());
     }
-  if (integers)
-    for (int v = 0; v < NV; ++v) tile_integer_scores(out, s.scores, v * kLanes, largest[v]);
+  if (h.mode == 2)
+    for (int v = 0; v < NV; ++v)
+      tile_integer_scores(out, h.lookups(), Layer::floats(l, h.row_scale), scores, v * kLanes);
 }
 
 }  // namespace nogemm::NOGEMM_NS

@@ -30,7 +30,10 @@ NOGEMM_INLINE I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }
 NOGEMM_INLINE I as_int(F a) { return {_mm512_castps_si512(a.v)}; }
 NOGEMM_INLINE F as_float(I a) { return {_mm512_castsi512_ps(a.v)}; }
 NOGEMM_INLINE I max(I a, I b) { return {_mm512_max_epi32(a.v, b.v)}; }
-NOGEMM_INLINE I shift_left16(I a) { return {_mm512_slli_epi32(a.v, 16)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {_mm512_slli_epi32(a.v, BITS)};
+}
 NOGEMM_INLINE I shift_right16(I a) { return {_mm512_srai_epi32(a.v, 16)}; }
 NOGEMM_INLINE I pack_pair(I lo, I hi) {
   return {_mm512_mask_blend_epi16(0xAAAAAAAAu, lo.v, _mm512_slli_epi32(hi.v, 16))};
@@ -40,9 +43,6 @@ NOGEMM_INLINE I lane_index() {
   return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
 }
 NOGEMM_INLINE I times(I a, int32_t b) { return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(b))}; }
-NOGEMM_INLINE F load_u8(const uint8_t* p) {
-  return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
-}
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
@@ -75,20 +75,24 @@ NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int
 
 #elif defined(__AVX2__) && !defined(NOGEMM_FORCE_SCALAR)
 
-NOGEMM_INLINE I dot_pairs(I acc, I a, I b) { return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(a.v, b.v))}; }
+NOGEMM_INLINE I dot_pairs(I acc, I a, I b) {
+  // By hand for the reason given above.
+  asm("vpaddd %1, %0, %0" : "+x"(acc.v) : "x"(_mm256_madd_epi16(a.v, b.v)));
+  return acc;
+}
 NOGEMM_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.v)}; }
 NOGEMM_INLINE I as_int(F a) { return {_mm256_castps_si256(a.v)}; }
 NOGEMM_INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.v)}; }
 NOGEMM_INLINE I max(I a, I b) { return {_mm256_max_epi32(a.v, b.v)}; }
-NOGEMM_INLINE I shift_left16(I a) { return {_mm256_slli_epi32(a.v, 16)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {_mm256_slli_epi32(a.v, BITS)};
+}
 NOGEMM_INLINE I shift_right16(I a) { return {_mm256_srai_epi32(a.v, 16)}; }
 NOGEMM_INLINE I pack_pair(I lo, I hi) { return {_mm256_blend_epi16(lo.v, _mm256_slli_epi32(hi.v, 16), 0xAA)}; }
 NOGEMM_INLINE F gather(const float* base, I index) { return {_mm256_i32gather_ps(base, index.v, 4)}; }
 NOGEMM_INLINE I lane_index() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
 NOGEMM_INLINE I times(I a, int32_t b) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(b))}; }
-NOGEMM_INLINE F load_u8(const uint8_t* p) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
-}
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
   const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
@@ -134,7 +138,10 @@ NOGEMM_INLINE I to_int(F a) {
 NOGEMM_INLINE I as_int(F a) { return {vreinterpretq_s32_f32(a.v)}; }
 NOGEMM_INLINE F as_float(I a) { return {vreinterpretq_f32_s32(a.v)}; }
 NOGEMM_INLINE I max(I a, I b) { return {vmaxq_s32(a.v, b.v)}; }
-NOGEMM_INLINE I shift_left16(I a) { return {vshlq_n_s32(a.v, 16)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {vshlq_n_s32(a.v, BITS)};
+}
 NOGEMM_INLINE I shift_right16(I a) { return {vshrq_n_s32(a.v, 16)}; }
 NOGEMM_INLINE I pack_pair(I lo, I hi) { return {vsliq_n_s32(lo.v, hi.v, 16)}; }
 NOGEMM_INLINE F gather(const float* base, I index) {
@@ -147,9 +154,6 @@ NOGEMM_INLINE I lane_index() {
   return {lanes};
 }
 NOGEMM_INLINE I times(I a, int32_t b) { return {vmulq_n_s32(a.v, b)}; }
-NOGEMM_INLINE F load_u8(const uint8_t* p) {
-  return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(vmovl_u8(load_four_bytes(p)))))};
-}
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) { vst1_s16(p, vmovn_s32(a.v)); }
 NOGEMM_INLINE int32_t hmax(I a) { return vmaxvq_s32(a.v); }
 
@@ -181,7 +185,10 @@ NOGEMM_INLINE I to_int(F a) {
 NOGEMM_INLINE I as_int(F a) { return {static_cast<int32_t>(float_to_bits(a.v))}; }
 NOGEMM_INLINE F as_float(I a) { return {bits_to_float(static_cast<uint32_t>(a.v))}; }
 NOGEMM_INLINE I max(I a, I b) { return {a.v > b.v ? a.v : b.v}; }
-NOGEMM_INLINE I shift_left16(I a) { return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << 16)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << BITS)};
+}
 NOGEMM_INLINE I shift_right16(I a) { return {a.v >> 16}; }
 NOGEMM_INLINE I pack_pair(I lo, I hi) {
   return {static_cast<int32_t>((static_cast<uint32_t>(lo.v) & 0xffffu) | (static_cast<uint32_t>(hi.v) << 16))};
@@ -189,7 +196,6 @@ NOGEMM_INLINE I pack_pair(I lo, I hi) {
 NOGEMM_INLINE F gather(const float* base, I index) { return {base[index.v]}; }
 NOGEMM_INLINE I lane_index() { return {0}; }
 NOGEMM_INLINE I times(I a, int32_t b) { return {a.v * b}; }
-NOGEMM_INLINE F load_u8(const uint8_t* p) { return {static_cast<float>(*p)}; }
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) { *p = static_cast<int16_t>(static_cast<uint16_t>(a.v)); }
 NOGEMM_INLINE int32_t hmax(I a) { return a.v; }
 NOGEMM_INLINE void transpose(const int32_t* p, int64_t, int32_t* out, int64_t) { *out = *p; }

@@ -113,6 +113,7 @@ NOGEMM_INLINE F blend(M m, F a, F b) { return {_mm256_blendv_ps(b.v, a.v, m.v)};
 NOGEMM_INLINE I blend(M m, I a, I b) { return {_mm256_blendv_epi8(b.v, a.v, _mm256_castps_si256(m.v))}; }
 
 NOGEMM_INLINE I operator+(I a, I b) { return {_mm256_add_epi32(a.v, b.v)}; }
+NOGEMM_INLINE I operator-(I a, I b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 NOGEMM_INLINE I operator|(I a, I b) { return {_mm256_or_si256(a.v, b.v)}; }
 NOGEMM_INLINE I operator&(I a, I b) { return {_mm256_and_si256(a.v, b.v)}; }
 NOGEMM_INLINE I operator^(I a, I b) { return {_mm256_xor_si256(a.v, b.v)}; }

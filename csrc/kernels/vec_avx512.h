@@ -114,6 +114,7 @@ NOGEMM_INLINE F blend(M m, F a, F b) { return {_mm512_mask_blend_ps(m.v, b.v, a.
 NOGEMM_INLINE I blend(M m, I a, I b) { return {_mm512_mask_blend_epi32(m.v, b.v, a.v)}; }
 
 NOGEMM_INLINE I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+NOGEMM_INLINE I operator-(I a, I b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 NOGEMM_INLINE I operator|(I a, I b) { return {_mm512_or_si512(a.v, b.v)}; }
 NOGEMM_INLINE I operator&(I a, I b) { return {_mm512_and_si512(a.v, b.v)}; }
 NOGEMM_INLINE I operator^(I a, I b) { return {_mm512_xor_si512(a.v, b.v)}; }

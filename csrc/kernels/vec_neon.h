@@ -105,6 +105,7 @@ NOGEMM_INLINE F blend(M m, F a, F b) { return {vbslq_f32(m.v, a.v, b.v)}; }
 NOGEMM_INLINE I blend(M m, I a, I b) { return {vbslq_s32(m.v, a.v, b.v)}; }
 
 NOGEMM_INLINE I operator+(I a, I b) { return {vaddq_s32(a.v, b.v)}; }
+NOGEMM_INLINE I operator-(I a, I b) { return {vsubq_s32(a.v, b.v)}; }
 NOGEMM_INLINE I operator|(I a, I b) { return {vorrq_s32(a.v, b.v)}; }
 NOGEMM_INLINE I operator&(I a, I b) { return {vandq_s32(a.v, b.v)}; }
 NOGEMM_INLINE I operator^(I a, I b) { return {veorq_s32(a.v, b.v)}; }

@@ -70,7 +70,13 @@ NOGEMM_INLINE uint32_t mask_bits(M m) { return m.v ? 1u : 0u; }
 NOGEMM_INLINE F blend(M m, F a, F b) { return m.v ? a : b; }
 NOGEMM_INLINE I blend(M m, I a, I b) { return m.v ? a : b; }
 
-NOGEMM_INLINE I operator+(I a, I b) { return {a.v + b.v}; }
+// Unsigned arithmetic: sums wrap like the vector instructions do, without undefined behaviour.
+NOGEMM_INLINE I operator+(I a, I b) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) + static_cast<uint32_t>(b.v))};
+}
+NOGEMM_INLINE I operator-(I a, I b) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) - static_cast<uint32_t>(b.v))};
+}
 NOGEMM_INLINE I operator|(I a, I b) { return {a.v | b.v}; }
 NOGEMM_INLINE I operator&(I a, I b) { return {a.v & b.v}; }
 NOGEMM_INLINE I operator^(I a, I b) { return {a.v ^ b.v}; }
