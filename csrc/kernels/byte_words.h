@@ -5,6 +5,7 @@
 //   pairs32(a, b)     signed 16-bit lanes, neighbours added: 32-bit lanes
 //   copy_sign(q, c)   q times the sign of c; what it gives where c is 0 is of no account
 //   widen(p)          kBytes / 2 signed bytes as 16-bit lanes
+//   unpack_low16(a, b), ...   lanes of a and b by turns, within 128 bits: of their low or high half
 #pragma once
 #include "lookup_vec.h"
 
