@@ -109,6 +109,10 @@ def measure(
             table.prepare(number, workers)
             table.time(number, workers)
         return table.rows()
+    except BaseException:
+        for worker in workers.values():  # whoever stops a run may not wait until they have finished what they do
+            worker.close(grace=0.0)
+        raise
     finally:
         for worker in workers.values():
             worker.close()
@@ -168,7 +172,7 @@ class _Table:
             if name in self._late or self._spent() > (1.0 if number else _PREPARING):
                 self._late.add(name)
                 row["skipped"] = OUT_OF_TIME
-                worker.close()
+                worker.close(grace=0.0)
                 continue
             # The next one starts up meanwhile. All of them at once would keep the first from its turn for minutes.
             for upcoming in in_turn[place : place + 2]:

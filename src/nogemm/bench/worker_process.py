@@ -59,15 +59,15 @@ class WorkerProcess:
         code = self._process.wait()
         return {"error": f"the worker ended with code {code}: {self._last_words()}"}
 
-    def close(self) -> None:
-        """End the worker, if it was started, and wait for it."""
+    def close(self, grace: float = 5.0) -> None:
+        """End the worker, if it was started, and wait for it; after `grace` seconds it is killed."""
         if self._process is None or self._log.closed:
             return
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
         try:
-            self._process.wait(timeout=5)
+            self._process.wait(timeout=grace)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
