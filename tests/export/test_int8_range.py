@@ -83,7 +83,7 @@ def test_small_weights_and_those_that_alternate_keep_their_scale() -> None:
     quantiser = next(x for x in graph.get_ordered_ops() if x.get_attributes().get("levels") == 255)
     from openvino import opset15 as ov
 
-    alternating = np.tile(np.float32([127, -127]), (32, K // 2))
+    alternating = np.tile(np.array([127, -127], np.float32), (32, K // 2))
     quantiser.input(0).replace_source_output(ov.constant(alternating).output(0))
     bound_pairs(graph)
     assert quantiser.input_value(2).get_node().get_data().max() == 127
