@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-_PATIENCE = 0.1  # seconds
+_PATIENCE = 0.5  # seconds
 ResultT = TypeVar("ResultT")
 
 
@@ -33,12 +34,18 @@ def in_passing(work: Callable[[], ResultT]) -> ResultT:
 
     with ThreadPoolExecutor(1, thread_name_prefix="nogemm") as pool:
         result = pool.submit(alike)
-    # Python calls a thread ended a little before it is: one that holds a lock of the system while it goes would leave
-    # the lock held in a child for ever. (Others may have started a thread meanwhile, so there is an end to waiting.)
+    # Python calls a thread ended a little before it is, and workers go after it. MKL takes a thread out of its lists of
+    # memory as it goes: a fork amid that gives the child broken lists, in which it turns for ever. (A caller's library
+    # may have started a thread of its own meanwhile, so there is an end to waiting.)
     patience = time.monotonic() + _PATIENCE
-    while passing & _threads() and time.monotonic() < patience:
+    while _left(passing) and time.monotonic() < patience:
         time.sleep(1e-4)
     return result.result()
+
+
+def _left(passing: set[str]) -> set[str]:
+    """Return which of these threads are still there, Python's own others apart."""
+    return passing & _threads() - {str(thread.native_id) for thread in threading.enumerate()}
 
 
 def _threads() -> set[str]:
