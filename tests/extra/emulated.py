@@ -23,9 +23,9 @@ from nogemm.bench.models import model_directory, sample_texts, timed_encoder, ti
 
 CONFIG = nogemm.LookupConfig(tables=32, bits=6, projection=nogemm.BHConfig(block=32))
 TEXTS = 12
-LOSS = 0.005  # of the mean cosine, against this machine's own
+LOSS = 0.002  # of the mean cosine, against this machine's own; 8-bit sums that saturate cost more
 TESTS = (
-    ["tests/layers/test_packed.py", "-k", "avx2 and fp32_matches"],
+    ["tests/layers/test_packed.py", "-k", "avx2 and fp32_matches and not minilm"],
     ["tests/layers/test_hire_packed.py", "-k", "avx2 and threads"],
     ["tests/layers/test_tree_packed.py", "-k", "avx2 and threads"],
 )
