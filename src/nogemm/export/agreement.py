@@ -22,14 +22,15 @@ class Agreement:
     worst: float
 
 
-# Least agreement by (rest, rows). Float is held to rounding: 24 bits through some hundred sums leave 1e-5. Rows of
-# fewer bits come with projections in fixed point, where a rounding may move a token by a step of 2^-15, and a bit of
-# its hash that lies that near to zero, so that a few tokens read another row. An int8 rest moves every token by about a
-# hundredth: measured 0.997 and 0.991 for dense MiniLM; where FFNs are hashed, more rows are others.
+# Least agreement by (rest, rows). Float is rounding alone, 24 bits through some hundred sums; but where a layer chooses rows
+# or neurons, a token near an edge may choose another: 0.9995 and 0.996 at worst for HireFFN in MiniLM, 1 to seven digits
+# for LookupFFN. Rows of fewer bits come with projections in fixed point, where a step of 2^-15 may go either way and more
+# tokens choose otherwise: 0.997 and 0.994. An int8 rest moves every token by about a hundredth: 0.997 and 0.991 for dense
+# FFNs, 0.978 and 0.959 for HireFFN.
 _LEAST = {
-    ("float", "fp32"): Agreement(0.9999, 0.99),
-    ("float", "bf16"): Agreement(0.999, 0.95),
-    ("float", "int8"): Agreement(0.999, 0.95),
+    ("float", "fp32"): Agreement(0.999, 0.98),
+    ("float", "bf16"): Agreement(0.99, 0.9),
+    ("float", "int8"): Agreement(0.99, 0.9),
     ("int8", "fp32"): Agreement(0.93, 0.85),
     ("int8", "bf16"): Agreement(0.93, 0.85),
     ("int8", "int8"): Agreement(0.93, 0.85),
