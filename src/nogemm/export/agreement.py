@@ -22,11 +22,11 @@ class Agreement:
     worst: float
 
 
-# Least agreement by (rest, rows). Float is rounding alone, 24 bits through some hundred sums; but where a layer chooses rows
-# or neurons, a token near an edge may choose another: 0.9995 and 0.996 at worst for HireFFN in MiniLM, 1 to seven digits
-# for LookupFFN. Rows of fewer bits come with projections in fixed point, where a step of 2^-15 may go either way and more
-# tokens choose otherwise: 0.997 and 0.994. An int8 rest moves every token by about a hundredth: 0.997 and 0.991 for dense
-# FFNs, 0.978 and 0.959 for HireFFN.
+# Least agreement by (rest, rows). Float is rounding alone, 24 bits through some hundred sums; but where a layer chooses
+# rows or neurons, a token near an edge may choose another: in MiniLM 1 to seven digits with LookupFFN, 0.9995 and 0.996
+# at worst with HireFFN. Rows of fewer bits come with projections in fixed point, where a step of 2^-15 may go either
+# way and more tokens choose otherwise: 0.997 and 0.994. An int8 rest moves every token by about a hundredth: 0.997 and
+# 0.991 with dense FFNs, 0.978 and 0.959 with HireFFN.
 _LEAST = {
     ("float", "fp32"): Agreement(0.999, 0.98),
     ("float", "bf16"): Agreement(0.99, 0.9),
