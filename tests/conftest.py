@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 
@@ -12,6 +13,10 @@ import torch
 from nogemm import ops
 from nogemm.bench import peers
 from nogemm.hardware.speeds import Speeds
+
+# A run that a shell starts in the background inherits that Ctrl-C is ignored; tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What a test measures about the machine is not kept for the user who runs it.
 _CACHE = tempfile.TemporaryDirectory(prefix="nogemm-tests-")

@@ -24,7 +24,7 @@ FLAGS = {
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
-    "export": "--to --dtype --int8 --data --trust-remote-code --json",
+    "export": "--to --dtype --int8 --rest --data --trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
     "--threads --rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
