@@ -1,6 +1,6 @@
 """Run packed layers and an exported model on an emulated processor.
 
-    python tests/extra/emulated.py qemu-x86_64 -cpu Haswell
+    python tests/extra/emulated.py valgrind --tool=none --quiet
 
 Nothing but the processor is another: the same Python, torch and OpenVINO find AVX2 and nothing above it. MiniLM with
 LookupFFNs fitted in closed form is exported in int8 here; its embeddings there are compared with torch's from here, and
