@@ -112,7 +112,7 @@ def test_dynamic_quantisation_by_torch(kind: str, gated: bool) -> None:
     assert quantised.cost(3).parameters == layer.cost(3).parameters
     touched = is_quantised(quantised)
     assert touched == any(isinstance(part, nn.Linear) for part in layer.modules())
-    assert touched == (not torch.equal(y, expected)) == (quantised.cost(1).bytes_read < layer.cost(1).bytes_read)
+    assert touched == (float(typical) > 1e-4) == (quantised.cost(1).bytes_read < layer.cost(1).bytes_read)
     if touched:
         with pytest.raises(PackedError, match=f"quantisation has rounded the matrices of this {type(layer).__name__}"):
             quantised.pack("fp32")
