@@ -1,6 +1,6 @@
 """What running inside OpenVINO costs our operator: two threads in one call, and conversions around it.
 
-    python benchmarks/operator_host.py --json benchmarks/results/operator-openvino.json
+    python benchmarks/operator_host.py --json $RESULTS/operator-openvino.json
 
 One packed LookupFFN of MiniLM's shape. `operator` is a graph of it alone, on one thread and on two. `between` has a
 matrix before and after it, `matrices` the same two without it, so between - matrices is what the operator costs

@@ -5,15 +5,17 @@
     ./run bench --only layer-tree,flips  # these files
     ./run bench --list                   # the files and their commands
 
+Files go to `benchmarks/results/PROCESSOR`, the commands' `$RESULTS`; PROCESSOR is what `nogemm env --processor` prints.
 A command is stopped and started as a whole; one that was stopped leaves a file that says it is partial. So the whole
 may be interrupted: `--since 2026-11-22` then goes on with the files that are older or partial. Table 5 keeps the parts
-that it finds: delete `results/table5` to record them anew.
+that it finds: delete the folder `table5` to record them anew.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import time
@@ -22,9 +24,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nogemm.bench.partial import sigterm_interrupts
+from nogemm.hardware.cpu import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"
+RESULTS = Path("benchmarks") / "results" / processor()
 HOURS = ("study-minilm",)  # not recorded unless named
 
 
@@ -72,13 +76,13 @@ def main(words: list[str] | None = None) -> int:
 
 
 def recordings(page: str) -> list[Recording]:
-    """Read the commands off the page, in its order: what stands in a bash block and names a file in results/."""
+    """Read the commands off the page, in its order: what stands in a bash block and names a file in $RESULTS."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL):
         for shell in separate(block):
-            files = dict.fromkeys(re.findall(r"benchmarks/results/[\w./-]+\.jsonl?", shell))
+            files = dict.fromkeys(re.findall(r"\$RESULTS/([\w./-]+\.jsonl?)", shell))
             if files:
-                found.append(Recording(shell=shell, files=tuple(Path(file) for file in files)))
+                found.append(Recording(shell=shell, files=tuple(RESULTS / file for file in files)))
     return found
 
 
@@ -99,10 +103,12 @@ def recorded(file: Path) -> str | None:
 def run_all(wanted: Iterable[Recording]) -> list[Recording]:
     """Run one after the other; return those that failed."""
     failed = []
+    (ROOT / RESULTS).mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {"RESULTS": str(RESULTS)}
     for one in wanted:
         start = time.monotonic()
         print(f"== {', '.join(file.name for file in one.files)}", flush=True)
-        if subprocess.run(["bash", "-euc", one.shell], cwd=ROOT, check=False).returncode != 0:
+        if subprocess.run(["bash", "-euc", one.shell], cwd=ROOT, env=environment, check=False).returncode != 0:
             failed.append(one)
         print(f"== {time.monotonic() - start:.0f} s", flush=True)
     return failed

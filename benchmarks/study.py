@@ -8,8 +8,8 @@
 
 A row is one model: choose its learning rates (short runs, validation split), train it on the full budget, score it once
 on the test split and on WordNet's glosses. Every step leaves a file, so the command may be stopped and called again at
-any time. Rows go to `benchmarks/results/study/`, the table to
-`benchmarks/results/study-minilm.json`. The models are in `study_models.py`, their training in `study_training.py`.
+any time. Rows go to `benchmarks/results/PROCESSOR/study/` (`nogemm env --processor`), the table to
+`benchmarks/results/PROCESSOR/study-minilm.json`. The models are in `study_models.py`, their training in `study_training.py`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nogemm.bench.embed import embed
 from nogemm.bench.models import load_encoder
 from nogemm.bench.quality import bootstrap_difference, compare_search, cosines, reciprocal_ranks, search_ranks
 from nogemm.files import write_atomically, write_json
-from nogemm.hardware import machine, machine_line
+from nogemm.hardware.cpu import machine, machine_line, processor
 from nogemm.train.sources import load_split
 
 COMMAND = "python benchmarks/study.py"
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--designs", action="store_true", help="only the other designs, on the validation split")
     parser.add_argument("--save", type=Path, help="only write the rows' trained models below this directory")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="checkpoints and embeddings")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results") / processor())
     parser.add_argument("--tokens", type=int, default=TOKENS, help="budget of a row; a smaller one is another study")
     args = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

@@ -22,7 +22,7 @@ TEACHER = "all-MiniLM-L6-v2"
 CORPUS = "data/debian-packages.jsonl.gz"
 # What short runs choose, on all learning rates: up and down from 1 for as long as a step agrees better. They cannot
 # choose more: half of the budget for the first stage instead of 0.3 agreed better after 300,000 tokens and worse after
-# four million, on the validation split (benchmarks/results/study/design-half-first-stage.json).
+# four million, on the validation split (benchmarks/results/intel-6-207/study/design-half-first-stage.json).
 FACTORS = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 FITTING_TEXTS = 1_000
 LOOKUP = nogemm.LookupConfig(tables=56, bits=9, neighbours=4, projection=nogemm.BHConfig(rounds=2, block=64))

@@ -4,7 +4,7 @@
     python benchmarks/table5.py --parts d512,d768  # these alone
     python benchmarks/table5.py --summary          # only the summary, from the parts recorded so far
 
-A part is one interleaved run with a file of its own, `benchmarks/results/table5/PART.json`, so the command may be
+A part is one interleaved run with a file of its own, `benchmarks/results/PROCESSOR/table5/PART.json`, so the command may be
 stopped and called again. Leave the machine alone meanwhile: a part begins with its load average in the file. The whole
 takes about an hour on two cores.
 """
@@ -32,7 +32,7 @@ from nogemm.bench.result import origin
 from nogemm.config import layer_class, parse_set
 from nogemm.cost import Cost
 from nogemm.files import write_json
-from nogemm.hardware.cpu import machine, machine_line, usable_cores
+from nogemm.hardware.cpu import machine, machine_line, processor, usable_cores
 from nogemm.layers import FFN, HireFFN, TreeFFN
 
 COMMAND = "python benchmarks/table5.py"
@@ -86,7 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", help="comma-separated names; default: all")
     parser.add_argument("--summary", action="store_true", help="only rebuild the summary")
-    parser.add_argument("--results", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--results", type=Path, default=Path("benchmarks/results") / processor())
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/demo/model"), help="a distilled MiniLM")
     parser.add_argument("--seconds", type=float, default=0.1, help="aimed at per turn")
     args = parser.parse_args()

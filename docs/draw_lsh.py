@@ -139,5 +139,5 @@ def dots(points: Sequence[tuple[float, float]], colour: str, *, lined: bool = Tr
 
 
 if __name__ == "__main__":
-    recorded = json.loads((ROOT / "benchmarks/results/lsh.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "benchmarks/results/intel-6-207/lsh.json").read_text(encoding="utf-8"))
     Path(__file__).with_name("lsh.svg").write_text(draw(recorded), encoding="utf-8")

@@ -84,5 +84,5 @@ def text(x: float, y: float, words: str, colour: str, size: int, anchor: str) ->
 
 
 if __name__ == "__main__":
-    recorded = json.loads((ROOT / "benchmarks/results/projections.json").read_text(encoding="utf-8"))
+    recorded = json.loads((ROOT / "benchmarks/results/intel-6-207/projections.json").read_text(encoding="utf-8"))
     Path(__file__).with_name("projections.svg").write_text(draw(recorded), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -12,19 +13,26 @@ record = load("record")
 
 
 def test_every_recorded_file_has_its_command() -> None:
-    known = {file for one in record.recordings(record.PAGE.read_text()) for file in one.files}
-    recorded = {path.relative_to(ROOT) for path in (ROOT / "benchmarks" / "results").glob("*.json*")}
-    assert recorded - known == {Path("benchmarks/results/demo.json")}, "demo.json is ./run demo's"
+    commands = {file.name for one in record.recordings(record.PAGE.read_text()) for file in one.files}
+    recorded = {path.name for path in (ROOT / "benchmarks" / "results").glob("*/*.json*")}
+    assert recorded - commands == {"demo.json"}, "demo.json is ./run demo's"
+
+
+def test_every_recorded_file_lies_under_its_processor() -> None:
+    for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
+        machine = json.loads(path.read_text()).get("machine")
+        if machine is not None:
+            assert path.parent.name.endswith(f"-{machine['family']}-{machine['model']}"), path
 
 
 def test_blocks_are_read_command_by_command() -> None:
     page = (
-        "text\n```bash\none \\\n  --json benchmarks/results/a.json\n\nset -e\ntwo > benchmarks/results/b/c.json\n```\n"
+        "text\n```bash\none \\\n  --json $RESULTS/a.json\n\nset -e\ntwo > $RESULTS/b/c.json\n```\n"
     )
     page += "```bash\nnogemm env\n```\n"
     first, second = record.recordings(page)
-    assert first.shell == "one \\\n  --json benchmarks/results/a.json"
-    assert second.files == (Path("benchmarks/results/b/c.json"),)
+    assert first.shell == "one \\\n  --json $RESULTS/a.json"
+    assert second.files == (record.RESULTS / "b/c.json",)
     assert second.named("c")
     assert not second.named("b")
 
@@ -34,10 +42,10 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project of two recordings, of which one fails; one file is there already."""
     page = tmp_path / "README.md"
     page.write_text(
-        '```bash\necho \'{"date": "2026-01-02"}\' > benchmarks/results/good.json\n\n'
-        "false > benchmarks/results/bad.json\ntouch too-far\n```\n"
+        '```bash\necho \'{"date": "2026-01-02"}\' > $RESULTS/good.json\n\n'
+        "false > $RESULTS/bad.json\ntouch too-far\n```\n"
     )
-    results = tmp_path / "benchmarks" / "results"
+    results = tmp_path / record.RESULTS
     results.mkdir(parents=True)
     (results / "good.json").write_text('{"date": "2026-01-01"}')
     monkeypatch.setattr(record, "ROOT", tmp_path)
@@ -48,7 +56,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_failure_is_told_and_does_not_stop_the_rest(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert record.main([]) == 1
     assert "failed: bad.json" in capsys.readouterr().out
-    assert "2026-01-02" in (small / "benchmarks/results/good.json").read_text()
+    assert "2026-01-02" in (small / record.RESULTS / "good.json").read_text()
     assert not (small / "too-far").exists(), "went on within a block"
 
 

@@ -10,8 +10,16 @@ import typer
 from nogemm.cli.common import Json, finish
 
 
-def env(json: Json = None) -> None:
+def env(
+    processor: Annotated[bool, typer.Option("--processor", help="Only the processor's name, as folders bear it.")] = False,
+    json: Json = None,
+) -> None:
     """Say what runs here: instruction set, threads, versions, caches."""
+    if processor:
+        from nogemm.hardware.cpu import processor as name
+
+        print(name())
+        return
     from nogemm.hardware.environment import env as environment
 
     result = environment()

@@ -289,9 +289,9 @@ def quality_rows(
 
 
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of the long study, if its results lie here."""
+    """Return the rows of the long study, if its results lie here, below the processor that they were recorded on."""
     rows = []
-    for file in sorted(folder.glob("*.json")):
+    for file in sorted(folder.glob("*/*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(data, dict) and data.get("kind") == "study":
             rows += data["rows"]

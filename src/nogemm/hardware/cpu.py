@@ -86,6 +86,17 @@ def machine_line() -> str:
     return ", ".join(parts)
 
 
+def processor() -> str:
+    """Name this machine's processor for a folder of results: maker, family and model as the processor itself says them.
+
+    Returns:
+        Such as "amd-23-49" or "intel-6-207"; the architecture ("aarch64") where there is no family to read.
+    """
+    facts = machine()
+    maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(_cpuinfo().get("vendor_id", ""), facts["architecture"])
+    return "-".join(str(part) for part in (maker, facts["family"], facts["model"]) if part is not None)
+
+
 def versions() -> dict[str, str | None]:
     """Return the installed version of each package that a figure may depend on; None where it is absent."""
     found: dict[str, str | None] = {"python": platform.python_version()}
