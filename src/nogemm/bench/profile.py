@@ -67,7 +67,7 @@ def run_profile(
 
     Returns:
         `nogemm.bench.result.origin` and {"phases", "rooflines", "counting", "rows", "points", "counts", "energy",
-        "projection" (None unless asked for)}; see docs/profile.md. A row has "contender", "phase", "batch",
+        "projection" (None unless asked for)}; see docs/guides/profile.md. A row has "contender", "phase", "batch",
         "us_median" and the rates of `nogemm.bench.counts.rates`; what is not known is None, and "why_not" says why.
     Raises:
         ConfigError, ValueError: as `run_layer_bench`, an unknown source, or counts of another layer.

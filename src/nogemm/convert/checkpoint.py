@@ -5,7 +5,7 @@ A converted model is an ordinary transformers checkpoint with three additions. `
 and how sites of classes that nogemm does not list were taken out.
 The weight files hold the same id, and empty tensors (sentinels) under the names of the dense weights that are gone.
 And `config.json` asks for attention and expert implementations that do not exist: transformers alone stops at them
-with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. docs/checkpoints.md
+with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. docs/guides/checkpoints.md
 has the whole contract. Importing transformers costs seconds, so everything that needs it lives in `quantizer.py`, which
 the import hook below loads as soon as transformers' own quantizers are imported.
 """

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 INK, SOFT, PALE = "#1b2430", "#5b6675", "#d8dee6"
 COLOURS = {
     "BH1": "#f2a07b",
