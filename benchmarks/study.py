@@ -8,8 +8,8 @@
 
 A row is one model: choose its learning rates (short runs, validation split), train it on the full budget, score it once
 on the test split and on WordNet's glosses. Every step leaves a file, so the command may be stopped and called again at
-any time. Rows go to `benchmarks/results/PROCESSOR/study/` (`nogemm env --processor`), the table to
-`benchmarks/results/PROCESSOR/study-minilm.json`. The models are in `study_models.py`, their training in `study_training.py`.
+any time. Rows go to `benchmarks/results/PROCESSOR/study/` (`nogemm env --processor`), the table to `study-minilm.json`
+beside it. The models are in `study_models.py`, their training in `study_training.py`.
 """
 
 from __future__ import annotations

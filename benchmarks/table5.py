@@ -4,9 +4,9 @@
     python benchmarks/table5.py --parts d512,d768  # these alone
     python benchmarks/table5.py --summary          # only the summary, from the parts recorded so far
 
-A part is one interleaved run with a file of its own, `benchmarks/results/PROCESSOR/table5/PART.json`, so the command may be
-stopped and called again. Leave the machine alone meanwhile: a part begins with its load average in the file. The whole
-takes about an hour on two cores.
+A part is one interleaved run with a file of its own, `benchmarks/results/PROCESSOR/table5/PART.json`, so the command
+may be stopped and called again. Leave the machine alone meanwhile: a part begins with its load average in the file. The
+whole takes about an hour on two cores.
 """
 
 from __future__ import annotations

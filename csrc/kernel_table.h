@@ -14,13 +14,13 @@
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
 #include "kernels/neuron_shape.h"
-#include "kernels/hire_format.h"
-#include "lookup_pack.h"
+#include "packed/neurons/format.h"
+#include "packed/lookup/pack.h"
 
 namespace nogemm {
 
-struct LookupHeader;  // kernels/lookup_format.h
-struct TreeHeader;    // kernels/tree_format.h
+struct LookupHeader;  // packed/lookup/format.h
+struct TreeHeader;    // packed/tree/format.h
 
 enum Dtype : int { kF32 = 0, kBF16 = 1, kF16 = 2, kI8 = 3, kDtypes = 4 };
 
@@ -106,7 +106,7 @@ struct TreeKernels {
   // z and nodes [N, K, L] of tokens [begin, end); bias and threshold [K, M] or null.
   void (*descend[kDtypes])(const TreeShape& shape, const void* x, const void* rows, const void* bias,
                            const void* threshold, void* z, int32_t* nodes, int64_t begin, int64_t end);
-  // The packed TreeFFN (tree_pack.h).
+  // The packed TreeFFN (packed/tree/pack.h).
   int64_t (*workspace)(const TreeHeader* header, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
                   void* workspace, const NogemmHost* host);
@@ -123,7 +123,7 @@ struct RooflineKernels {
   double (*load)(const float* data, int64_t count, int64_t repeats);
 };
 
-// The packed LookupFFN (lookup_pack.h): a whole layer in one call.
+// The packed LookupFFN (packed/lookup/pack.h): a whole layer in one call.
 struct LookupKernels {
   int64_t (*workspace)(const LookupHeader* header, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
@@ -133,13 +133,13 @@ struct LookupKernels {
                const NogemmHost* host);
 };
 
-// Sketch, select, and rows named by lists: the packed HireFFN (hire_run.h) and the ops of its training form.
+// Sketch, select, and rows named by lists: the packed HireFFN (packed/neurons/run.h) and the ops of its training form.
 struct HireKernels {
   // codes (int8, zeros behind width) and scale of a token; sum of the codes. A token that is not finite gives zeros.
   float (*token)(const float* x, int64_t width, int64_t padded, int8_t* codes, int32_t* sum);
   // Scores of the rows of sketch groups [begin, end).
   void (*scores)(const SketchRows& rows, int64_t begin, int64_t end, const SketchToken* tokens, int64_t count);
-  // In place: scores to what is ranked (HireKey).
+  // In place: scores to what is ranked (kKeySigned or an activation).
   void (*keys)(int64_t key, float* scores, int64_t count);
   // The `count` largest keys as increasing indices; ties to the lowest, NaN above all. Destroys keys.
   int64_t (*select)(float* keys, int64_t n, int64_t count, int32_t* chosen);

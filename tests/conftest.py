@@ -57,5 +57,5 @@ def _same_state_for_every_test() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _same_paths_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let packed layers choose their path by fixed speeds."""
-    for module in ("all_neurons", "hashed_packed"):
+    for module in ("neurons.all", "hashed.packed"):
         monkeypatch.setattr(f"nogemm.layers.{module}.speeds", lambda: SPEEDS)

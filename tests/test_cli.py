@@ -16,10 +16,11 @@ import nogemm
 from nogemm import cli, ops
 from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
+from nogemm.hardware import machine
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
-    "env": "--json",
+    "env": "--processor --json",
     "convert": "--method --set --layers --data --tables --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
@@ -101,6 +102,12 @@ def test_help_of_convert_names_every_kind_of_layer(capsys):
     assert all(kind in said for kind in layer_kinds())
 
 
+def test_env_names_the_folder_of_its_results(capsys):
+    assert run("env", "--processor") == 0
+    facts = machine()
+    assert capsys.readouterr().out.strip().endswith(f"-{facts['family']}-{facts['model']}")
+
+
 def test_env_says_what_runs(tmp_path, capsys):
     assert run("env", "--json", tmp_path / "env.json") == 0
     out = capsys.readouterr().out
@@ -124,7 +131,7 @@ def test_convert_says_where_dense_was_faster(tiny, tmp_path, capsys, monkeypatch
     assert {row["contender"] for row in kind["rows"]} == {"nogemm-fp32", "torch-fp32", "torch-bf16", "torch-int8"}
     assert all(row["verified"] for row in kind["rows"])
     shape = kind["replaced"]
-    assert f"lookup, fp32, for {shape['d_model']}, {shape['hidden']}: {kind['verdict']}" in capsys.readouterr().out
+    assert f"lookup, fp32, for {shape['d_in']}, {shape['hidden']}: {kind['verdict']}" in capsys.readouterr().out
 
 
 def test_convert_distil_eval_report(tiny, tmp_path, capsys):

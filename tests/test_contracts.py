@@ -18,7 +18,8 @@ SOURCE = ROOT / "src" / "nogemm"
 
 # Each part may import itself, the leaves, and the parts before it in this order; one line is one rank.
 ORDER = [
-    {"errors"},
+    {"errors", "version"},
+    {"activations", "shape"},
     {"config", "cost", "files"},
     {"ops"},
     {"hardware"},
@@ -83,6 +84,83 @@ def test_the_check_of_imports_can_fail(tmp_path):
     assert imports(file) == {"train", "ops", "cli"}
     assert upward("layers", imports(file)) == {"train", "cli"}
     assert upward("demo", imports(file)) == {"cli"}
+
+
+def module_of(path: Path) -> str:
+    """Return a file's dotted name."""
+    parts = ("nogemm", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def run_imports(tree: ast.Module, known: set[str]) -> list[tuple[set[str], int, bool]]:
+    """List (modules of nogemm or others' roots, line, inside a function) of every import that runs, types left out."""
+    found: list[tuple[set[str], int, bool]] = []
+
+    def walk(node: ast.AST, inside: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+                continue
+            if isinstance(child, ast.Import):
+                found.append(({alias.name for alias in child.names}, child.lineno, inside))
+            elif isinstance(child, ast.ImportFrom) and child.module:
+                whole = {f"{child.module}.{alias.name}" for alias in child.names}
+                found.append((whole & known or {child.module}, child.lineno, inside))
+            walk(child, inside or isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)))
+
+    walk(tree, False)
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the groups of modules that reach each other."""
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            for name in graph.get(todo.pop(), set()) - seen:
+                seen.add(name)
+                todo.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    return sorted({tuple(sorted(b for b in reach[a] if a in reach.get(b, set()))) for a in graph if a in reach[a]})
+
+
+# Entry points set their process up, or say what is wrong, before seconds of imports.
+LATE = ("nogemm.cli", "nogemm.demo.__main__", "nogemm.demo.child")
+
+
+@pytest.fixture(scope="module")
+def all_imports() -> dict[str, list[tuple[set[str], int, bool]]]:
+    files = {module_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
+    return {name: run_imports(ast.parse(path.read_text(encoding="utf-8")), set(files)) for name, path in files.items()}
+
+
+def test_no_import_circle(all_imports):
+    graph = {name: {t for targets, _, _ in found for t in targets if t in all_imports and t != name}
+             for name, found in all_imports.items()}  # fmt: skip
+    assert circles(graph) == []
+
+
+def test_own_modules_are_imported_at_the_top(all_imports):
+    """Inside functions stand only packages that may be absent, and modules of ours that need one of them."""
+    tops = {name: {t for targets, _, inside in found if not inside for t in targets}
+            for name, found in all_imports.items()}  # fmt: skip
+    needing = {name for name, targets in tops.items() if any(t.split(".")[0] == "transformers" for t in targets)}
+    late = [
+        (name, line)
+        for name, found in all_imports.items()
+        for targets, line, inside in found
+        if inside and not name.startswith(LATE) and (targets & all_imports.keys()) - needing
+    ]
+    assert late == []
+
+
+def test_the_checks_of_circles_can_fail():
+    code = "from a.b import c\nif TYPE_CHECKING:\n    import d\ndef f():\n    import e"
+    assert run_imports(ast.parse(code), {"a.b.c"}) == [({"a.b.c"}, 1, False), ({"e"}, 5, True)]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [("b", "c")]
 
 
 def test_kernels_know_no_torch():

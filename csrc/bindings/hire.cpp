@@ -7,7 +7,8 @@
 #include <limits>
 
 #include "bindings/packed.h"
-#include "hire_run.h"
+#include "packed/host/activations.h"
+#include "packed/neurons/run.h"
 
 namespace nogemm {
 namespace {
@@ -156,7 +157,7 @@ void check_selection(const Tensor& x, const Tensor& codes, const Tensor& scale, 
   check(!bias.defined() || (bias.dtype() == aoti_torch_dtype_float32() && bias.numel() == s.hidden), kSketch,
         "bias must be float32 [F]");
   check(!always.defined() || always.dtype() == aoti_torch_dtype_int32(), kSketch, "always must be int32");
-  check(s.key >= 0 && s.key <= kKeyQuickGelu && s.group >= 1 && s.count >= 0 && s.count <= s.groups, kSketch,
+  check(s.key >= kKeySigned && s.key < NOGEMM_ACTIVATIONS && s.group >= 1 && s.count >= 0 && s.count <= s.groups, kSketch,
         "key, group or count out of range: ", s.key, ", ", s.group, ", ", s.count);
   for (int64_t i = 0; i < s.always_count; ++i)
     check(s.always[i] >= 0 && s.always[i] < s.groups, kSketch, "always names group ", s.always[i], " of ",

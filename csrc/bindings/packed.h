@@ -2,7 +2,7 @@
 // interface.
 #pragma once
 #include "bindings/tensor.h"
-#include "lookup_pack.h"
+#include "packed/lookup/pack.h"
 
 namespace nogemm {
 

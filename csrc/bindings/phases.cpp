@@ -1,6 +1,6 @@
 // C entry point of `nogemm profile`, for ctypes: one phase of a packed layer on torch's threads, timed here,
 // so that neither Python nor the dispatcher is in the figure.
-#include "phases.h"
+#include "packed/host/phases.h"
 
 #include <chrono>
 

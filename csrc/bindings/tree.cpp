@@ -1,6 +1,6 @@
 // nogemm::packed_tree(Tensor x, Tensor packed, int d_out) -> Tensor
 #include "bindings/packed.h"
-#include "tree_pack.h"
+#include "packed/tree/pack.h"
 
 namespace nogemm {
 namespace {

@@ -13,7 +13,7 @@
 #include "dev/naive_lookup.h"
 #include "dev/pool.h"
 #include "dispatch.h"
-#include "phases.h"
+#include "packed/host/phases.h"
 #include "tests/lookup_reference.h"
 
 using namespace lookup_reference;

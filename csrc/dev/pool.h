@@ -6,7 +6,7 @@
 #include <thread>
 #include <vector>
 
-#include "lookup_pack.h"
+#include "packed/lookup/pack.h"
 
 // A helper thread per worker beyond the first; spins for a while before it sleeps, as OpenMP's do.
 namespace dev {

@@ -27,7 +27,7 @@ struct Options {
   int64_t threads = 2, copies = 12, only_batch = 0, only_mode = -1, rounds = 15, pool = 340000;
   bool repeat = false;
   const char* json = nullptr;
-  Shape shape{768, 768, 1, 12, 0, NOGEMM_TREE_GELU, true, false};
+  Shape shape{768, 768, 1, 12, 0, NOGEMM_GELU, true, false};
 };
 
 constexpr int kSeed = 1;  // of the weights; tokens have the next one

@@ -1,6 +1,7 @@
 // Activations of transformer feed-forward layers, a vector at a time.
 #pragma once
-#include "hire_format.h"
+#include "packed/host/activations.h"
+#include "packed/neurons/format.h"
 #include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
@@ -10,46 +11,41 @@ NOGEMM_INLINE F sigmoid(F v) {
   return blend(lt(v, zero()), e * inverse, inverse);
 }
 
-// Phi(s): Abramowitz and Stegun 7.1.26, absolute error below 1e-7.
-NOGEMM_INLINE F normal_cdf(F s) {
-  const F z = abs(s) * set1(0.70710678118654752f);
-  const F t = set1(1.0f) / fma(z, set1(0.3275911f), set1(1.0f));
-  F p = set1(1.061405429f);
-  p = fma(p, t, set1(-1.453152027f));
-  p = fma(p, t, set1(1.421413741f));
-  p = fma(p, t, set1(-0.284496736f));
-  p = fma(p, t, set1(0.254829592f));
-  const F tail = p * t * exp_neg(zero() - z * z) * set1(0.5f);
-  return blend(lt(s, zero()), tail, set1(1.0f) - tail);
+// GELU is the exact one, z Phi(z). Phi(-|z|) = exp(-z^2 / 2) p(t) / 2 with t = 1 / (1 + c |z| / sqrt 2) and the
+// polynomial of Hastings (Abramowitz and Stegun 7.1.26): below 8e-8 off, and exact in the limit on either side.
+NOGEMM_INLINE F gelu(F z) {
+  const F size = abs(z);
+  const F t = set1(1.0f) / fma(size, set1(0.3275911f * 0.70710678f), set1(1.0f));
+  F p = set1(0.5f * 1.061405429f);
+  p = fma(p, t, set1(0.5f * -1.453152027f));
+  p = fma(p, t, set1(0.5f * 1.421413741f));
+  p = fma(p, t, set1(0.5f * -0.284496736f));
+  p = fma(p, t, set1(0.5f * 0.254829592f));
+  const F tail = p * t * exp_neg(size * size * set1(-0.5f)) * z;
+  return blend(gt(z, zero()), z - tail, tail);
 }
 
 NOGEMM_INLINE F activate(int64_t act, F s) {
   switch (act) {
-    case kRelu:
+    case NOGEMM_RELU:
       return max(zero(), s);
-    case kRelu2: {
+    case NOGEMM_RELU2: {
       const F r = max(zero(), s);
       return r * r;
     }
-    case kGelu:
-      return s * normal_cdf(s);
-    case kGeluTanh: {
+    case NOGEMM_GELU:
+      return gelu(s);
+    case NOGEMM_GELU_TANH: {
       const F cubic = fma(s * s * s, set1(0.044715f), s);
       return s * sigmoid(cubic * set1(1.5957691216057308f));
     }
-    case kSilu:
+    case NOGEMM_SILU:
       return s * sigmoid(s);
     default:
       return s * sigmoid(s * set1(1.702f));
   }
 }
 
-NOGEMM_INLINE F selection_key(int64_t key, F s) {
-  if (key == kKeySigned) return s;
-  if (key == kKeyRelu) return max(zero(), s);
-  return abs(activate(key, s));
-}
-static_assert(int{kKeyGelu} == int{kGelu} && int{kKeyQuickGelu} == int{kQuickGelu},
-              "keys and activations share codes");
+NOGEMM_INLINE F selection_key(int64_t key, F s) { return key == kKeySigned ? s : abs(activate(key, s)); }
 
 }  // namespace nogemm::NOGEMM_NS

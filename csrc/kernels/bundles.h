@@ -5,7 +5,7 @@
 // alone, a sum runs in list order.
 #pragma once
 #include "activation.h"
-#include "hire_format.h"
+#include "packed/neurons/format.h"
 #include "sketch.h"
 
 namespace nogemm::NOGEMM_NS {

@@ -9,7 +9,7 @@
 #include "lookup_gather.h"
 #include "lookup_hash_rows.h"
 #include "lookup_hash_tile.h"
-#include "../lookup_pack.h"
+#include "packed/lookup/pack.h"
 
 namespace nogemm::NOGEMM_NS {
 

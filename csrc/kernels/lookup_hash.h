@@ -5,6 +5,7 @@
 #pragma once
 #include "lookup_project.h"
 #include "lookup_scores.h"
+#include "packed/host/round_up.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -35,7 +36,6 @@ struct HashScratch {
 
 inline constexpr int kRowTokens = 4;
 
-NOGEMM_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Words per token, padded so that the transposition never needs a tail.
 NOGEMM_INLINE int64_t input_words(const LookupHeader& h) {

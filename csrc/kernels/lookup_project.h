@@ -8,7 +8,7 @@
 // Word: float for fp32 weights, int32_t (a pair of 16-bit inputs) for fixed point; a block has `steps` words of input.
 #pragma once
 #include "hadamard_steps.h"
-#include "lookup_format.h"
+#include "packed/lookup/format.h"
 #include "lookup_vec.h"
 
 namespace nogemm::NOGEMM_NS {

@@ -8,7 +8,7 @@
 #pragma once
 #include "activation.h"
 #include "byte_words.h"
-#include "hire_format.h"
+#include "packed/neurons/format.h"
 #include "lookup_vec.h"
 
 namespace nogemm::NOGEMM_NS {

@@ -12,10 +12,10 @@
 // of the sums. A token's arithmetic is the same whatever the cut and the group, so its result depends neither
 // on the threads nor on the batch.
 #pragma once
-#include "../tree_pack.h"
-#include "tree_activation.h"
+#include "packed/tree/pack.h"
+#include "activation.h"
 #include "tree_descend.h"
-#include "tree_format.h"
+#include "packed/tree/format.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -138,7 +138,7 @@ NOGEMM_INLINE void fire(const TreeCall& c, const TokenPlan& plan) {
   for (int64_t p = visits; p < pad_lanes(visits); ++p) plan.z[p] = 0.0f;
   const F poison = set1(plan.z[0] * 0.0f);
   for (int64_t p = 0; p < visits; p += kLanes)
-    store(plan.z + p, tree_activation(load(plan.z + p), h.activation) + poison);
+    store(plan.z + p, activate(h.activation, load(plan.z + p)) + poison);
   if (h.mode == NOGEMM_TREE_INT8) {
     for (int64_t p = 0; p < visits; ++p) plan.z[p] *= head_of(plan.record[p]).scale;
   }

@@ -19,16 +19,16 @@
 #include <string>
 #include <vector>
 
-#include "hire_host.h"
-#include "lookup_pack.h"
-#include "tree_pack.h"
+#include "packed/neurons/host.h"
+#include "packed/lookup/pack.h"
+#include "packed/tree/pack.h"
 #include "weights.h"
 
 extern "C" const char* nogemm_isa_error();  // dispatch.h, which knows the kernels
 
 namespace {
 
-// What a kind of packed layer answers to; see lookup_pack.h. A buffer is tried with each until one knows its header.
+// What a kind of packed layer answers to; see packed/lookup/pack.h. A buffer is tried with each until one knows its header.
 struct Kind {
   const char* (*check)(const void* packed, int64_t bytes, int64_t* d, int64_t* d_out);
   int64_t (*workspace)(const void* packed, int64_t tokens, int64_t threads);

@@ -16,7 +16,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "phases.h"
+#include "packed/host/phases.h"
 
 namespace {
 

@@ -159,18 +159,18 @@ void selections(std::mt19937& rng) {
 
 void keys() {
   std::vector<float> s = {-3.0f, -0.5f, 0.0f, 0.25f, 4.0f};
-  for (const int64_t key : {nogemm::kKeySigned, nogemm::kKeyRelu, nogemm::kKeyGelu, nogemm::kKeyGeluTanh,
-                            nogemm::kKeySilu, nogemm::kKeyQuickGelu}) {
+  for (int64_t key = nogemm::kKeySigned; key < NOGEMM_ACTIVATIONS; ++key) {
     std::vector<float> got = s;
     kernel().keys(key, got.data(), 5);
     for (size_t i = 0; i < s.size(); ++i) {
-      const double v = s[i], gate = key == nogemm::kKeyQuickGelu ? 1.702 : 1.0;
+      const double v = s[i], gate = key == NOGEMM_QUICK_GELU ? 1.702 : 1.0;
       const double tanh = v * 0.5 * (1 + std::tanh(0.7978845608 * (v + 0.044715 * v * v * v)));
-      const double want = key == nogemm::kKeySigned     ? v
-                          : key == nogemm::kKeyRelu     ? std::max(v, 0.0)
-                          : key == nogemm::kKeyGelu     ? std::fabs(v * 0.5 * std::erfc(-v / std::sqrt(2.0)))
-                          : key == nogemm::kKeyGeluTanh ? std::fabs(tanh)
-                                                        : std::fabs(v / (1 + std::exp(-gate * v)));
+      const double want = key == nogemm::kKeySigned ? v
+                          : key == NOGEMM_RELU      ? std::max(v, 0.0)
+                          : key == NOGEMM_RELU2     ? std::max(v, 0.0) * std::max(v, 0.0)
+                          : key == NOGEMM_GELU      ? std::fabs(v * 0.5 * std::erfc(-v / std::sqrt(2.0)))
+                          : key == NOGEMM_GELU_TANH ? std::fabs(tanh)
+                                                    : std::fabs(v / (1 + std::exp(-gate * v)));
       expect(std::fabs(got[i] - want) < 2e-6, text("key ", int(key), " of value ", int(i)));
     }
   }
@@ -268,7 +268,7 @@ void hidden_weights(std::mt19937& rng) {
   const std::vector<int32_t> index = draw_list(rng, count, 30);
   for (const bool up_relu : {false, true}) {
     Buffer got(nogemm::kF32, count);
-    kernel().weights(nogemm::kSilu, up_relu, gate.data(), up.data(), scale.data(), index.data(), count,
+    kernel().weights(NOGEMM_SILU, up_relu, gate.data(), up.data(), scale.data(), index.data(), count,
                      got.as<float>());
     std::vector<Expected> want(at(count));
     for (size_t j = 0; j < want.size(); ++j) {

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "lookup_pack.h"
+#include "packed/lookup/pack.h"
 #include "tests/hadamard_reference.h"
 
 namespace lookup_reference {

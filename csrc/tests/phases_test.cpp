@@ -1,6 +1,6 @@
 // Phases of packed layers: whole calls are the layers' own, first phases write no output, wrong requests are
 // refused.
-#include "phases.h"
+#include "packed/host/phases.h"
 
 #include "check.h"
 #include "lookup_reference.h"
@@ -64,7 +64,7 @@ void phases_tests() {
     const lookup_reference::Buffer rows = lookup_reference::pack(lookup.spec(mode), &error);
     const Packed a{NOGEMM_KIND_LOOKUP, rows.as<void>(), rows.bytes, 40, 72};
     const tree_reference::Model tree =
-        tree_reference::make_model({40, 72, 2, 4, 1, NOGEMM_TREE_GELU, true, true}, 3);
+        tree_reference::make_model({40, 72, 2, 4, 1, NOGEMM_GELU, true, true}, 3);
     const tree_reference::Buffer nodes = tree_reference::pack(tree.spec(mode), &error);
     const Packed b{NOGEMM_KIND_TREE, nodes.as<void>(), nodes.bytes(), 40, 72};
     for (int64_t tokens : {1, 5, 40, 1100})

@@ -10,7 +10,7 @@
 
 #include "check.h"
 #include "dispatch.h"
-#include "hire_run.h"
+#include "packed/neurons/run.h"
 #include "lookup_reference.h"
 #include "tree_reference.h"
 
@@ -67,7 +67,7 @@ void trees() {
   for (int64_t mode = 0; mode < 3; ++mode) {
     const char* error = nullptr;
     const tree_reference::Model m =
-        tree_reference::make_model({40, 72, 3, 4, 2, NOGEMM_TREE_GELU, true, true}, 3);
+        tree_reference::make_model({40, 72, 3, 4, 2, NOGEMM_GELU, true, true}, 3);
     const tree_reference::Buffer packed = tree_reference::pack(m.spec(mode), &error);
     compare(check::text("tree, mode ", mode), 40, 72,
             [&](const float* x, float* y, int64_t tokens, const NogemmHost& host) {
@@ -91,7 +91,7 @@ struct Hire {
     const int64_t codes = kPadded * kWidth, kinds = gated ? 3 : 2;
     h.magic = nogemm::kHireMagic, h.version = nogemm::kHireVersion;
     h.mode = nogemm::kHireF32, h.d = h.d_out = h.width = kWidth, h.hidden = kHidden, h.gated = gated;
-    h.act = nogemm::kRelu, h.key = nogemm::kKeyRelu, h.select = nogemm::kTopK;
+    h.act = NOGEMM_RELU, h.key = NOGEMM_RELU, h.select = nogemm::kTopK;
     h.steps = kWidth / 4, h.group = 1, h.groups = kHidden;
     h.kept = sketched ? 20 : kHidden, h.candidates = sketched ? 30 : kHidden;
     h.bundle_bytes = kinds * kWidth * 4, h.up_at = gated ? kWidth * 4 : 0,

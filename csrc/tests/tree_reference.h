@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "tree_pack.h"
+#include "packed/tree/pack.h"
 
 namespace tree_reference {
 
@@ -127,8 +127,11 @@ inline double round_bf16(double v) {
 }
 
 inline double activate(double z, int64_t kind) {
-  if (kind == NOGEMM_TREE_RELU) return z > 0 ? z : 0;
-  if (kind == NOGEMM_TREE_SILU) return z / (1 + std::exp(-z));
+  if (kind == NOGEMM_RELU) return z > 0 ? z : 0;
+  if (kind == NOGEMM_RELU2) return z > 0 ? z * z : 0;
+  if (kind == NOGEMM_SILU) return z / (1 + std::exp(-z));
+  if (kind == NOGEMM_QUICK_GELU) return z / (1 + std::exp(-1.702 * z));
+  if (kind == NOGEMM_GELU_TANH) return 0.5 * z * (1 + std::tanh(0.7978845608028654 * (z + 0.044715 * z * z * z)));
   return 0.5 * z * std::erfc(-z / std::sqrt(2.0));
 }
 

@@ -9,9 +9,11 @@ using namespace tree_reference;
 namespace {
 
 const Shape kShapes[] = {
-    {1, 1, 1, 1, 0, NOGEMM_TREE_GELU, false, false},  {64, 64, 1, 7, 0, NOGEMM_TREE_GELU, true, false},
-    {37, 19, 3, 4, 2, NOGEMM_TREE_SILU, true, true},  {130, 33, 2, 3, 5, NOGEMM_TREE_RELU, false, true},
-    {16, 200, 9, 2, 1, NOGEMM_TREE_GELU, true, true}, {768, 768, 40, 4, 0, NOGEMM_TREE_GELU, true, false}};
+    {1, 1, 1, 1, 0, NOGEMM_GELU, false, false},  {64, 64, 1, 7, 0, NOGEMM_GELU, true, false},
+    {37, 19, 3, 4, 2, NOGEMM_SILU, true, true},  {130, 33, 2, 3, 5, NOGEMM_RELU, false, true},
+    {24, 17, 2, 3, 1, NOGEMM_RELU2, true, true}, {24, 17, 2, 3, 1, NOGEMM_GELU_TANH, true, false},
+    {24, 17, 2, 3, 1, NOGEMM_QUICK_GELU, true, true},
+    {16, 200, 9, 2, 1, NOGEMM_GELU, true, true}, {768, 768, 40, 4, 0, NOGEMM_GELU, true, false}};
 
 std::string name_of(const Shape& s, int64_t mode) {
   return check::text("tree d ", s.d, " ", s.d_out, " K ", s.trees, " L ", s.levels, " core ", s.core,

@@ -1,4 +1,4 @@
-"""Draw dense.svg, the picture of a narrow dense layer: `python docs/draw_dense.py`."""
+"""Draw dense.svg, the picture of a narrow dense layer: `python docs/figures/draw_dense.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw hire.svg, the picture of the HireFFN layer: `python docs/draw_hire.py`."""
+"""Draw hire.svg, the picture of the HireFFN layer: `python docs/figures/draw_hire.py`."""
 
 from __future__ import annotations
 

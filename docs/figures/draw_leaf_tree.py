@@ -1,4 +1,4 @@
-"""Draw leaf_tree.svg, the picture of the LeafTreeFFN layer: `python docs/draw_leaf_tree.py`."""
+"""Draw leaf_tree.svg, the picture of the LeafTreeFFN layer: `python docs/figures/draw_leaf_tree.py`."""
 
 from __future__ import annotations
 

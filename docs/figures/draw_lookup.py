@@ -1,4 +1,4 @@
-"""Draw lookup.svg, the picture of the LookupFFN layer: `python docs/draw_lookup.py`."""
+"""Draw lookup.svg, the picture of the LookupFFN layer: `python docs/figures/draw_lookup.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw lsh.svg from a recorded run: `python docs/draw_lsh.py`."""
+"""Draw lsh.svg from a recorded run: `python docs/figures/draw_lsh.py`."""
 
 from __future__ import annotations
 

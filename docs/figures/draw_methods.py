@@ -1,4 +1,4 @@
-"""Draw methods.png: what each method makes of one function on the sphere: `python docs/draw_methods.py`.
+"""Draw methods.png: what each method makes of one function on the sphere: `python docs/figures/draw_methods.py`.
 
 The function is a dense FFN of 16 neurons from R^3 to R, as in figure 2 of the LookupFFN paper. Every panel is a real
 layer: fitted from the dense one where it can be, trained on points of the sphere, and evaluated as it is served.

@@ -1,4 +1,4 @@
-"""Draw projections.svg from a recorded run: `python docs/draw_projections.py`."""
+"""Draw projections.svg from a recorded run: `python docs/figures/draw_projections.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw shuffle.svg, the picture of the channel-shuffle layer: `python docs/draw_shuffle.py`."""
+"""Draw shuffle.svg, the picture of the channel-shuffle layer: `python docs/figures/draw_shuffle.py`."""
 
 from __future__ import annotations
 

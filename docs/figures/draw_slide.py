@@ -1,4 +1,4 @@
-"""Draw slide.svg, the picture of the SLIDE and MONGOOSE layers: `python docs/draw_slide.py`."""
+"""Draw slide.svg, the picture of the SLIDE and MONGOOSE layers: `python docs/figures/draw_slide.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw switch.svg, the picture of the Switch layer: `python docs/draw_switch.py`."""
+"""Draw switch.svg, the picture of the Switch layer: `python docs/figures/draw_switch.py`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draw tree.svg, the picture of the TreeFFN layer: `python docs/draw_tree.py`."""
+"""Draw tree.svg, the picture of the TreeFFN layer: `python docs/figures/draw_tree.py`."""
 
 from __future__ import annotations
 

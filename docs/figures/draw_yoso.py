@@ -1,4 +1,4 @@
-"""Draw yoso.svg, the picture of the YOSO layer: `python docs/draw_yoso.py`."""
+"""Draw yoso.svg, the picture of the YOSO layer: `python docs/figures/draw_yoso.py`."""
 
 from __future__ import annotations
 

@@ -52,6 +52,7 @@ from nogemm.projections import (
     ShuffleProjectionConfig,
 )
 from nogemm.train import DataError, DistilOptions, DistilReport, TrainingError, TrainingInterrupted, distil
+from nogemm.version import __version__ as __version__
 
 __all__ = [
     "AcdcConfig",
@@ -103,7 +104,6 @@ __all__ = [
     "sites",
     "unpack",
 ]
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

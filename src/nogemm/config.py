@@ -11,10 +11,11 @@ import dataclasses
 import json
 import typing
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from nogemm.errors import ConfigError
+from nogemm.shape import FFNShape
 
 if TYPE_CHECKING:
     from nogemm.layers._base import FFN
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 
 ConfigT = TypeVar("ConfigT", bound="Config")
 LayerT = TypeVar("LayerT", bound="FFN")
+FFNT = TypeVar("FFNT", bound="FFN")
 _REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}}
+_LAYERS: dict[type[Config], type[FFN]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,21 +42,6 @@ class Config(ABC):
             value = getattr(self, field.name)
             out[field.name] = value.to_dict() if isinstance(value, Config) else value
         return out
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Replaced:
-    """The dense FFN whose place a layer takes: widths of its input and output (None: the same), neurons, activation."""
-
-    d_model: int
-    d_out: int | None
-    hidden: int | None
-    activation: str
-    gated: bool
-
-    def neurons(self, own: int | None = None) -> int:
-        """Return a layer's number of neurons: its own, or the dense FFN's, or the usual four times the width."""
-        return own or self.hidden or 4 * self.d_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,11 +63,12 @@ class LayerConfig(Config, Generic[LayerT]):
 
         `hidden`, `activation` and `gated` describe the dense FFN that is replaced; layers without neurons ignore them.
         """
-        return self.make(Replaced(d_model=d_model, d_out=d_out, hidden=hidden, activation=activation, gated=gated))
+        width = d_model if d_out is None else d_out
+        return self.make(FFNShape(d_in=d_model, d_out=width, hidden=hidden, activation=activation, gated=gated))
 
-    @abstractmethod
-    def make(self, dense: Replaced) -> LayerT:
-        """Make the layer that takes the place of `dense`; called by `build`."""
+    def make(self, shape: FFNShape) -> LayerT:
+        """Make the layer that takes the place of a dense FFN of this shape."""
+        return typing.cast("LayerT", _LAYERS[type(self)](self, shape))
 
 
 # Metadata of a field `projection: ProjectionConfig | None = None`: `--set projection.block=64` means this kind.
@@ -104,6 +93,16 @@ def register(cls: type[ConfigT]) -> type[ConfigT]:
         raise ConfigError(f"{cls.family} kind {cls.kind!r} is already taken by {known[cls.kind].__qualname__}")
     known[cls.kind] = cls
     return cls
+
+
+def layer_of(config: type[LayerConfig]) -> Callable[[type[FFNT]], type[FFNT]]:
+    """Name a layer's class as what a config builds (class decorator): `FFN` is then made from (config, shape)."""
+
+    def note(cls: type[FFNT]) -> type[FFNT]:
+        _LAYERS[config] = cls
+        return cls
+
+    return note
 
 
 def layer_config(data: dict[str, Any]) -> LayerConfig:

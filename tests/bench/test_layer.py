@@ -12,12 +12,12 @@ import torch
 from nogemm.bench import layer as bench
 from nogemm.bench.check import token_errors
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
-from nogemm.bench.layer_job import COPIES, DenseContender, dense_work, our_layer, row_bytes, runs_native
+from nogemm.bench.layer_job import COPIES, DenseContender, dense_work, our_layer, runs_native
 from nogemm.bench.pool import write_pool
 from nogemm.bench.report import render
 from nogemm.bench.report_data import Results, _layer_row
 from nogemm.bench.report_svg import number
-from nogemm.bench.rounding import our_bound, rounded
+from nogemm.bench.rounding import our_bound
 from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
 from nogemm.layers import LookupFFN
@@ -240,8 +240,8 @@ def test_dense_work_by_hand() -> None:
 def test_row_bytes_count_every_read() -> None:
     layer = our_layer({"method": "lookup", "set": TINY["set"], "d": 32, "hidden": 128, "activation": "gelu", "seed": 0})
     assert isinstance(layer, LookupFFN)
-    assert row_bytes(layer, 10) == 10 * 16 * 32 * 4
-    assert row_bytes(rounded(layer, "int8"), 10) == 10 * 16 * 32
+    assert layer.row_bytes(10) == 10 * 16 * 32 * 4
+    assert layer.rounded("int8").row_bytes(10) == 10 * 16 * 32
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8"])
@@ -250,7 +250,7 @@ def test_rounded_bound_refuses_zeros(dtype: str) -> None:
     x = torch.randn(200, 32)
     with torch.no_grad():
         reference = layer(x)
-        bound = our_bound(dtype, token_errors(rounded(layer, dtype)(x), reference))
+        bound = our_bound(dtype, token_errors(layer.rounded(dtype)(x), reference))
     assert token_errors(torch.zeros_like(reference), reference).square().mean().sqrt() > bound.rms
 
 

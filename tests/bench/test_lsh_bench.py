@@ -13,8 +13,8 @@ from nogemm.bench.lsh_cases import Case, gaussian_case
 from nogemm.bench.lsh_search import bucket_sizes, chance_of_collision, found_by_hashes, found_by_ranking
 from nogemm.bench.tables import lsh_table
 from nogemm.errors import ConfigError
-from nogemm.layers.dense import DenseFFN
-from nogemm.layers.hashed_neurons import hash_extended
+from nogemm.layers.dense.layer import DenseFFN
+from nogemm.layers.hashed.layer import hash_extended
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from nogemm.bench.layer_job import DenseStack, our_layer
 from nogemm.bench.methods import MethodsBenchArgs, measured_active, presets, run_methods_bench
 from nogemm.bench.pool import write_pool
 from nogemm.bench.report import write_report
-from nogemm.bench.rounding import DYNAMIC_INT8, our_bound, rounded
+from nogemm.bench.rounding import DYNAMIC_INT8, our_bound
 from nogemm.bench.tables import methods_table
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
@@ -181,7 +181,7 @@ def test_every_layer_passes_its_check_in_low_precision(kind: str, dtype: str) ->
     settings = {"method": kind, "set": words, "d": 64, "hidden": 128, "activation": "gelu", "seed": 0}
     layer, x = our_layer(settings), torch.randn(200, 64)
     exact = copy.deepcopy(layer).double()(x.double())
-    errors = token_errors(rounded(layer, dtype)(x), exact)
+    errors = token_errors(layer.rounded(dtype)(x), exact)
     bound = our_bound(dtype, errors, isinstance(layer, DYNAMIC_INT8))
     y = layer.pack(dtype)(x)
     assert compare(y, exact, bound)["verified"]

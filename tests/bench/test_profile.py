@@ -33,7 +33,7 @@ from nogemm.bench.profile_tables import energy_table, profile_table
 from nogemm.bench.report_profile import profile_charts
 from nogemm.errors import ConfigError, NativeError
 from nogemm.hardware.roofline import Roofline
-from nogemm.layers.lookup_packed import PackedLookup
+from nogemm.layers.lookup.packed import PackedLookup
 
 TINY: dict[str, Any] = {
     "d": 32,

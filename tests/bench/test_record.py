@@ -26,9 +26,7 @@ def test_every_recorded_file_lies_under_its_processor() -> None:
 
 
 def test_blocks_are_read_command_by_command() -> None:
-    page = (
-        "text\n```bash\none \\\n  --json $RESULTS/a.json\n\nset -e\ntwo > $RESULTS/b/c.json\n```\n"
-    )
+    page = "text\n```bash\none \\\n  --json $RESULTS/a.json\n\nset -e\ntwo > $RESULTS/b/c.json\n```\n"
     page += "```bash\nnogemm env\n```\n"
     first, second = record.recordings(page)
     assert first.shell == "one \\\n  --json $RESULTS/a.json"

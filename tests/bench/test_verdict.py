@@ -10,9 +10,9 @@ from torch import nn
 import nogemm
 from nogemm.bench.layer import LayerBenchArgs
 from nogemm.bench.verdict import BATCHES, compare_sites, dense_faster, verdict
-from nogemm.config import Replaced
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.cost import Cost
+from nogemm.shape import FFNShape
 
 
 def row(contender: str, batch: int, ratio: float | None) -> dict[str, Any]:
@@ -37,13 +37,13 @@ def test_only_timed_dense_contenders_count() -> None:
     assert verdict(ROWS[:3]) == "no dense contender was faster at 1 tokens"
 
 
-def report_of(*shapes: tuple[int, int | None, int, str]) -> ConversionReport:
+def report_of(*shapes: tuple[int, int, int, str]) -> ConversionReport:
     cost = Cost(1.0, 1.0, 1)
     sites = [
         SiteReport(
             f"layer.{i}",
             nogemm.NoConfig(),
-            Replaced(d_model=d, d_out=d_out, hidden=hidden, activation=activation, gated=False),
+            FFNShape(d_in=d, d_out=d_out, hidden=hidden, activation=activation, gated=False),
             cost,
             cost,
             "random",
@@ -60,7 +60,7 @@ def test_every_kind_of_site_is_timed_once() -> None:
         seen.append(args)
         return {"rows": ROWS}
 
-    report = report_of((64, 64, 256, "gelu"), (64, 64, 256, "gelu"), (64, None, 128, "odd"), (64, 32, 128, "gelu"))
+    report = report_of((64, 64, 256, "gelu"), (64, 64, 256, "gelu"), (64, 64, 128, "odd"), (64, 32, 128, "gelu"))
     kinds = compare_sites(report, "lookup", ["tables=8"], "int8", run=run)
     assert [kind["sites"] for kind in kinds] == [2, 1, 1]
     assert [(args.d, args.hidden, args.activation) for args in seen] == [(64, 256, "gelu"), (64, 128, "gelu")]
@@ -73,7 +73,7 @@ def test_every_kind_of_site_is_timed_once() -> None:
 def test_a_conversion_says_what_it_replaced(tiny: nn.Module) -> None:
     report = nogemm.convert(tiny, nogemm.NoConfig())
     replaced = report.sites[0].replaced
-    assert (replaced.d_model, replaced.hidden, replaced.gated) == (32, 48, False)
+    assert (replaced.d_in, replaced.hidden, replaced.gated) == (32, 48, False)
     assert report.to_dict()["sites"][0]["replaced"]["hidden"] == 48
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModel
 import nogemm
 from nogemm.bench.check import Bound, compare
 from nogemm.bench.models import load_encoder, load_tokenizer, sample_texts
-from nogemm.bench.rounding import DYNAMIC_INT8, check_packed, rounded
+from nogemm.bench.rounding import DYNAMIC_INT8, check_packed
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.convert.sites import record_sites
 from nogemm.layers import FFN, PACK_DTYPES, NoFFN, PackedFFN
@@ -111,7 +111,7 @@ def check_site(layer: FFN, twin: PackedFFN, x_ND: Tensor) -> None:
     def check(actual_ND: Tensor) -> dict[str, Any]:
         if twin.dtype == "int8" and isinstance(layer, DYNAMIC_INT8):
             return compare(actual_ND, answer(copy.deepcopy(layer).double(), torch.float64), OUTLIERS)
-        return check_packed(layer, rounded(layer, twin.dtype), actual_ND, twin.dtype, answer)
+        return check_packed(layer, layer.rounded(twin.dtype), actual_ND, twin.dtype, answer)
 
     with torch.no_grad():
         y_ND = twin(x_ND)

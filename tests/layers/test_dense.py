@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import nogemm
 from nogemm.layers import ACTIVATIONS, DenseFFN
-from nogemm.layers.dense import forward_selection
+from nogemm.layers.dense.fit import forward_selection
 from nogemm.testing.compare_model import answer_to, check_same_model
 
 

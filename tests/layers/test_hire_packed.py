@@ -8,7 +8,7 @@ from hire_cases import CASES, HireCase, build_case
 
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import HireConfig, HireFFN
-from nogemm.layers.hire_packed import PackedHire
+from nogemm.layers.hire.packed import PackedHire
 from nogemm.ops.packed_hire import packed_hire, packed_hire_chosen
 from nogemm.testing.compare import Mismatch, check_equal
 
@@ -122,7 +122,7 @@ def test_a_fixed_path_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def measured() -> None:
         raise AssertionError("a speed was asked for")
 
-    monkeypatch.setattr("nogemm.layers.all_neurons.speeds", measured)
+    monkeypatch.setattr("nogemm.layers.neurons.all.speeds", measured)
     layer = HireConfig(keep=0.5).build(64, hidden=256).eval()
     for path in ("rows", "dense"):
         layer.pack("fp32", path)
@@ -223,7 +223,7 @@ def test_what_packed_layers_refuse() -> None:
 
 
 def test_without_the_extension_the_reference_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nogemm.layers import hire_packed
+    from nogemm.layers.hire import packed as hire_packed
 
     monkeypatch.setattr(hire_packed, "native_available", lambda: False)
     for dtype in DTYPES:

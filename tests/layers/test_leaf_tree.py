@@ -9,9 +9,9 @@ import torch
 
 import nogemm
 from nogemm.errors import ConfigError, DtypeError, ShapeError
-from nogemm.layers import DenseConfig, DenseFFN, LeafTreeConfig, LeafTreeFFN
-from nogemm.layers.leaf_tree import hardening_loss, leaf_balance_loss, leaf_probabilities
-from nogemm.layers.leaf_tree_packed import PackedLeafTree
+from nogemm.layers import DenseConfig, LeafTreeConfig, LeafTreeFFN
+from nogemm.layers.leaf_tree.layer import hardening_loss, leaf_balance_loss, leaf_probabilities
+from nogemm.layers.leaf_tree.packed import PackedLeafTree
 from nogemm.testing.compare import check_equal
 from nogemm.testing.compare_model import answer_to, check_same_model
 
@@ -220,7 +220,7 @@ def test_fitting_beats_one_leaf_and_handles_a_gated_layer() -> None:
 
 
 def test_fitting_one_token_and_none() -> None:
-    dense = DenseFFN(DenseConfig(), 4, hidden=8)
+    dense = DenseConfig(hidden=8).build(4)
     layer = LeafTreeConfig(depth=2, leaf_width=2).build(4)
     assert layer.fit_activations(dense, torch.randn(0, 4)) == "random"
     assert layer.fit_activations(dense, torch.randn(1, 4)) == "closed-form"

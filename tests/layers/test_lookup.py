@@ -8,7 +8,7 @@ import torch
 import nogemm
 from nogemm.errors import ConfigError, DtypeError, ShapeError
 from nogemm.layers import DenseFFN, LookupFFN
-from nogemm.layers.lookup_fit import fit_tables
+from nogemm.layers.lookup.fit import fit_tables
 from nogemm.testing.cases import LOOKUP_CASES, LookupCase
 from nogemm.testing.compare_model import check_same_tensors
 
@@ -225,7 +225,7 @@ def test_compress_and_back(storage: str, error: float) -> None:
 
 def test_optimiser_groups_cover_every_parameter_once() -> None:
     layer = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(block=8)).build(8)
-    grouped = [*layer.table_parameters(), *layer.projection_parameters(), *layer.other_parameters()]
+    grouped = [p for group in layer.optimiser_groups().values() for p in group]
     assert sorted(map(id, grouped)) == sorted(map(id, layer.parameters()))
 
 

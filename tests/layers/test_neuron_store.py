@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nogemm.layers import DenseConfig, DenseFFN
-from nogemm.layers.neuron_store import NeuronStore
+from nogemm.layers.neurons.store import NeuronStore
 from nogemm.testing.compare import check_equal
 
 # Error of a token as a share of its norm: float32 sums; 16-bit fixed-point tokens beside int8 rows.
@@ -14,7 +14,7 @@ CLOSE = {"fp32": 2e-6, "bf16": 2e-6, "int8": 3e-4}
 def build(gated: bool, activation: str = "gelu") -> list[DenseFFN]:
     config = DenseConfig(hidden=37, activation=activation)
     layers = [
-        DenseFFN(config, 19, 23, hidden=37, activation=activation, gated=gated).eval().requires_grad_(False)
+        config.build(19, 23, hidden=37, activation=activation, gated=gated).eval().requires_grad_(False)
         for _ in range(2)
     ]
     for layer in layers:
@@ -34,7 +34,7 @@ def test_all_ways_agree(
     isa: str, gated: bool, activation: str, dtype: str, native: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not native:
-        monkeypatch.setattr("nogemm.layers.neuron_store.native_available", lambda: False)
+        monkeypatch.setattr("nogemm.layers.neurons.store.native_available", lambda: False)
     layers = build(gated, activation)
     store = NeuronStore(layers, dtype)
     assert store.native == native

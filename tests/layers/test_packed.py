@@ -8,7 +8,7 @@ import torch
 from nogemm import ops
 from nogemm.errors import ConfigError, PackedError, ShapeError
 from nogemm.layers import LookupConfig, LookupFFN
-from nogemm.layers.lookup_packed import PackedLookup
+from nogemm.layers.lookup.packed import PackedLookup
 from nogemm.ops.packed_lookup import packed_lookup
 from nogemm.projections import BHConfig
 from nogemm.testing.cases import BATCHES, LOOKUP_CASES, LookupCase
@@ -172,7 +172,7 @@ def test_portable_form_agrees_with_the_native_one(monkeypatch: pytest.MonkeyPatc
     layer = build(LOOKUP_CASES[2])
     x = torch.randn(50, layer.d_model)
     native = layer.pack("fp32")
-    monkeypatch.setattr("nogemm.layers.lookup_packed.native_available", lambda: False)
+    monkeypatch.setattr("nogemm.layers.lookup.packed.native_available", lambda: False)
     portable = layer.pack("fp32")
     assert isinstance(native, PackedLookup)
     assert isinstance(portable, PackedLookup)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import nogemm
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, SwitchFFN
-from nogemm.layers.switch_routing import choose_experts
+from nogemm.layers.switch.routing import choose_experts
 
 CASES = [
     (nogemm.SwitchConfig(experts=4), 16, 16, 24, False),

@@ -8,7 +8,7 @@ import torch
 import nogemm
 from nogemm.errors import ConfigError, DtypeError, ShapeError
 from nogemm.layers import DenseFFN, TreeFFN
-from nogemm.layers.tree_routing import balance_loss
+from nogemm.layers.tree.routing import balance_loss
 from nogemm.testing.cases import TREE_CASES, TreeCase
 from nogemm.testing.compare_model import answer_to, check_same_model
 
@@ -225,7 +225,7 @@ def test_fit_explains_most_of_a_dense_layer(core: int) -> None:
 
 
 def test_fit_does_not_claim_to_explain_noise() -> None:
-    from nogemm.layers.tree_fit import fit_tree
+    from nogemm.layers.tree.fit import fit_tree
 
     dense = DenseFFN.from_weights(torch.randn(500, 8) * 50, None, torch.randn(8, 500) / 6, None)
     layer = nogemm.TreeConfig(depth=3).build(8)
@@ -278,7 +278,7 @@ def test_bad_input_is_named() -> None:
     for wrong, words in (
         ({"trees": 0}, "trees must be an integer at least 1"),
         ({"depth": 21}, "depth must be an integer from 0 to 20"),
-        ({"activation": "relu2"}, "activation must be one of gelu, relu, silu"),
+        ({"activation": "tanh"}, "activation must be one of gelu, gelu_new"),
         ({"balance": "bias"}, 'needs branch="bias"'),
         ({"temperature": 0.0}, "temperature must be a positive number"),
         ({"trees": 2000, "depth": 20}, "too many nodes"),

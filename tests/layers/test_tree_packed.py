@@ -6,7 +6,7 @@ import torch
 from nogemm import ops
 from nogemm.errors import PackedError, ShapeError
 from nogemm.layers import TreeConfig, TreeFFN
-from nogemm.layers.tree_packed import PackedTree, round_tree
+from nogemm.layers.tree.packed import PackedTree
 from nogemm.ops.packed_tree import packed_tree
 from nogemm.testing.cases import BATCHES, TREE_CASES, TreeCase
 from nogemm.testing.compare import Mismatch, check_equal
@@ -30,7 +30,7 @@ def build(case: TreeCase) -> TreeFFN:
 @by_name
 def test_matches_float64_of_the_rounded_weights(isa: str, case: TreeCase, dtype: str) -> None:
     layer = build(case)
-    packed, twin = layer.pack(dtype), round_tree(layer, dtype)
+    packed, twin = layer.pack(dtype), layer.rounded(dtype)
     for tokens in BATCHES:
         x = torch.randn(tokens, case.d_model)
         other_way = check_tree(f"{case.name} {dtype}", twin, packed(x), x)
@@ -147,14 +147,14 @@ def test_many_trees_are_shared_among_threads(isa: str) -> None:
     torch.set_num_threads(2)
     shared = packed(x)
     check_equal("one token in a batch of many", packed(x.expand(40, 384))[:1], shared)
-    torch.testing.assert_close(shared, round_tree(layer, "bf16")(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(shared, layer.rounded("bf16")(x), rtol=1e-4, atol=1e-4)
 
 
 def test_without_the_extension_the_answer_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in TREE_CASES:
         layer, x = build(case), torch.randn(20, case.d_model)
         native = [layer.pack(dtype)(x) for dtype in DTYPES]
-        monkeypatch.setattr("nogemm.layers.tree_packed.native_available", lambda: False)
+        monkeypatch.setattr("nogemm.layers.tree.packed.native_available", lambda: False)
         for dtype, y in zip(DTYPES, native, strict=True):
             packed = layer.pack(dtype)
             assert isinstance(packed, PackedTree)

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import nogemm
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, YosoFFN
-from nogemm.layers.yoso_fit import collision_shares
-from nogemm.layers.yoso_packed import PackedYoso
+from nogemm.layers.yoso.fit import collision_shares
+from nogemm.layers.yoso.packed import PackedYoso
 from nogemm.projections import DiagonalChain
 from nogemm.testing.compare import check_equal
 from nogemm.testing.compare_model import answer_to, check_answers, check_same_model
@@ -69,7 +69,7 @@ def test_tables_are_built_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(*CASES[0])
     x = torch.randn(9, 32)
     whole = layer(x)
-    monkeypatch.setattr("nogemm.layers.yoso.TABLE_NUMBERS", 3 * 32 * 24)
+    monkeypatch.setattr("nogemm.layers.yoso.layer.TABLE_NUMBERS", 3 * 32 * 24)
     torch.testing.assert_close(layer(x), whole)
 
 
@@ -185,7 +185,7 @@ def test_packed(
     native: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("nogemm.layers.yoso_packed.native_available", lambda: native)
+    monkeypatch.setattr("nogemm.layers.yoso.packed.native_available", lambda: native)
     layer = build(config, d_model, d_out, hidden).requires_grad_(False)
     packed = layer.pack(dtype)
     assert isinstance(packed, PackedYoso)

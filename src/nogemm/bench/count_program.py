@@ -17,7 +17,7 @@ from nogemm.errors import NativeError
 from nogemm.export.extension import cache_directory, host_parts
 
 _SOURCE, _KERNELS = "count_calls.cpp", "libnogemm_kernels.a"
-_HEADERS = ("phases.h", "lookup_pack.h")
+_HEADERS = ("packed/host/phases.h", "packed/host/host.h")
 _FLAGS = ("-std=c++17", "-O2")
 
 

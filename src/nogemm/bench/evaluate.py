@@ -20,8 +20,10 @@ from nogemm.bench.partial import Keep
 from nogemm.bench.quality import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
 from nogemm.bench.result import origin
 from nogemm.convert.loading import load_encoder, load_model, load_tokenizer
+from nogemm.convert.pack import pack
 from nogemm.convert.pooling import pooling_of
 from nogemm.errors import ConfigError
+from nogemm.train.sources import load_labels, load_split, texts
 
 if TYPE_CHECKING:
     from nogemm.train.sources import Labelled
@@ -126,8 +128,6 @@ def evaluate(
 
 
 def _search(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
-    from nogemm.train.sources import load_split
-
     if args.teacher is None:
         raise ConfigError("--task search compares with the dense teacher: give --teacher DIRECTORY")
     split = load_split(args.data, args.split)
@@ -145,8 +145,6 @@ def _search(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
 
 
 def _mlm(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
-    from nogemm.train.sources import texts
-
     sample = list(texts(args.data, split=args.split))[: args.limit or None]
     found: dict[str, Any] = {"samples": len(sample)}
     sums: dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]] = {}
@@ -169,8 +167,6 @@ def _mlm(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
 
 
 def _classify(args: EvalArgs, note: Note, keep: Keep) -> dict[str, Any]:
-    from nogemm.train.sources import load_labels
-
     rows = load_labels(args.data, args.split)[: args.limit or None]
     found: dict[str, Any] = {"samples": len(rows)}
     right: dict[str, NDArray[np.bool_]] = {}
@@ -232,8 +228,6 @@ def _load(args: EvalArgs, path: str, head: str) -> nn.Module:
 def _packed(model: nn.Module, dtype: str | None) -> nn.Module:
     if dtype is None:
         return model
-    from nogemm.convert.pack import pack
-
     return pack(model, dtype)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.activations import ACTIVATIONS
 from nogemm.bench.check import DENSE_BOUNDS, compare, some_rows
 from nogemm.bench.layer_job import DenseStack, LayerContender
 from nogemm.bench.rounding import TREE_BOUND
 from nogemm.layers import TreeConfig, TreeFFN
-from nogemm.layers.dense import ACTIVATIONS
 
 GATHER, BMM = "fff-torch-gather", "dense-torch-bmm"
 

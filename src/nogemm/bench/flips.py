@@ -154,7 +154,7 @@ def marked_tables(layer: LookupFFN, first: int, last: int) -> LookupFFN:
     """
     config = layer.config
     plain = replace(config, neighbours=1, bias=False, storage="fp32")
-    probe = LookupFFN(plain, layer.d_model, (last - first) * config.bits)
+    probe = plain.build(layer.d_model, (last - first) * config.bits)
     probe.projection.load_state_dict(layer.projection.state_dict())
     if probe.norm is not None and layer.norm is not None:
         probe.norm.load_state_dict(layer.norm.state_dict())

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nogemm.bench.models import load_encoder, site_inputs
 from nogemm.bench.partial import Keep, recording
 from nogemm.bench.result import origin
+from nogemm.convert import converted
 from nogemm.errors import ConfigError
 from nogemm.layers import HireFFN
 
@@ -34,15 +36,13 @@ def recall_rows(
     """Measure one layer's weights with each sketch at each oversampling.
 
     Returns:
-        rows with "sketch", "oversample", "keep", and the fields of `nogemm.layers.hire_report.HireReport`.
+        rows with "sketch", "oversample", "keep", and the fields of `nogemm.layers.HireReport`.
     """
     rows = []
     for sketch in sketches:
         for factor in oversample:
             config = replace(layer.config, sketch=sketch, oversample=factor)
-            twin = HireFFN(
-                config, layer.d_model, layer.d_out, hidden=layer.hidden, activation=layer.activation, gated=layer.gated
-            )
+            twin = HireFFN(config, layer.shape)
             twin.load_state_dict(layer.state_dict(), strict=False)  # a low-rank sketch stays behind
             report = twin.eval().measure(x_ND)
             rows.append({"sketch": sketch, "oversample": factor, "keep": config.keep, **vars(report)})
@@ -57,9 +57,6 @@ def measure_checkpoint(path: str, tokens: int = _TOKENS, *, keep: Keep | None = 
     Raises:
         ConfigError: the model has no HireFFN.
     """
-    from nogemm.bench.models import load_encoder, site_inputs
-    from nogemm.convert import converted
-
     head = origin({"checkpoint": Path(path).name, "tokens": tokens})
     rows: list[dict[str, Any]] = []
     for site, layer in enumerate(converted(load_encoder(path)).values()):

@@ -13,6 +13,7 @@ from typing import Any
 
 from nogemm.bench import peers
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.models import site_inputs
 from nogemm.bench.partial import Keep
 from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.result import origin, our_names
@@ -154,8 +155,6 @@ def token_source(args: LayerBenchArgs) -> Any:
     """Return activations that a trained layer really sees, or None for random tokens."""
     if args.checkpoint is None:
         return None
-    from nogemm.bench.models import site_inputs
-
     return site_inputs(Path(args.checkpoint), args.site, seed=args.seed)
 
 

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.activations import ACTIVATIONS
 from nogemm.bench import peers
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows
 from nogemm.bench.flips import flip_rate
+from nogemm.bench.models import load_encoder
 from nogemm.bench.pool import TokenPool
-from nogemm.bench.rounding import check_packed, rounded
+from nogemm.bench.rounding import check_packed
 from nogemm.config import layer_class, parse_set
+from nogemm.convert import converted
 from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN, YosoFFN
-from nogemm.layers.dense import ACTIVATIONS, PackedDense, PackedNo
-from nogemm.layers.hashed_neurons import HashedNeurons
-from nogemm.layers.shuffle import PackedShuffle
+from nogemm.layers.dense.packed import PackedDense
+from nogemm.layers.hashed.layer import HashedNeurons
+from nogemm.layers.no.packed import PackedNo
+from nogemm.layers.shuffle.packed import PackedShuffle
 from nogemm.ops import native_available
 
 # As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
@@ -152,7 +156,7 @@ class OurContender(LayerContender):
         if len(self.packed) != self.copies:
             self.packed = []  # freed first: the copies are the memory
             self.packed = [self._pack() for _ in range(self.copies)]
-        twin = rounded(self.layer, dtype)
+        twin = self.layer.rounded(dtype)
         cost = twin.cost(self.batch)
         weight_bytes = sum(p.numel() * p.element_size() for p in (*twin.parameters(), *twin.buffers()))
         # A tree's twin holds its rounded weights in float32.
@@ -161,7 +165,7 @@ class OurContender(LayerContender):
             "layers": self.copies,
             "flops": cost.flops,
             "bytes_read": cost.bytes_read * share,
-            "row_bytes": row_bytes(twin, self.batch) * share,
+            "row_bytes": twin.row_bytes(self.batch) * share,
             "weight_bytes": weight_bytes * self.copies * share,
             "computes_in": self._computes_in(),
             "token_bytes": 4 * self.settings["d"],
@@ -244,9 +248,6 @@ def our_layer(settings: dict[str, Any]) -> FFN:
         if isinstance(layer, HireFFN):
             layer.fit_sketch()
         return layer.eval().requires_grad_(False)
-    from nogemm.bench.models import load_encoder
-    from nogemm.convert import converted
-
     layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
     return layers[settings["site"]].eval().requires_grad_(False)
 
@@ -255,16 +256,6 @@ def dense_work(width: int, hidden: int, tokens: int, precision: str, gated: bool
     """Return FLOP and weight bytes of a dense layer with biases, 2 FLOP a multiply-add."""
     weights = (3 if gated else 2) * width * hidden
     return 2.0 * weights * tokens, float(weights * _ITEMSIZE[precision] + 4 * (width + hidden))
-
-
-def row_bytes(layer: FFN, tokens: int) -> float:
-    """Return the bytes of all rows that the tokens read, repeats counted: what passes through the first cache."""
-    if isinstance(layer, LookupFFN):
-        each = layer.d_out * layer.tables.element_size()
-        return float(tokens) * layer.config.tables * layer.config.neighbours * each
-    if isinstance(layer, TreeFFN):
-        return float(tokens) * 4 * layer.config.trees * layer.levels * (layer.d_model + layer.d_out)
-    return 0.0
 
 
 def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:

@@ -31,7 +31,7 @@ from nogemm.bench.partial import Keep
 from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.layers import HireConfig, MongooseConfig, SlideConfig
-from nogemm.layers.mongoose import MongooseFFN
+from nogemm.layers.mongoose.layer import MongooseFFN
 
 Note = Callable[[str], None]
 

@@ -15,7 +15,7 @@ from nogemm.bench.models import load_encoder, load_tokenizer
 from nogemm.convert.activations import collect_inputs
 from nogemm.convert.sites import sites
 from nogemm.errors import ConfigError
-from nogemm.layers.dense import DenseFFN
+from nogemm.layers.dense.layer import DenseFFN
 from nogemm.train.sources import load_split
 
 _TOKENS_PER_TEXT = 40  # about half of what the sample's documents have, so that enough texts are read

@@ -23,7 +23,7 @@ from nogemm.bench.result import DTYPES, origin
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
-from nogemm.layers.hashed_neurons import HashedNeurons
+from nogemm.layers.hashed.layer import HashedNeurons
 
 REFERENCE = "torch-fp32"
 ACTIVE_TOKENS = 1024  # that computed neurons are counted on; rounded up to whole chunks

@@ -16,9 +16,19 @@ from torch import Tensor, nn
 
 from nogemm.bench import peers
 from nogemm.bench.models import is_random, keep_layers, sample_texts, timed_encoder, timed_tokenizer
+from nogemm.bench.peers.eager import EagerRunner
+from nogemm.bench.peers.inductor import compile_frozen
+from nogemm.bench.peers.openvino_engine import compiled
+from nogemm.config import layer_class, parse_set
+from nogemm.convert.convert import convert
 from nogemm.convert.loading import load_encoder
+from nogemm.convert.pack import pack
 from nogemm.convert.pooling import MEAN, Pooling, pooled, pooling_of
+from nogemm.export import export, openvino_host
+from nogemm.export.extension import LIBRARY
+from nogemm.export.folder import MODEL
 from nogemm.hardware.memory import peak_memory_bytes
+from nogemm.layers import NoConfig
 
 # Least cosine between a text's pooled embedding and the reference's. fp32 of a converted model: a bit near zero may
 # fall on either side, and reads another row for that token.
@@ -118,9 +128,6 @@ class DenseModelContender(_ModelContender):
         peer = settings.get("peer")
         model = load_encoder(peer) if peer else timed_encoder(settings["dense"], settings["seed"])
         if settings.get("removed"):
-            from nogemm.convert.convert import convert
-            from nogemm.layers import NoConfig
-
             convert(model, NoConfig())
         if settings.get("layers"):
             keep_layers(model, settings["layers"])
@@ -144,16 +151,11 @@ class OurModelContender(_ModelContender):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        from nogemm.convert.pack import pack
-
         model = our_model(settings)
         self.reference = Encoder(model).eval().requires_grad_(False)
         self.packed = Encoder(pack(copy.deepcopy(model), settings["dtype"]))
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        from nogemm.bench.peers.eager import EagerRunner
-        from nogemm.bench.peers.inductor import compile_frozen
-
         self._open(case)
         if self.settings["compiled"]:
             self.runner = compile_frozen(self.packed, self._inputs(*self.case))
@@ -183,8 +185,6 @@ class ExportedModelContender(_ModelContender):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        from nogemm.export import export
-
         model = our_model(settings)
         self.reference = Encoder(model).eval().requires_grad_(False)
         self.rest = settings["rest"]
@@ -199,11 +199,6 @@ class ExportedModelContender(_ModelContender):
         )
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        from nogemm.bench.peers.openvino_engine import compiled
-        from nogemm.export import openvino_host
-        from nogemm.export.extension import LIBRARY
-        from nogemm.export.folder import MODEL
-
         self._open(case)
         folder = Path(self.folder.name) / "model"
         graph = openvino_host.load(folder / MODEL, folder / LIBRARY)
@@ -218,9 +213,6 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
     """Load the converted model, or convert the dense one with random weights, which run as fast."""
     if settings["model"] is not None:
         return load_encoder(settings["model"])
-    from nogemm.config import layer_class, parse_set
-    from nogemm.convert.convert import convert
-
     torch.manual_seed(settings["seed"])
     model = timed_encoder(settings["dense"], settings["seed"])
     convert(model, parse_set(layer_class(settings["method"]), settings["set"]))

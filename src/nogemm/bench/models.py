@@ -11,9 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.bench.embed import batches
 from nogemm.convert.directory import PACKAGED, model_directory
 from nogemm.convert.loading import load_encoder, load_tokenizer
+from nogemm.convert.sites import converted, record_sites
 from nogemm.errors import ConfigError
+from nogemm.train.sources import load_split
 
 __all__ = [
     "PACKAGED",
@@ -90,8 +93,6 @@ def keep_layers(model: nn.Module, count: int) -> tuple[int, ...]:
 
 def sample_texts(limit: int) -> list[str]:
     """Return the first texts of the packaged sample's test split, documents only."""
-    from nogemm.train.sources import load_split
-
     return load_split("sample", "test").documents[:limit]
 
 
@@ -101,9 +102,6 @@ def site_inputs(path: str | Path, site: int, *, tokens: int = 32_768, seed: int 
     Raises:
         ConfigError: the model has no such layer.
     """
-    from nogemm.bench.embed import batches
-    from nogemm.convert.sites import converted, record_sites
-
     model, tokenizer = load_encoder(path), load_tokenizer(path)
     names = list(converted(model))
     if not 0 <= site < len(names):

@@ -1,6 +1,6 @@
 """The worker's side of `nogemm profile`: our layer whole and by phases, with hardware counters where there are some.
 
-The module's call is timed as everywhere. A phase is one native call (csrc/phases.h) with a clock of its own around it,
+The module's call is timed as everywhere. A phase is one native call (csrc/packed/host/phases.h) with a clock of its own around it,
 so neither Python nor the dispatcher is in it: the whole kernel, or the kernel stopped after its first phase. Nothing
 in the kernels reads a clock. Layers of several operators are taken apart by torch's profiler instead.
 
@@ -28,9 +28,9 @@ from nogemm.bench.measure import summary
 from nogemm.bench.worker import Contender
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
-from nogemm.layers.hire_packed import PackedHire
-from nogemm.layers.lookup_packed import PackedLookup
-from nogemm.layers.tree_packed import PackedTree
+from nogemm.layers.hire.packed import PackedHire
+from nogemm.layers.lookup.packed import PackedLookup
+from nogemm.layers.tree.packed import PackedTree
 from nogemm.ops._library import native
 from nogemm.ops.packed_hire import packed_hire_chosen
 
@@ -46,7 +46,7 @@ class Kind:
     """Say how a layer of one native call is profiled.
 
     Attributes:
-        number: of csrc/phases.h.
+        number: of csrc/packed/host/phases.h.
         phases: names of its two phases; None for a single one.
         stops: the native call can be stopped after the first, and so be simulated.
     """

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, token_errors
-from nogemm.layers import FFN, DenseFFN, HireFFN, LeafTreeFFN, LookupFFN, ShuffleFFN, SwitchFFN, TreeFFN
-from nogemm.layers.hashed_neurons import HashedNeurons
-from nogemm.layers.tree_packed import round_tree
+from nogemm.layers import FFN, DenseFFN, LeafTreeFFN, ShuffleFFN, SwitchFFN, TreeFFN
+from nogemm.layers.hashed.layer import HashedNeurons
 from nogemm.ops._packing import quantise_rows
 
 DYNAMIC_INT8 = (DenseFFN, ShuffleFFN)
@@ -44,25 +43,6 @@ def check_packed(
     reference = answer(copy.deepcopy(layer).double(), torch.float64)
     rounded_errors = token_errors(answer(twin, torch.float32), reference)
     return compare(y_ND, reference, our_bound(dtype, rounded_errors, isinstance(layer, DYNAMIC_INT8)))
-
-
-def rounded(layer: FFN, dtype: str) -> FFN:
-    """Return the unpacked layer with weights rounded as `pack(dtype)` rounds them; its error is what is allowed."""
-    if isinstance(layer, TreeFFN):
-        return round_tree(layer, dtype)
-    if isinstance(layer, HireFFN):
-        return layer.rounded(dtype)
-    twin = copy.deepcopy(layer)
-    if dtype == "fp32":
-        return twin
-    if not isinstance(twin, LookupFFN):
-        return twin.to(torch.bfloat16)
-    if twin.config.storage == "fp32":
-        twin.compress(dtype)
-    scale = twin.row_scale
-    twin.to(torch.bfloat16)
-    twin.row_scale = scale  # scales stay float32 when packed
-    return twin
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from nogemm.bench.layer_job import DenseStack, our_layer
 from nogemm.bench.masked_topk import MaskedTopK
 from nogemm.bench.masked_tree import MaskedTree
 from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.models import site_inputs
 from nogemm.bench.partial import Keep, recording
 from nogemm.bench.pool import TokenPool, write_pool
 from nogemm.bench.result import origin
@@ -151,8 +152,6 @@ def _specs(args: TrainStepArgs, folder: str) -> list[Spec]:
 
 def _source(args: TrainStepArgs, codes: str) -> Tensor | None:
     if codes == "trained":
-        from nogemm.bench.models import site_inputs
-
         assert args.checkpoint is not None
         return site_inputs(args.checkpoint, args.site, seed=args.seed)
     return None if codes == "uniform" else skewed_tokens(8 * args.tokens, args.d, args.seed)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from nogemm.activations import ACTIVATIONS
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
 from nogemm.convert.report import ConversionReport
-from nogemm.layers.dense import ACTIVATIONS
 
 AGAINST = ("torch-fp32", "torch-bf16", "torch-int8")
 BATCHES = (1, 16, 64, 512, 4096)
@@ -65,13 +65,13 @@ def compare_sites(
         kinds.setdefault(tuple(replaced.values()), {"replaced": replaced, "sites": 0})["sites"] += 1
     for kind in kinds.values():
         shape = kind["replaced"]
-        if shape["d_out"] not in (None, shape["d_model"]):
+        if shape["d_out"] != shape["d_in"]:
             kind |= {"rows": [], "dense_faster": [], "verdict": "not timed: its output is not as wide as its input"}
             continue
         args = LayerBenchArgs(
             method=method,
             set=tuple(choices),
-            d=shape["d_model"],
+            d=shape["d_in"],
             hidden=shape["hidden"],
             activation=shape["activation"] if shape["activation"] in ACTIVATIONS else "gelu",
             gated=shape["gated"],

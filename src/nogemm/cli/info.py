@@ -11,7 +11,9 @@ from nogemm.cli.common import Json, finish
 
 
 def env(
-    processor: Annotated[bool, typer.Option("--processor", help="Only the processor's name, as folders bear it.")] = False,
+    processor: Annotated[
+        bool, typer.Option("--processor", help="Only the processor's name, as folders bear it.")
+    ] = False,
     json: Json = None,
 ) -> None:
     """Say what runs here: instruction set, threads, versions, caches."""

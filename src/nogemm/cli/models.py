@@ -82,7 +82,7 @@ def convert(
     def show(result: dict[str, Any]) -> None:
         for kind in result.get("speed", []):
             shape = kind["replaced"]
-            print(f"{method}, {speed}, for {shape['d_model']}, {shape['hidden']}: {kind['verdict']}")
+            print(f"{method}, {speed}, for {shape['d_in']}, {shape['hidden']}: {kind['verdict']}")
         print_partial(result)
 
     measured(None, json, work, show)

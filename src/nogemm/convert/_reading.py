@@ -8,31 +8,13 @@ import torch
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
+from nogemm.activations import BY_CLASS, KNOWN
 from nogemm.convert._families import SiteAdapter
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS
 
-# gelu_new and gelu_pytorch_tanh are one function, as are silu and swish: one name stands for both.
-KNOWN_ACTIVATIONS = {
-    name: function for name, function in ACTIVATIONS.items() if name not in ("gelu_pytorch_tanh", "swish")
-}
+KNOWN_ACTIVATIONS = {one.names[0]: one.function for one in KNOWN}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-_ACTIVATION_OF_CLASS = {
-    "GELUActivation": "gelu",
-    "GELU": "gelu",
-    "GELUTanh": "gelu_pytorch_tanh",
-    "PytorchGELUTanh": "gelu_pytorch_tanh",
-    "NewGELUActivation": "gelu_new",
-    "FastGELUActivation": "gelu_new",  # the same tanh formula, other constants' order
-    "AccurateGELUActivation": "gelu_new",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLU": "relu",
-    "ReLUSquaredActivation": "relu2",
-    "SiLU": "silu",
-    "SiLUActivation": "silu",
-}
 
 
 def read_linear(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
@@ -52,8 +34,8 @@ def activation_name(owner: nn.Module, path: str) -> str:
     if isinstance(act, nn.GELU) and act.approximate == "tanh":
         return "gelu_pytorch_tanh"
     label = type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", str(act))
-    if type(act).__module__.startswith(("torch.", "transformers.")) and label in _ACTIVATION_OF_CLASS:
-        return _ACTIVATION_OF_CLASS[label]
+    if type(act).__module__.startswith(("torch.", "transformers.")) and label in BY_CLASS:
+        return BY_CLASS[label]
     return computed_name(act) or label  # a name alone proves nothing: functions called gelu compute several things
 
 

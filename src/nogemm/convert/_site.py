@@ -5,17 +5,20 @@ Reading order: `Installed`, `WithDropout`, `One`, `Borrowed`, `Site`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Number
 
 import torch
 from torch import Tensor, nn
 
+from nogemm.activations import ACTIVATIONS
+from nogemm.config import LayerConfig
 from nogemm.convert._families import SiteAdapter
 from nogemm.convert._reading import is_module, look_up, read_linear
 from nogemm.errors import ConfigError
-from nogemm.layers import FFN, DenseFFN, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig
+from nogemm.layers import FFN, DenseFFN
+from nogemm.layers.dense.config import DenseConfig
+from nogemm.shape import FFNShape
 
 _REMEMBERED = "nogemm_adapter"
 
@@ -80,23 +83,43 @@ class Site:
 
     Attributes:
         name: path of the module that holds it: the layer in the split and inline forms (BERT, OPT), else the MLP.
-        d_in, d_out, hidden: widths.
-        activation: its name as transformers spells it.
-        gated: whether the activation multiplies a second branch.
+        shape: its widths, its activation as transformers spells it, and whether that multiplies a second branch; each
+            is an attribute of the site too.
         places: (module, attribute) of every place where the holder stands; several if the model shares it.
         others: further holders of the same matrices.
     """
 
     name: str
-    d_in: int
-    d_out: int
-    hidden: int
-    activation: str
-    gated: bool
+    shape: FFNShape
     owner: nn.Module
     places: list[tuple[nn.Module, str]]
     adapter: SiteAdapter
     others: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def d_in(self) -> int:
+        """Width of its input."""
+        return self.shape.d_in
+
+    @property
+    def d_out(self) -> int:
+        """Width of its output."""
+        return self.shape.d_out
+
+    @property
+    def hidden(self) -> int:
+        """Its neurons."""
+        return self.shape.neurons()
+
+    @property
+    def activation(self) -> str:
+        """Name of its activation."""
+        return self.shape.activation
+
+    @property
+    def gated(self) -> bool:
+        """Whether the activation multiplies a second branch."""
+        return self.shape.gated
 
     @property
     def up(self) -> nn.Module:
@@ -148,13 +171,28 @@ class Site:
     def borrow(self) -> Borrowed:
         """Return our dense layer around the model's own weights, without a copy: to compare with, not to keep."""
         w = self.weights()
-        config = DenseConfig(hidden=self.hidden, activation=self.activation)
         with torch.device("meta"):
-            dense = config.build(self.d_in, self.d_out, activation=self.activation, gated=self.gated)
+            dense = DenseConfig().make(self.shape)
         like = w["up.weight"]
         zeros = {key: like.new_zeros(value.shape) for key, value in dense.state_dict().items() if key not in w}
         dense.load_state_dict({**w, **zeros}, assign=True)
         return Borrowed(dense.requires_grad_(False).eval())
+
+    def placement(self) -> tuple[torch.device, torch.dtype]:
+        """Return device and dtype of the dense weights, which our layer takes over."""
+        weight, _ = read_linear(self.up)
+        return weight.device, weight.dtype
+
+    def empty_layer(self, config: LayerConfig) -> FFN:
+        """Build the layer that `config` puts here, on the site's device and in its dtype, not fitted."""
+        device, dtype = self.placement()
+        known = self.activation in ACTIVATIONS
+        with torch.device(device):
+            layer = config.make(self.shape if known else replace(self.shape, activation="gelu"))
+        layer.train(self.owner.training)
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return layer
 
     def install(self, ffn: FFN | Borrowed) -> None:
         """Put `ffn` in the place of the dense weights."""
@@ -175,12 +213,7 @@ class Site:
             for parent, attribute in self.places:
                 setattr(parent, attribute, new)
         vanished = tuple(f"{path}.weight" for path in adapter.matrices)
-        mark_installed(ffn, Installed(suffix, vanished, type(self.owner).__name__, adapter))
-
-
-def mark_installed(layer: FFN | PackedFFN | Borrowed, record: Installed) -> None:
-    """Note on the layer which site it fills; past nn.Module's own __setattr__, which is for parameters."""
-    object.__setattr__(layer, "site", record)
+        ffn.site = Installed(suffix, vanished, type(self.owner).__name__, adapter)
 
 
 def remember(owner: nn.Module, adapter: SiteAdapter) -> None:

@@ -13,6 +13,7 @@ from nogemm.convert._running import Unproven, run
 from nogemm.convert._site import Site
 from nogemm.convert._tensors import Arguments, structural_copy
 from nogemm.errors import ConfigError
+from nogemm.shape import FFNShape
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -107,11 +108,13 @@ def _elsewhere(what: str) -> str:
 def _site(candidate: Candidate, adapter: SiteAdapter, box: nn.Sequential) -> Site:
     return Site(
         name="0",
-        d_in=candidate.d,
-        d_out=candidate.d,
-        hidden=candidate.hidden,
-        activation=activation_name(box[0], adapter.activation),
-        gated=adapter.fused or adapter.gate is not None,
+        shape=FFNShape(
+            d_in=candidate.d,
+            d_out=candidate.d,
+            hidden=candidate.hidden,
+            activation=activation_name(box[0], adapter.activation),
+            gated=adapter.fused or adapter.gate is not None,
+        ),
         owner=box[0],
         places=[(box, "0")],
         adapter=adapter,

@@ -5,8 +5,10 @@ A converted model is an ordinary transformers checkpoint with three additions. `
 and how sites of classes that nogemm does not list were taken out.
 The weight files hold the same id, and empty tensors (sentinels) under the names of the dense weights that are gone.
 And `config.json` asks for attention and expert implementations that do not exist: transformers alone stops at them
-with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. docs/guides/checkpoints.md
-has the whole contract. Importing transformers costs seconds, so everything that needs it lives in `quantizer.py`, which
+with a message that says to import nogemm, where it would otherwise only warn and give random FFNs. The whole contract
+is in docs/guides/checkpoints.md.
+
+Importing transformers costs seconds, so everything that needs it lives in `quantizer.py`, which
 the import hook below loads as soon as transformers' own quantizers are imported.
 """
 
@@ -19,7 +21,7 @@ import json
 import sys
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,6 +41,7 @@ METHOD = "nogemm"
 SAVE_ID = "nogemm_save_id"
 GUARD = "none: this checkpoint needs `import nogemm` before it is loaded"
 _TRIGGER = "transformers.quantizers.auto"
+_ATTACHING: list[Callable[[Any], None]] = []
 
 
 def manifest(model: nn.Module) -> dict[str, Any]:
@@ -198,13 +201,16 @@ def _metadata(file: Path) -> dict[str, str]:
 
 def attach(model: nn.Module) -> None:
     """Make `save_pretrained` of a converted transformers model, and of the models inside it, write our format."""
-    if "transformers.modeling_utils" not in sys.modules:
+    if not _ATTACHING or "transformers.modeling_utils" not in sys.modules:
         return
-    from nogemm.convert.quantizer import attach_quantizer
-
     for module in model.modules():
         if isinstance(module, sys.modules["transformers.modeling_utils"].PreTrainedModel) and converted(module):
-            attach_quantizer(module)
+            _ATTACHING[0](module)
+
+
+def attached_by(attach_to: Callable[[Any], None]) -> None:
+    """Name what attaches our format to one PreTrainedModel: `quantizer.py` does, once transformers is loaded."""
+    _ATTACHING[:] = [attach_to]
 
 
 def is_checkpoint(path: str | Path) -> bool:

@@ -10,7 +10,7 @@ from nogemm.convert.checkpoint import attach
 from nogemm.convert.fitted import is_random
 from nogemm.convert.sites import converted, inner_model, installed
 from nogemm.errors import ConfigError, PackedError
-from nogemm.layers import LookupFFN, PackedFFN
+from nogemm.layers import FFN, PackedFFN
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -25,8 +25,8 @@ def compress(model: Model, tables: str = "int8") -> Model:
         ConfigError: no site has tables, or `tables` is unknown.
         PackedError: the model is packed.
     """
-    for layer in _lookups(model, "compress"):
-        if layer.config.storage != tables:
+    for layer in _with_tables(model, "compress"):
+        if layer.storage != tables:
             random = is_random(layer)
             layer.decompress().compress(tables)
             if not random and layer.fitted == "random":
@@ -37,18 +37,18 @@ def compress(model: Model, tables: str = "int8") -> Model:
 
 def decompress(model: Model) -> Model:
     """Turn compressed tables back into trainable parameters, in place (what was rounded stays rounded)."""
-    for layer in _lookups(model, "decompress"):
+    for layer in _with_tables(model, "decompress"):
         layer.decompress()
     attach(inner_model(model))
     return model
 
 
-def _lookups(model: nn.Module, action: str) -> list[LookupFFN]:
-    if isinstance(model, LookupFFN):
+def _with_tables(model: nn.Module, action: str) -> list[FFN]:
+    if isinstance(model, FFN):
         return [model]
     if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
         raise PackedError(f"{action}: the model is packed; {action} it before packing")
-    layers = [layer for layer in converted(model).values() if isinstance(layer, LookupFFN)]
+    layers = [layer for layer in converted(model).values() if layer.storage is not None]
     if not layers:
         raise ConfigError(f"{action}: the model has no converted FFN with tables; run nogemm.convert first")
     return layers

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from nogemm.config import LayerConfig, Replaced
+from nogemm.config import LayerConfig
 from nogemm.convert._families import is_listed
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.discover import in_words
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
-from nogemm.convert.sites import Refusal, Site, Survey, inner_model, installed, placement, remember, site_names, survey
+from nogemm.convert.sites import Refusal, Site, Survey, inner_model, installed, remember, site_names, survey
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers import ACTIVATIONS, FFN, DenseConfig
@@ -57,10 +57,7 @@ def convert(
         site.install(layer)
         if layer.fitted == "random":
             mark_random(layer)
-        replaced = Replaced(
-            d_model=site.d_in, d_out=site.d_out, hidden=site.hidden, activation=site.activation, gated=site.gated
-        )
-        reports.append(SiteReport(site.name, layer.config, replaced, before, layer.cost(1), layer.fitted))
+        reports.append(SiteReport(site.name, layer.config, site.shape, before, layer.cost(1), layer.fitted))
     for site in found.open:  # those left dense too: a checkpoint and copies keep all names without another search
         if not is_listed(type(site.owner).__name__, site.adapter):
             remember(site.owner, site.adapter)
@@ -68,23 +65,11 @@ def convert(
     return ConversionReport(tuple(reports), (*found.blocked, *found.refused))
 
 
-def empty_layer(site: Site, config: LayerConfig) -> FFN:
-    """Build the layer that `config` puts at a site, on the site's device and in its dtype, not fitted."""
-    device, dtype = placement(site)
-    activation = site.activation if site.activation in ACTIVATIONS else "gelu"
-    with torch.device(device):
-        layer = config.build(site.d_in, site.d_out, hidden=site.hidden, activation=activation, gated=site.gated)
-    layer.train(site.owner.training)
-    for parameter in layer.parameters():
-        parameter.data = parameter.data.to(dtype)
-    return layer
-
-
 def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN, Cost]:
     """Build and fit the layer for a site, in fp32; return it with the dense FFN's cost."""
     before = _dense_cost(site)
-    device, dtype = placement(site)
-    layer = empty_layer(site, config)
+    device, dtype = site.placement()
+    layer = site.empty_layer(config)
     if x is None and site.activation not in ACTIVATIONS and not isinstance(config, DenseConfig):
         return layer, before  # nothing to start from: our dense layer cannot express this activation
     dense = site.dense()

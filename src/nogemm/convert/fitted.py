@@ -53,13 +53,12 @@ class _Mark:
 
 def mark_random(layer: FFN) -> None:
     """Remember the present parameters as untrained."""
-    marks = {name: _Mark(p) for name, p in layer.named_parameters() if p.numel() and not p.is_meta}
-    object.__setattr__(layer, "untrained", marks)
+    layer.untrained = {name: _Mark(p) for name, p in layer.named_parameters() if p.numel() and not p.is_meta}
 
 
 def is_random(layer: FFN) -> bool:
     """Tell whether the layer is as random as conversion left it."""
-    marks: dict[str, _Mark] | None = getattr(layer, "untrained", None)
+    marks = layer.untrained
     if layer.fitted != "random" or marks is None:
         return False
     # A compressed layer has fewer parameters: those that are left decide.

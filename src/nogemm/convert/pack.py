@@ -8,7 +8,7 @@ from typing import overload
 from torch import nn
 
 from nogemm.convert.fitted import warn_if_random
-from nogemm.convert.sites import Installed, converted, inner_model, installed, mark_installed
+from nogemm.convert.sites import converted, inner_model, installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers._base import PATHS
@@ -38,7 +38,7 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
     if isinstance(target, FFN):
         packed = target.pack(dtype, path)
         if keep:
-            object.__setattr__(packed, "source", target)
+            packed.keep(target)
         return packed
     _check_model(target, dtype, path)
     warn_if_random(target, "pack")
@@ -47,11 +47,8 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
         layer = model.get_submodule(place)  # one at a time: no list keeps the unpacked weights alive
         assert isinstance(layer, FFN)
         packed = layer.pack(dtype, path)
-        record = getattr(layer, "site", None)
-        assert isinstance(record, Installed)
-        mark_installed(packed, record)
-        # Past nn.Module's registration: a kept layer must not show up in parameters() or state_dict().
-        object.__setattr__(packed, "source", layer if keep else None)
+        packed.site = layer.site
+        packed.keep(layer if keep else None)
         model.set_submodule(place, packed)
         del layer
     _tell_quantizers(model, packed=True)

@@ -17,6 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nogemm.config import LayerConfig, layer_config
 from nogemm.convert import checkpoint
+from nogemm.convert.convert import convert
 from nogemm.convert.fitted import mark_random, warn_if_random
 from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
@@ -106,8 +107,6 @@ class NogemmQuantizer(HfQuantizer):
                     mark_random(layer)
             checkpoint.attach(model)
         else:
-            from nogemm.convert.convert import convert
-
             assert self.request.config is not None  # validate_environment saw to it
             convert(model, self.request.config, self.request.layers)
         return model
@@ -160,6 +159,9 @@ def attach_quantizer(model: Any) -> None:
     model.config.experts_implementation = checkpoint.GUARD
 
 
+checkpoint.attached_by(attach_quantizer)
+
+
 def _state_to_save(model: Any, caller: FrameType) -> dict[str, Tensor]:
     """Return what `save_pretrained(state_dict=...)` was given, an average of weights for example, else the weights.
 
@@ -198,8 +200,6 @@ def set_packed(model: nn.Module, packed: bool) -> None:
 
 
 def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
-    from nogemm.convert.convert import empty_layer
-
     checkpoint.recall(model, stored)
     open_sites = {checkpoint.base_name(model, site.name): site for site in survey(model, search=False).open}
     stored = stored["sites"]
@@ -215,7 +215,7 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
         if name not in stored:
             continue
         try:
-            layer = empty_layer(site, layer_config(stored[name]))
+            layer = site.empty_layer(layer_config(stored[name]))
         except ConfigError as error:
             raise CheckpointError(f"config.json, site {name!r}: {error}") from error
         site.install(layer)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nogemm.config import LayerConfig, Replaced
+from nogemm.config import LayerConfig
 from nogemm.convert.discover import Refusal, in_words
 from nogemm.cost import Cost
+from nogemm.shape import FFNShape
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class SiteReport:
 
     name: str
     config: LayerConfig
-    replaced: Replaced
+    replaced: FFNShape
     before: Cost
     after: Cost
     fitted: str

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from nogemm.convert._candidates import find_experts
@@ -25,10 +24,11 @@ from nogemm.convert._reading import (
     linear_shape,
     read_linear,
 )
-from nogemm.convert._site import Installed, Site, WithDropout, mark_installed, remember, remembered
+from nogemm.convert._site import Installed, Site, WithDropout, remember, remembered
 from nogemm.convert.discover import Refusal, discover
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, PackedFFN
+from nogemm.shape import FFNShape
 
 __all__ = [
     "Installed",
@@ -38,8 +38,6 @@ __all__ = [
     "converted",
     "inner_model",
     "installed",
-    "mark_installed",
-    "placement",
     "record_sites",
     "refused",
     "register_site",
@@ -123,9 +121,8 @@ def installed(model: nn.Module) -> dict[str, FFN | PackedFFN]:
     """Return {site name: our layer} for every converted site, packed or not, in model order."""
     found: dict[str, FFN | PackedFFN] = {}
     for path, module in inner_model(model).named_modules():
-        record = getattr(module, "site", None)
-        if isinstance(module, (FFN, PackedFFN)) and isinstance(record, Installed):
-            found[record.name(path)] = module
+        if isinstance(module, (FFN, PackedFFN)) and module.site is not None:
+            found[module.site.name(path)] = module
     return found
 
 
@@ -141,11 +138,10 @@ def site_names(model: nn.Module) -> list[str]:
     dense = {site.name for site in found.open} | {refusal.name for refusal in found.blocked}
     names = []
     for path, module in model.named_modules():
-        record = getattr(module, "site", None)
         if path in dense:
             names.append(path)
-        elif isinstance(module, (FFN, PackedFFN)) and isinstance(record, Installed):
-            names.append(record.name(path))
+        elif isinstance(module, (FFN, PackedFFN)) and module.site is not None:
+            names.append(module.site.name(path))
     return names
 
 
@@ -299,18 +295,14 @@ def _make_site(name: str, owner: nn.Module, places: Sequence[tuple[nn.Module, st
     d_out, hidden = down.shape
     return Site(
         name=name,
-        d_in=up.shape[1],
-        d_out=d_out,
-        hidden=hidden,
-        activation=activation_name(owner, adapter.activation),
-        gated=adapter.fused or adapter.gate is not None,
+        shape=FFNShape(
+            d_in=up.shape[1],
+            d_out=d_out,
+            hidden=hidden,
+            activation=activation_name(owner, adapter.activation),
+            gated=adapter.fused or adapter.gate is not None,
+        ),
         owner=owner,
         places=list(places),
         adapter=adapter,
     )
-
-
-def placement(site: Site) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of a site's dense weights, which our layer takes over."""
-    weight, _ = read_linear(site.up)
-    return weight.device, weight.dtype

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 import nogemm
+from nogemm.bench.model import ModelBenchArgs, run_model_bench
 from nogemm.bench.progress import progress, training_lines
 from nogemm.bench.quality import compare_search
 from nogemm.convert.directory import PACKAGED, model_directory
@@ -28,6 +29,7 @@ from nogemm.errors import NogemmError
 from nogemm.files import write_json
 from nogemm.hardware import machine, machine_line
 from nogemm.hardware.load import look
+from nogemm.train import texts
 
 # Two neighbours and three rounds fit the dense FFNs better than one and four, at fewer FLOP.
 CONFIG = nogemm.LookupConfig(tables=64, bits=8, neighbours=2, projection=nogemm.BHConfig(rounds=3, block=64))
@@ -185,8 +187,6 @@ def conversion() -> dict[str, Any]:
 
 def training_run(folder: Path, target: Path, seconds: float) -> dict[str, Any]:
     """Distil and save; an interrupted run continues from its last checkpoint."""
-    from nogemm.train import texts
-
     model, _ = converted_model()
     with training_lines():
         report = nogemm.distil(
@@ -236,8 +236,6 @@ def scoring(folder: Path) -> dict[str, Any]:
 
 def timing(model: Path, planned: dict[str, Any]) -> dict[str, Any]:
     """Time the saved model, packed, beside the dense peers that are installed, as far as the time allows."""
-    from nogemm.bench.model import ModelBenchArgs, run_model_bench
-
     args = ModelBenchArgs(
         model=str(model),
         dtype=planned["dtype"],

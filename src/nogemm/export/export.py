@@ -16,6 +16,7 @@ from nogemm.convert.save import replace_directory
 from nogemm.convert.sites import inner_model
 from nogemm.convert.texts import prepare_tokenizer
 from nogemm.errors import ConfigError
+from nogemm.export import openvino_host as host
 from nogemm.export.agreement import Agreement, check_agreement
 from nogemm.export.extension import LIBRARY, extension_path
 from nogemm.export.folder import MODEL, check_target, describe
@@ -104,8 +105,6 @@ def export(
     layers = check_exportable(model, dtype)
     names = graph_inputs(inner_model(model), tokenizer)
     check_target(Path(path))
-    from nogemm.export import openvino_host as host
-
     host.check_installed()
     chosen = choose_rest(rest, int8, calibrated)
     if chosen.precision == "int8":

@@ -19,7 +19,14 @@ from nogemm.errors import NativeError
 LIBRARY = "libnogemm_openvino.so"
 _SOURCE, _KERNELS = "extension.cpp", "libnogemm_kernels.a"
 _BUILD = "1"  # raise when the command below changes, so that libraries in the cache are made again
-_HEADERS = ("hire_host.h", "lookup_pack.h", "tree_pack.h", "weights.h")
+_HEADERS = (
+    "packed/host/activations.h",
+    "packed/host/host.h",
+    "packed/lookup/pack.h",
+    "packed/neurons/host.h",
+    "packed/tree/pack.h",
+    "weights.h",
+)
 _FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden")
 
 

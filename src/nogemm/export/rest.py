@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from nogemm.errors import ConfigError
+from nogemm.export.openvino_host import computes_bf16, shared_core
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, usable_cores
 from nogemm.hardware.speeds import cache_folder
@@ -123,8 +124,6 @@ def _request(int8: bool) -> Any:
     """Compile x -> (x Q + x K + x V) O as a user would, int8 with activations quantised before each product."""
     import openvino
     from openvino import opset15 as ov
-
-    from nogemm.export.openvino_host import computes_bf16, shared_core
 
     x = ov.parameter([-1, WIDTH], np.float32, name="x")
     weights = np.random.default_rng(0).standard_normal((4, WIDTH, WIDTH), dtype=np.float32) / WIDTH**0.5

@@ -9,6 +9,7 @@ import torch
 from nogemm import ops
 from nogemm.hardware.cpu import machine, machine_line
 from nogemm.hardware.speeds import PRODUCT_TOKENS, speeds
+from nogemm.version import __version__
 
 
 def env() -> dict[str, Any]:
@@ -21,12 +22,10 @@ def env() -> dict[str, Any]:
         paths: {dtype: {tokens: the share of its neurons that a token may name before a packed layer of neurons answers
         with the product of all}}, from `nogemm.hardware.speeds` (measured at the first call); None without kernels.
     """
-    import nogemm
-
     known = speeds()
 
     return {
-        "nogemm": nogemm.__version__,
+        "nogemm": __version__,
         "native": ops.native_available(),
         "isa": ops.isa(),
         "isas": list(ops.supported_isas()),

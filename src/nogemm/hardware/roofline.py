@@ -19,6 +19,7 @@ import numpy as np
 
 from nogemm.hardware.cpu import caches
 from nogemm.ops import native_available, supported_isas, use_isa
+from nogemm.ops._library import native
 
 _KINDS = {"fp32": 0, "bf16": 1, "int8": 2}
 _RUNS = 15  # five have left the int8 peak at two thirds of what another day gave
@@ -65,8 +66,6 @@ def measure_roofline(threads: int) -> Roofline | None:
     """
     if not native_available():
         return None
-    from nogemm.ops._library import native
-
     library = native()
     library.nogemm_roofline_compute.restype = ctypes.c_double
     library.nogemm_roofline_compute.argtypes = [ctypes.c_int, ctypes.c_int64]

@@ -1,12 +1,14 @@
 """Compute-lite feed-forward layers and their dense baselines: config, module and packed twin of each."""
 
+from nogemm.activations import ACTIVATIONS
 from nogemm.layers._base import FFN, PACK_DTYPES, PackedFFN
-from nogemm.layers.dense import ACTIVATIONS, DenseConfig, DenseFFN, NoConfig, NoFFN
+from nogemm.layers.dense import DenseConfig, DenseFFN
 from nogemm.layers.hire import HireConfig, HireFFN
-from nogemm.layers.hire_report import HireReport
+from nogemm.layers.hire.report import HireReport
 from nogemm.layers.leaf_tree import LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
 from nogemm.layers.mongoose import MongooseConfig, MongooseFFN
+from nogemm.layers.no import NoConfig, NoFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
 from nogemm.layers.slide import SlideConfig, SlideFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN

@@ -7,9 +7,10 @@ Legend: N tokens (all leading dimensions flattened), D width.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,10 @@ from nogemm.cost import Cost
 from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
 from nogemm.ops._threads import in_passing
 from nogemm.ops.neurons_at_indices import finite_tokens
+from nogemm.shape import FFNShape
 
 if TYPE_CHECKING:
-    from nogemm.layers.dense import DenseFFN
+    from nogemm.layers.dense.layer import DenseFFN
 
 PACK_DTYPES = ("fp32", "bf16", "int8")
 PATHS = ("auto", "rows", "dense")
@@ -54,19 +56,27 @@ class FFN(nn.Module, ABC):
     """A trainable feed-forward layer that maps [..., d_model] to [..., d_out].
 
     Attributes:
+        shape: the dense FFN whose place the layer takes.
         fitted: where the weights come from: "random", "exact" (equal to the dense layer), "closed-form" (fitted to
             activations without training) or "distilled".
+        site: which site of a model the layer fills, as `convert` notes it; None outside a model.
+        untrained: what the parameters were when `convert` left them random; None otherwise.
+        row_sparse: whether gradients hold the visited rows alone, where a layer can do so.
+        storage: how tables are stored, "fp32" or compressed; None for a layer without tables.
     """
 
-    def __init__(self, config: LayerConfig, d_model: int, d_out: int | None) -> None:
+    row_sparse = False
+    storage: str | None = None
+
+    def __init__(self, config: LayerConfig, shape: FFNShape) -> None:
         super().__init__()
-        d_out = d_model if d_out is None else d_out
-        if d_model < 1 or d_out < 1:
-            raise ConfigError(f"{type(self).__name__}: widths must be positive, got d_model={d_model}, d_out={d_out}")
         self.config = config
-        self.d_model = d_model
-        self.d_out = d_out
+        self.shape = shape
+        self.d_model = shape.d_in
+        self.d_out = shape.d_out
         self.fitted = "random"
+        self.site: Any = None
+        self.untrained: dict[str, Any] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d_model] to [..., d_out], computing in the parameters' dtype and returning x's."""
@@ -88,6 +98,45 @@ class FFN(nn.Module, ABC):
         A layer has none left where torch's dynamic quantisation has taken them all; what is left takes float32.
         """
         return next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+
+    def row_bytes(self, n_tokens: int) -> float:
+        """Return the bytes of all rows that tokens read, repeats counted; 0 for layers that do not read by rows."""
+        return 0.0
+
+    def table_parameters(self) -> list[nn.Parameter]:
+        """Return what tokens read rows of, an optimiser group of its own: a row learns only when it is read."""
+        return []
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        """Return what decides which rows are read, an optimiser group of its own."""
+        return []
+
+    def optimiser_groups(self) -> dict[str, list[nn.Parameter]]:
+        """Sort the trainable parameters into "projection", "tables" and "other"."""
+        groups = {"projection": self.projection_parameters(), "tables": self.table_parameters()}
+        taken = {id(p) for group in groups.values() for p in group}
+        groups["other"] = [p for p in self.parameters() if id(p) not in taken]
+        return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+
+    def start_from_mean(self, mean_D: Tensor) -> None:
+        """Answer the mean to every token, if this layer is random and learns faster from there; others do nothing."""
+
+    def solve(self, x_ND: Tensor, y_ND: Tensor) -> float | None:
+        """Solve for what the answer is linear in, given targets; return 1 - R^2, None where nothing can be solved."""
+        return None
+
+    def compress(self, tables: str = "int8") -> FFN:
+        """Store tables in fewer bytes, in place; see `LookupFFN.compress`."""
+        raise ConfigError(f"compress: a {type(self).__name__} has no tables")
+
+    def decompress(self) -> FFN:
+        """Turn compressed tables back into trainable parameters, in place."""
+        raise ConfigError(f"decompress: a {type(self).__name__} has no tables")
+
+    def rounded(self, dtype: str) -> FFN:
+        """Return a copy whose weights are rounded as `pack(dtype)` rounds them: its error is what packing may cost."""
+        twin = copy.deepcopy(self)
+        return twin if dtype == "fp32" else twin.to(torch.bfloat16)
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Start from the dense layer's weights where the method allows it; return and set `fitted`."""
@@ -122,13 +171,14 @@ class FFN(nn.Module, ABC):
         return in_passing(lambda: self._packed(dtype, path))
 
     def _packed(self, dtype: str, path: str) -> PackedFFN:
-        packed = self._pack(dtype)
+        self.before_packing()
+        twin = next(_PACKED[cls] for cls in type(self).__mro__ if cls in _PACKED)
+        packed = twin(self, dtype)
         packed.fix_path(path)
         return packed
 
-    @abstractmethod
-    def _pack(self, dtype: str) -> PackedFFN:
-        """Make the packed twin; mode and dtype are checked."""
+    def before_packing(self) -> None:
+        """Bring up to date what a forward pass would; most layers have nothing of the kind."""
 
     def extra_repr(self) -> str:
         return f"{self.d_model} -> {self.d_out}, {self.config}"
@@ -152,10 +202,12 @@ class PackedFFN(nn.Module, ABC):
     Attributes:
         dtype: "fp32", "bf16" or "int8", see `nogemm.pack`.
         path: "auto", "rows" or "dense", see `nogemm.pack`; layers with one way to answer ignore it.
-        source: the unpacked layer, if it was kept.
+        native: whether the compiled kernel answers, or PyTorch in its place; None where torch's kernels are the point.
+        site: which site of a model the layer fills; None outside a model.
     """
 
     path = "auto"
+    native: bool | None = None
 
     def __init__(self, layer: FFN, dtype: str) -> None:
         super().__init__()
@@ -163,8 +215,18 @@ class PackedFFN(nn.Module, ABC):
         self.d_model = layer.d_model
         self.d_out = layer.d_out
         self.dtype = dtype
-        self.source: FFN | None = None
+        self.site: Any = None
+        self._kept: tuple[FFN, ...] = ()  # no child: what is kept must not show in parameters() or state_dict()
         self.training = False
+
+    @property
+    def source(self) -> FFN | None:
+        """The unpacked layer, if it was kept."""
+        return self._kept[0] if self._kept else None
+
+    def keep(self, layer: FFN | None) -> None:
+        """Keep the unpacked layer for `nogemm.unpack`; None: let go of it."""
+        self._kept = () if layer is None else (layer,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., d_model] to [..., d_out]; y has x's dtype."""
@@ -190,3 +252,17 @@ class PackedFFN(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"{self.d_model} -> {self.d_out}, dtype={self.dtype}, {self.config}"
+
+
+_PACKED: dict[type[FFN], Callable[[Any, str], PackedFFN]] = {}
+PackedT = TypeVar("PackedT", bound=PackedFFN)
+
+
+def packed_of(layer: type[FFN]) -> Callable[[type[PackedT]], type[PackedT]]:
+    """Name a class as a layer's packed twin (class decorator), subclasses' too: it is made from (layer, dtype)."""
+
+    def note(cls: type[PackedT]) -> type[PackedT]:
+        _PACKED[layer] = cls
+        return cls
+
+    return note

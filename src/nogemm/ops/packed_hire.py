@@ -1,7 +1,7 @@
 """A whole HireFFN in one native call: lay its weights out once, then run.
 
 The op has no backward and no reference of its own: its twin is the composition of the single ops, which tests compare
-it with. It exists only where the extension is loaded. The layout is described in csrc/kernels/hire_format.h.
+it with. It exists only where the extension is loaded. The layout is described in csrc/packed/neurons/format.h.
 
 Legend: D width, E output width, F neurons, R width of the sketch.
 """
@@ -15,16 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nogemm.errors import ConfigError
+from nogemm.activations import NUMBERS, activation
 from nogemm.ops._library import LIBRARY, native
 from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows
 from nogemm.ops.sketch_and_select import KEYS
 
-_MAGIC, _VERSION = 0x4552494847474E01, 1
+_MAGIC, _VERSION = 0x4552494847474E01, 2
 _SELECT = ("topk", "statistical", "active")
-_ACTIVATIONS = ("relu", "relu2", "gelu", "gelu_tanh", "silu", "quick_gelu")
-# Names that torch and transformers use for the kernel's activations.
-KERNEL_NAMES = {"drelu": "relu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "swish": "silu"}
 _SKETCH_ROWS = 64
 
 
@@ -34,7 +31,7 @@ class HireWeights:
 
     Attributes:
         gate: [F, D] of a gated layer, else None. down: [F, E].
-        activation: one of relu, relu2, gelu, gelu_tanh, silu, quick_gelu; up_relu: ReLU on the gated branch, too.
+        activation: by any of its names; up_relu: ReLU on the gated branch, too.
         codes, scale, reduce: of the sketch; codes None if all neurons are candidates.
         error, size: for select="active", what |x| and the token's step are multiplied with to give a neuron's margin.
         nibbles: the codes fit four bits.
@@ -120,11 +117,9 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     Returns:
         one uint8 buffer with a header; for this process, not a file format.
     Raises:
-        NativeError: no extension. ConfigError: an activation that the kernel does not know.
+        NativeError: no extension. ConfigError: an activation that nogemm does not know.
     """
     library = native()
-    if w.activation not in _ACTIVATIONS:
-        raise ConfigError(f"pack: the kernel knows {', '.join(_ACTIVATIONS)}, got activation={w.activation!r}")
     hidden, width = w.up.shape
     padded = _up(hidden, _SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
@@ -149,7 +144,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     header = struct.pack(
         "<31q2d",
         *(_MAGIC, _VERSION, total, PACK_MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
-        *(_ACTIVATIONS.index(w.activation), int(w.up_relu), KEYS.index(w.key), _SELECT.index(w.select)),
+        *(NUMBERS[activation(w.activation).name], int(w.up_relu), KEYS[w.key], _SELECT.index(w.select)),
         *(int(w.nibbles), codes_width, -(-codes_width // (8 if w.nibbles else 4)), w.group, -(-hidden // w.group)),
         *(w.kept, w.candidates, static, sum(widths), widths[0] if w.gate is not None else 0),
         *(sum(widths[:-1]), sketch, sketch_scale, reduce, always, error, size, bundles, scale_at),

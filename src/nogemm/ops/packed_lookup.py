@@ -53,7 +53,7 @@ class LookupWeights:
 
 
 class _Spec(ctypes.Structure):
-    """Mirrors NogemmLookupSpec in csrc/lookup_pack.h; every field is 8 bytes."""
+    """Mirrors NogemmLookupSpec in csrc/packed/lookup/pack.h; every field is 8 bytes."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("mode", "d", "d_out", "tables", "bits", "neighbours", "score")),

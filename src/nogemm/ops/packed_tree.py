@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nogemm.activations import NUMBERS, activation
 from nogemm.errors import ConfigError
 from nogemm.ops._library import native
 from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
 from nogemm.ops.tree_descend import levels_of
-
-_ACTIVATIONS = {"gelu": 0, "relu": 1, "silu": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +26,7 @@ class TreeWeights:
     """Everything that the packed form of one TreeFFN is made of, any floating dtype.
 
     Attributes:
-        activation: "gelu", "relu" or "silu".
+        activation: by any of its names.
         in_rows, out_rows: [K, M, D] and [K, M, d_out].
         bias, threshold: [K, M].
         core_in, core_out: [W, D] and [W, d_out]; core_bias [W].
@@ -46,7 +45,7 @@ class TreeWeights:
 
 
 class _Spec(ctypes.Structure):
-    """Mirrors NogemmTreeSpec in csrc/tree_pack.h; every field is 8 bytes."""
+    """Mirrors NogemmTreeSpec in csrc/packed/tree/pack.h; every field is 8 bytes."""
 
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("mode", "activation", "d", "d_out", "trees", "levels", "core")),
@@ -74,7 +73,7 @@ def pack_tree(weights: TreeWeights, dtype: str) -> Tensor:
     trees, nodes, width = weights.in_rows.shape
     spec = _Spec(
         mode=PACK_MODES[dtype],
-        activation=_ACTIVATIONS[weights.activation],
+        activation=NUMBERS[activation(weights.activation).name],
         d=width,
         d_out=weights.out_rows.shape[2],
         trees=trees,

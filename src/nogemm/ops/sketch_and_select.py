@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nogemm.activations import NUMBERS, activation
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.ops._library import define, has_native_kernel
 
-# How a score becomes the key that is ranked. "signed" is the score itself: it ranks ReLU-type activations as their
-# magnitude does, and tells apart the neurons that do not fire.
-KEYS = ("signed", "relu", "gelu", "gelu_tanh", "silu", "quick_gelu")
+# How a score becomes the key that is ranked: by the size of an activation, or "signed", by the score itself. That ranks
+# activations that are 0 below 0 as their size does, and tells apart the neurons that do not fire.
+SIGNED = "signed"
+KEYS = {SIGNED: -1, **NUMBERS}
+_NAMES = {number: name for name, number in KEYS.items()}
 
 
 def selection_keys(scores_NF: Tensor, key: str, group: int = 1, always_A: Tensor | None = None) -> Tensor:
@@ -23,16 +26,7 @@ def selection_keys(scores_NF: Tensor, key: str, group: int = 1, always_A: Tensor
     Returns:
         keys [N, G], G = ceil(F / group); the last group may be shorter.
     """
-    if key == "relu":
-        keys = F.relu(scores_NF)
-    elif key == "gelu":
-        keys = F.gelu(scores_NF).abs()
-    elif key == "gelu_tanh":
-        keys = F.gelu(scores_NF, approximate="tanh").abs()
-    elif key in ("silu", "quick_gelu"):
-        keys = (scores_NF * torch.sigmoid(scores_NF * (1.0 if key == "silu" else 1.702))).abs()
-    else:
-        keys = scores_NF
+    keys = scores_NF if key == SIGNED else activation(key).function(scores_NF).abs()
     if group > 1:
         keys = F.pad(keys, (0, -keys.shape[1] % group)).unflatten(1, (-1, group)).sum(-1)
     if always_A is not None and always_A.numel():
@@ -107,7 +101,7 @@ def sketch_and_select_reference(
     count: int,
 ) -> Tensor:
     """Score everything, then rank; see `sketch_and_select`."""
-    keys_NG = selection_keys(sketch_scores(x_ND, codes_FD, scale_F, bias_F), KEYS[key], group, always_A)
+    keys_NG = selection_keys(sketch_scores(x_ND, codes_FD, scale_F, bias_F), _NAMES[key], group, always_A)
     return top_indices_reference(keys_NG, count)
 
 
@@ -145,7 +139,7 @@ def sketch_and_select(
         )
     count = min(count, -(-codes_FD.shape[0] // group))
     always_A = None if always_A is None else always_A.to(torch.int32)
-    args = (codes_FD, scale_F, bias_F, always_A, KEYS.index(key), group, count)
+    args = (codes_FD, scale_F, bias_F, always_A, KEYS[key], group, count)
     if not has_native_kernel(x_ND):
         return sketch_and_select_reference(x_ND, *args)
     return torch.ops.nogemm.sketch_and_select(x_ND.float(), *args)

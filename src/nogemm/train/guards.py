@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from nogemm.convert.sites import converted
-from nogemm.layers import TreeFFN
 
 if TYPE_CHECKING:
     from nogemm.train.stages import Stage
@@ -68,7 +67,7 @@ def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
 @contextmanager
 def sparse_rows(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let the layers that can give gradients of their visited rows alone do so, if `wanted`."""
-    layers = [layer for layer in converted(model).values() if isinstance(layer, TreeFFN)]
+    layers = list(converted(model).values())
     before = [layer.row_sparse for layer in layers]
     for layer in layers:
         layer.row_sparse = layer.row_sparse or wanted

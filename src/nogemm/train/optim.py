@@ -13,24 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.errors import ConfigError
+from nogemm.layers._base import FFN
 from nogemm.train.lazy_adam import LazyAdam
 from nogemm.train.options import DistilOptions
 
 _BETAS, _EPS = (0.9, 0.98), 1e-8
 
 
-def layer_groups(layers: Iterable[nn.Module]) -> dict[str, list[nn.Parameter]]:
-    """Sort the parameters of new layers into "projection", "tables" and "other"; frozen ones are left out."""
+def layer_groups(layers: Iterable[FFN]) -> dict[str, list[nn.Parameter]]:
+    """Join the optimiser groups of new layers: "projection", "tables" and "other"."""
     groups: dict[str, list[nn.Parameter]] = {"projection": [], "tables": [], "other": []}
     for layer in layers:
-        taken: set[int] = set()
-        for name in ("projection", "tables"):
-            method = getattr(layer, "projection_parameters" if name == "projection" else "table_parameters", None)
-            for parameter in method() if method is not None else ():
-                groups[name].append(parameter)
-                taken.add(id(parameter))
-        groups["other"].extend(p for p in layer.parameters() if id(p) not in taken)
-    return {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+        for name, parameters in layer.optimiser_groups().items():
+            groups[name] += parameters
+    return groups
 
 
 def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embeddings: bool) -> list[nn.Parameter]:

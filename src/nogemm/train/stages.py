@@ -21,8 +21,7 @@ from nogemm.convert.fitted import is_random
 from nogemm.convert.pooling import MEAN, Pooling
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
-from nogemm.layers import FFN, LookupFFN
-from nogemm.layers.lookup_fit import fit_tables
+from nogemm.layers import FFN
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
 from nogemm.train.guards import no_hook_left
@@ -72,7 +71,7 @@ class LayerStage:
         for name, (_, t_ND) in activations.items():
             self.spreads[name].update(t_ND)
             if name in self.fresh:
-                start_empty(self.layers[name], t_ND.mean(0))
+                self.layers[name].start_from_mean(t_ND.mean(0))
         self.fresh.clear()
         updates = min(self.options.updates_per_batch, batch.tokens)
         for first in range(updates):
@@ -100,9 +99,12 @@ class LayerStage:
                 parts[name].append(pair)
         out: dict[str, float] = {}
         for name, layer in self.layers.items():
-            if isinstance(layer, LookupFFN):
-                x_ND = torch.cat([x for x, _ in parts[name]])
-                out[name] = fit_tables(layer, x_ND, torch.cat([t for _, t in parts.pop(name)]))
+            if layer.storage is None:
+                continue
+            x_ND = torch.cat([x for x, _ in parts[name]])
+            left = layer.solve(x_ND, torch.cat([t for _, t in parts.pop(name)]))
+            if left is not None:
+                out[name] = left
         return out
 
 
@@ -176,15 +178,6 @@ class ModelStage:
                 f"from the teacher's: output={self.options.output!r} cannot tell them apart, so nothing would be "
                 'learnt from it. Choose another: output="embedding", or output="none" for the hidden states alone'
             )
-
-
-def start_empty(layer: FFN, mean_D: Tensor) -> None:
-    """Let a random lookup layer answer the mean output to every token."""
-    if isinstance(layer, LookupFFN):
-        with torch.no_grad():
-            layer.tables.zero_()
-            if layer.bias is not None:
-                layer.bias.copy_(mean_D)
 
 
 def rate(options: DistilOptions, group: str) -> float:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.activations import ACTIVATIONS
 from nogemm.bench.peers._base import Engine, Inputs, Runner
 from nogemm.errors import ConfigError
 
@@ -81,8 +82,6 @@ def activation_of(module: nn.Module) -> Any:
         "relu": jax.nn.relu,
         "silu": jax.nn.silu,
     }
-    from nogemm.layers.dense import ACTIVATIONS
-
     for name, function in known.items():
         if getattr(module, "activation", None) is ACTIVATIONS[name]:
             return function

@@ -1,0 +1,262 @@
+#include "packed/neurons/run.h"
+
+#include <cstring>
+#include <limits>
+
+#include "packed/neurons/pick.h"
+
+namespace nogemm {
+namespace {
+
+using namespace hire;
+
+constexpr int64_t kTogether = 16;    // tokens that share a pass over the sketch
+constexpr int64_t kSketchPiece = 4;  // sketch groups per piece
+constexpr int64_t kDotPiece = 48;    // rows per piece
+
+void prepare(const Layer& l, const void* x, Dtype dtype, TokenState& t) {
+  const HireHeader& h = *l.h;
+  l.k->read[dtype](x, t.x, h.d);
+  uint32_t broken = 0;  // by bits: a loop over integers is vectorised as it stands
+  for (int64_t i = 0; i < h.d; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, t.x + i, sizeof bits);
+    broken |= (bits & 0x7f800000u) == 0x7f800000u;
+  }
+  t.finite = broken == 0;
+  if (!t.finite) std::memset(t.x, 0, static_cast<size_t>(h.d) * sizeof(float));
+  if (h.mode == kHireI8) l.k->split(t.x, h.d, round_up(h.d, 64), t.planes, &t.fixed);
+}
+
+void quantise(const Layer& l, TokenState& t) {
+  const HireHeader& h = *l.h;
+  const float* source = h.reduce == 0 ? t.x : t.reduced;
+  t.sketch.scale = l.k->token(source, h.width, h.steps * (h.nibbles ? 8 : 4), t.codes, &t.sketch.sum);
+  t.sketch.codes = t.codes;
+  t.sketch.scores = t.scores;
+}
+
+void weigh(const Layer& l, TokenState& t) {
+  const HireHeader& h = *l.h;
+  l.k->weights(h.act, h.up_relu != 0, t.exact, h.gated ? t.up : nullptr, l.scale(2), t.kept, t.kept_count,
+               t.weights);
+}
+
+struct Chunk {
+  Layer layer;
+  TokenState* tokens;
+  int64_t count;
+  const char* x;
+  char* y;
+  Dtype dtype;
+  int64_t item;
+  const uint8_t* mask;  // [count, hidden]: the neurons that answer; null: the layer chooses
+  uint8_t* chosen;      // [count, hidden]: not null: mark neurons instead of answering
+  bool kept;            // mark those that would answer, else all candidates
+};
+
+void answer(const Chunk& c, int64_t n, int64_t slice) {
+  const HireHeader& h = *c.layer.h;
+  TokenState& t = c.tokens[n];
+  const int64_t wide = 2 * c.layer.k->columns, begin = slice * wide,
+                end = begin + wide < h.d_out ? begin + wide : h.d_out;
+  if (t.finite) {
+    c.layer.k->sum[h.mode](c.layer.rows(2), t.kept, t.weights, t.kept_count, t.kept_count, begin, end, t.y);
+  } else {
+    for (int64_t i = begin; i < end; ++i) t.y[i] = std::numeric_limits<float>::quiet_NaN();
+  }
+  c.layer.k->write[c.dtype](t.y + begin, c.y + (n * h.d_out + begin) * c.item, end - begin);
+}
+
+// Rows [begin, end) of the low-rank matrix times the token.
+void reduce_rows(const Layer& l, TokenState& t, int64_t begin, int64_t end) {
+  static const float zeros[kDotPiece] = {};
+  const HireHeader& h = *l.h;
+  int32_t index[kDotPiece];
+  for (int64_t i = begin; i < end; ++i) index[i - begin] = static_cast<int32_t>(i - begin);
+  const BundleRows rows{l.base + h.reduce + begin * h.d * 4, h.d * 4, h.d, nullptr, zeros};
+  l.k->dots[kHireF32](rows, index, 0, end - begin, end - begin, t.x, t.reduced + begin);
+}
+
+void run_chunk(const Chunk& c, Phases& phases) {
+  const Layer& l = c.layer;
+  const HireHeader& h = *l.h;
+  const int64_t n = c.count;
+  phases.run(0, n, [&](int64_t i) {
+    prepare(l, c.x + i * h.d * c.item, c.dtype, c.tokens[i]);
+    if (!l.all() && h.reduce == 0) quantise(l, c.tokens[i]);
+  });
+  if (!l.all()) {
+    if (h.reduce != 0) {
+      const int64_t per = (h.width + kDotPiece - 1) / kDotPiece;
+      phases.run(1, n * per, [&](int64_t i) {
+        const int64_t begin = i % per * kDotPiece,
+                      end = begin + kDotPiece < h.width ? begin + kDotPiece : h.width;
+        reduce_rows(l, c.tokens[i / per], begin, end);
+      });
+      phases.run(2, n, [&](int64_t i) { quantise(l, c.tokens[i]); });
+    }
+    const SketchRows rows{l.at<uint8_t>(h.sketch), l.at(h.sketch_scale), l.at(h.gate_bias), h.steps,
+                          h.nibbles != 0};
+    const int64_t groups = (h.hidden + kSketchRows - 1) / kSketchRows;
+    SketchToken tokens[kTogether];
+    for (int64_t i = 0; i < n; ++i) tokens[i] = c.tokens[i].sketch;
+    phases.run(3, (groups + kSketchPiece - 1) / kSketchPiece, [&](int64_t i) {
+      const int64_t end = (i + 1) * kSketchPiece < groups ? (i + 1) * kSketchPiece : groups;
+      l.k->scores(rows, i * kSketchPiece, end, tokens, n);
+    });
+  }
+  phases.run(4, n, [&](int64_t i) {
+    if (c.mask != nullptr) {
+      pick_masked(l, c.mask + i * h.hidden, c.tokens[i]);
+    } else {
+      pick_candidates(l, c.tokens[i]);
+    }
+    if (c.chosen != nullptr && !c.kept)
+      mark(h, c.tokens[i].candidates, c.tokens[i].candidate_count, c.chosen + i * h.hidden);
+  });
+  if (c.chosen != nullptr && !c.kept) return;
+  const int64_t dots = (most_candidates(h) + kDotPiece - 1) / kDotPiece;
+  const auto run_dots = [&](int64_t kind, int64_t i) {
+    TokenState& t = c.tokens[i / dots];
+    const int64_t count = kind == 0 ? t.candidate_count : t.kept_count, begin = i % dots * kDotPiece;
+    const int64_t end = begin + kDotPiece < count ? begin + kDotPiece : count;
+    const int32_t* index = kind == 0 ? t.candidates : t.kept;
+    float* out = kind == 0 ? t.exact : t.up;
+    if (begin >= end) return;
+    if (h.mode == kHireI8) {
+      l.k->fixed_dots(l.rows(kind), index, begin, end, t.fixed, out);
+    } else {
+      l.k->dots[h.mode](l.rows(kind), index, begin, end, end, t.x, out);
+    }
+  };
+  phases.run(5, n * dots, [&](int64_t i) { run_dots(0, i); });
+  phases.run(6, n, [&](int64_t i) {
+    if (c.mask == nullptr) pick_kept(l, c.tokens[i]);
+    if (c.chosen != nullptr) {
+      mark(h, c.tokens[i].kept, c.tokens[i].kept_count, c.chosen + i * h.hidden);
+    } else if (!h.gated) {
+      weigh(l, c.tokens[i]);
+    }
+  });
+  if (c.chosen != nullptr) return;
+  if (h.gated) {
+    phases.run(7, n * dots, [&](int64_t i) { run_dots(1, i); });
+    phases.run(8, n, [&](int64_t i) { weigh(l, c.tokens[i]); });
+  }
+  const int64_t slices = (h.d_out + 2 * l.k->columns - 1) / (2 * l.k->columns);
+  phases.run(9, n * slices, [&](int64_t i) { answer(c, i / slices, i % slices); });
+}
+
+struct Call {
+  Chunk first;  // of the whole call; `count` is not used
+  int64_t tokens, chunks;
+  char* workspace;
+  int64_t token_bytes;
+  std::atomic<int64_t> next{0};
+};
+
+Chunk chunk_of(const Call& call, int64_t chunk, TokenState* states, int64_t slot) {
+  Chunk c = call.first;
+  const HireHeader& h = *c.layer.h;
+  const int64_t start = chunk * kTogether;
+  c.count = call.tokens - start < kTogether ? call.tokens - start : kTogether;
+  c.x += start * h.d * c.item;
+  if (c.y != nullptr) c.y += start * h.d_out * c.item;
+  if (c.mask != nullptr) c.mask += start * h.hidden;
+  if (c.chosen != nullptr) c.chosen += start * h.hidden;
+  Carver carver{call.workspace + slot * kTogether * call.token_bytes};
+  for (int64_t i = 0; i < c.count; ++i) states[i] = carve(h, carver);
+  c.tokens = states;
+  return c;
+}
+
+struct SharedChunk {
+  Chunk chunk;
+  Phases phases;
+};
+
+void run_shared(int64_t, void* arg) {
+  auto* shared = static_cast<SharedChunk*>(arg);
+  run_chunk(shared->chunk, shared->phases);
+}
+
+void run_own(int64_t worker, void* arg) {
+  auto* call = static_cast<Call*>(arg);
+  for (int64_t chunk; (chunk = call->next.fetch_add(1, std::memory_order_relaxed)) < call->chunks;) {
+    TokenState states[kTogether];
+    Phases phases;
+    run_chunk(chunk_of(*call, chunk, states, worker), phases);
+  }
+}
+
+Chunk whole_call(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype) {
+  Chunk whole{};
+  whole.layer = {static_cast<const HireHeader*>(packed), static_cast<const char*>(packed), &table.hire};
+  whole.x = static_cast<const char*>(x);
+  whole.dtype = x_dtype;
+  whole.item = x_dtype == kF32 ? 4 : 2;
+  return whole;
+}
+
+void run_call(const Chunk& whole, int64_t tokens, void* workspace, const NogemmHost& host) {
+  Call call{};
+  call.first = whole;
+  call.tokens = tokens;
+  call.chunks = (tokens + kTogether - 1) / kTogether;
+  call.workspace = static_cast<char*>(workspace);
+  call.token_bytes = token_bytes(*whole.layer.h);
+  if (call.chunks >= 2 * host.threads) {
+    if (host.threads == 1) return run_own(0, &call);
+    return host.run(host.self, host.threads, run_own, &call);
+  }
+  for (int64_t i = 0; i < call.chunks; ++i) {
+    TokenState states[kTogether];
+    SharedChunk shared;
+    shared.chunk = chunk_of(call, i, states, 0);
+    if (host.threads == 1) {
+      run_shared(0, &shared);
+    } else {
+      host.run(host.self, host.threads, run_shared, &shared);
+    }
+  }
+}
+
+}  // namespace
+
+int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads) {
+  const int64_t slots = tokens > kTogether ? threads : 1;
+  return slots * kTogether * token_bytes(header);
+}
+
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
+                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
+  Chunk whole = whole_call(table, packed, x, x_dtype);
+  whole.y = static_cast<char*>(y);
+  whole.mask = mask;
+  run_call(whole, tokens, workspace, host);
+}
+
+void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept,
+                 uint8_t* chosen, int64_t tokens, void* workspace, const NogemmHost& host) {
+  Chunk whole = whole_call(table, packed, x, x_dtype);
+  whole.chosen = chosen;
+  whole.kept = kept;
+  run_call(whole, tokens, workspace, host);
+}
+
+const char* hire_check(const void* packed, int64_t bytes) {
+  const auto* h = static_cast<const HireHeader*>(packed);
+  if (bytes < static_cast<int64_t>(sizeof(HireHeader)) || h->magic != kHireMagic)
+    return "not a packed HireFFN";
+  if (h->version != kHireVersion) return "a buffer of another version; pack the layer again";
+  if (h->bytes != bytes || h->d < 1 || h->d_out < 1 || h->hidden < 1 || h->mode < 0 || h->mode > 2)
+    return "a damaged buffer; pack the layer again";
+  const int64_t bundles = h->bundles + h->hidden * h->bundle_bytes;
+  const int64_t sketch = h->sketch + round_up(h->hidden, kSketchRows) * h->steps * 4;
+  if (bundles > bytes || sketch > bytes || h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
+    return "a damaged buffer; pack the layer again";
+  return nullptr;
+}
+
+}  // namespace nogemm

@@ -1,0 +1,34 @@
+"""The shape of a dense feed-forward network: what a site has, and what the layer in its place is built for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nogemm.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FFNShape:
+    """One dense FFN, D -> F -> E.
+
+    Attributes:
+        d_in: D, width of a token.
+        d_out: E, width of an answer.
+        hidden: F, its neurons; None where no dense FFN is replaced.
+        activation: of its neurons, by transformers' name.
+        gated: whether a third matrix gates the neurons.
+    """
+
+    d_in: int
+    d_out: int
+    hidden: int | None = None
+    activation: str = "gelu"
+    gated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.d_in < 1 or self.d_out < 1:
+            raise ConfigError(f"widths must be positive, got d_in={self.d_in}, d_out={self.d_out}")
+
+    def neurons(self, own: int | None = None) -> int:
+        """Return a layer's number of neurons: its own, or the dense FFN's, or the usual four times the width."""
+        return own or self.hidden or 4 * self.d_in
