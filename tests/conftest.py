@@ -12,7 +12,7 @@ import torch
 
 from nogemm import ops
 from nogemm.bench import peers
-from nogemm.hardware.speeds import Speeds
+from nogemm.hardware.speeds import Speeds, use_speeds
 
 # A run that a shell starts in the background inherits that Ctrl-C is ignored; tests send it to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -55,7 +55,7 @@ def _same_state_for_every_test() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _same_paths_on_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def _same_paths_on_every_machine() -> Iterator[None]:
     """Let packed layers choose their path by fixed speeds."""
-    for module in ("neurons.all", "hashed.packed"):
-        monkeypatch.setattr(f"nogemm.layers.{module}.speeds", lambda: SPEEDS)
+    with use_speeds(SPEEDS):
+        yield

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.errors import ConfigError
+
+# By transformers' names; `KNOWN` says what each of them is.
+ActivationName = Literal["gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2", "silu", "swish"]
 
 
 @dataclass(frozen=True, kw_only=True)

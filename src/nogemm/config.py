@@ -8,7 +8,9 @@ Every layer and projection has one frozen, keyword-only config next to its modul
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import types
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -210,6 +212,30 @@ def check_int(owner: str, name: str, value: object, low: int, high: int | None =
     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
     if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
         raise ConfigError(f"{owner}: {name} must be an integer {bounds}, got {name}={value!r}")
+
+
+def check_choices(config: Config) -> None:
+    """Raise ConfigError unless every field annotated as a Literal holds one of its words, or None where it may."""
+    for name, choices in _choices(type(config)).items():
+        value = getattr(config, name)
+        if value is not None or None not in choices:
+            check_choice(type(config).__name__, name, value, [word for word in choices if word is not None])
+
+
+@functools.cache
+def _choices(cls: type[Config]) -> dict[str, tuple[str | None, ...]]:
+    hints = typing.get_type_hints(cls)
+    found = {field.name: _words(hints[field.name]) for field in dataclasses.fields(cls)}
+    return {name: words for name, words in found.items() if any(word is not None for word in words)}
+
+
+def _words(hint: Any) -> tuple[str | None, ...]:
+    """Spell out a Literal, or a union of some; None stands for None."""
+    if typing.get_origin(hint) is typing.Literal:
+        return typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(word for part in typing.get_args(hint) for word in _words(part))
+    return (None,) if hint is type(None) else ()
 
 
 def check_choice(owner: str, name: str, value: object, choices: Sequence[str]) -> None:

@@ -49,6 +49,7 @@ def test_break_even_is_where_both_cost_the_same() -> None:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("NOGEMM_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_GIVEN", [])  # what all other tests are given
     module._speeds_of.cache_clear()
     yield tmp_path
     module._speeds_of.cache_clear()

@@ -1,8 +1,8 @@
 """The worker's side of `nogemm profile`: our layer whole and by phases, with hardware counters where there are some.
 
-The module's call is timed as everywhere. A phase is one native call (csrc/packed/host/phases.h) with a clock of its own around it,
-so neither Python nor the dispatcher is in it: the whole kernel, or the kernel stopped after its first phase. Nothing
-in the kernels reads a clock. Layers of several operators are taken apart by torch's profiler instead.
+The module's call is timed as everywhere. A phase is one native call (csrc/packed/host/phases.h) with a clock of its own
+around it, so neither Python nor the dispatcher is in it: the whole kernel, or the kernel stopped after its first phase.
+Nothing in the kernels reads a clock. Layers of several operators are taken apart by torch's profiler instead.
 
 Legend: N tokens, D width.
 Reading order: `KINDS`, `CallContender`, `PhaseContender`, `SketchContender`, `operator_times`.

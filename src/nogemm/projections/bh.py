@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import ProjectionConfig, check_choice, check_int, register
+from nogemm.config import ProjectionConfig, check_choices, check_int, register
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.ops import block_product, hadamard
 from nogemm.ops.hadamard import hadamard_flops
 from nogemm.projections._base import Projection
 from nogemm.projections._padded import padded_width
+
+Pad = Literal["power_of_two", "hadamard"]
 
 
 @register
@@ -41,16 +43,16 @@ class BHConfig(ProjectionConfig):
     block: int = 64
     residual: float | None = None
     bias: bool = True
-    pad: str = "power_of_two"
+    pad: Pad = "power_of_two"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("BHConfig", "rounds", self.rounds, 1)
         check_int("BHConfig", "block", self.block, 1)
         if self.block & (self.block - 1):
             raise ConfigError(f"BHConfig: block must be a power of two, got block={self.block}")
         if self.residual is not None and not (0.0 < self.residual <= 1.0):
             raise ConfigError(f"BHConfig: residual must be in (0, 1] or None, got residual={self.residual}")
-        check_choice("BHConfig", "pad", self.pad, ("power_of_two", "hadamard"))
 
     def build(self, d_in: int, d_out: int) -> BHProjection:
         return BHProjection(self, d_in, d_out)

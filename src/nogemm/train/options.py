@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from nogemm.errors import ConfigError
+
+Output = Literal["auto", "embedding", "logits", "mlm", "none"]
+Optimizer = Literal["adamw", "lazy-adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,13 +67,13 @@ class DistilOptions:
     stage2_rate: float = 0.2
     lr_backbone: float = 2e-4
     weight_decay: float = 0.0
-    optimizer: str = "adamw"
+    optimizer: Optimizer = "adamw"
     train_embeddings: bool = False
     warmup: float = 0.02
     clip: float = 1.0
     hidden_weight: float = 1.0
     output_weight: float = 10.0
-    output: str = "auto"
+    output: Output = "auto"
     hidden_map: tuple[int, ...] | None = None
     solve_tokens: int = 0
     log_seconds: float = 10.0
@@ -111,8 +114,8 @@ class DistilOptions:
         return asdict(self)
 
 
-OUTPUTS = ("auto", "embedding", "logits", "mlm", "none")
-OPTIMIZERS = ("adamw", "lazy-adam")
+OUTPUTS = get_args(Output)
+OPTIMIZERS = get_args(Optimizer)
 _LARGE = float("inf")
 _RANGES = (
     ("tokens", 1, _LARGE),

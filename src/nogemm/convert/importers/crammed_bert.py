@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from nogemm.activations import ActivationName
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.importers._state import check_shape
 from nogemm.convert.importers.ultrafastbert import ultrafastbert
@@ -61,7 +62,7 @@ def ultrafastbert_model(
     *,
     trees: int,
     heads: int = 12,
-    activation: str = "gelu",
+    activation: ActivationName = "gelu",
     positions: int = 128,
     eps: float = 1e-12,
     head: bool = True,

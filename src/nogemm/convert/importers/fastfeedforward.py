@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nogemm.activations import ActivationName
 from nogemm.convert.importers._state import check_keys, check_shape
 from nogemm.errors import CheckpointError
 from nogemm.layers import LeafTreeConfig, LeafTreeFFN
@@ -19,7 +20,7 @@ _OPTIONAL = ("node_usage", "leaf_usage")
 
 
 def fastfeedforward(
-    state_dict: Mapping[str, Tensor], *, activation: str = "relu", leaf_bias: bool = True
+    state_dict: Mapping[str, Tensor], *, activation: ActivationName = "relu", leaf_bias: bool = True
 ) -> LeafTreeFFN:
     """Import one FFF of the package fastfeedforward.
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nogemm.activations import ActivationName
 from nogemm.convert.importers._state import check_keys, check_shape
 from nogemm.errors import CheckpointError
 from nogemm.layers import TreeConfig, TreeFFN
@@ -17,7 +18,7 @@ from nogemm.layers import TreeConfig, TreeFFN
 _KEYS = ("linear_in.weight", "linear_in.bias", "linear_out.weight")
 
 
-def ultrafastbert(state_dict: Mapping[str, Tensor], *, trees: int, activation: str = "gelu") -> TreeFFN:
+def ultrafastbert(state_dict: Mapping[str, Tensor], *, trees: int, activation: ActivationName = "gelu") -> TreeFFN:
     """Import one FFF layer of UltraFastBERT: what it computes by masking all neurons, at the cost of those on the way.
 
     Keys and shapes::

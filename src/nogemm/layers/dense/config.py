@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from nogemm.activations import ACTIVATIONS
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.activations import ActivationName
+from nogemm.config import LayerConfig, check_choices, check_int, register
 
 if TYPE_CHECKING:
     from nogemm.layers.dense.layer import DenseFFN  # noqa: F401
@@ -19,10 +19,9 @@ class DenseConfig(LayerConfig["DenseFFN"]):
 
     kind: ClassVar[str] = "dense"
     hidden: int | None = None
-    activation: str | None = None
+    activation: ActivationName | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         if self.hidden is not None:
             check_int("DenseConfig", "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice("DenseConfig", "activation", self.activation, tuple(ACTIVATIONS))

@@ -52,7 +52,7 @@ class DenseFFN(FFN):
         shape = FFNShape(
             d_in=d_model, d_out=down_DF.shape[0], hidden=hidden, activation=activation, gated=gate_FD is not None
         )
-        layer = cls(DenseConfig(hidden=hidden, activation=activation), shape).to(up_FD.dtype)
+        layer = cls(DenseConfig(hidden=hidden), shape).to(up_FD.dtype)
         pairs = [(layer.up, up_FD, up_bias_F), (layer.down, down_DF, down_bias_D)]
         if layer.gate is not None and gate_FD is not None:
             pairs.append((layer.gate, gate_FD, gate_bias_F))

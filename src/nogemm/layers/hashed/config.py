@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from nogemm.activations import ACTIVATIONS
+from nogemm.activations import ActivationName
 from nogemm.config import (
     OPTIONAL_PROJECTION,
     LayerConfig,
     LayerT,
     ProjectionConfig,
-    check_choice,
+    check_choices,
     check_int,
     check_projection,
 )
@@ -37,19 +37,18 @@ class HashedConfig(LayerConfig[LayerT]):
     tables: int = 16
     chunk: int = 1
     hidden: int | None = None
-    activation: str | None = None
+    activation: ActivationName | None = None
     norm: bool = False
     projection: ProjectionConfig | None = field(default=None, metadata=OPTIONAL_PROJECTION)
     faithful: bool = False
     learned: ClassVar[bool] = False  # whether the hashes are
 
     def __post_init__(self) -> None:
+        check_choices(self)
         owner = type(self).__name__
         check_int(owner, "bits", self.bits, 1, 16)
         check_int(owner, "tables", self.tables, 1)
         check_int(owner, "chunk", self.chunk, 1)
         if self.hidden is not None:
             check_int(owner, "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice(owner, "activation", self.activation, tuple(ACTIVATIONS))
         check_projection(owner, self.projection, faithful=self.faithful, trained=self.learned)

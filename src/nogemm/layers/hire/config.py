@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.activations import ACTIVATIONS
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.activations import ActivationName
+from nogemm.config import LayerConfig, check_choices, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
     from nogemm.layers.hire.layer import HireFFN  # noqa: F401
 
 RELU_TYPES = ("relu", "relu2", "drelu")
+
+SketchKind = Literal["int8", "int4", "low_rank"]
+Select = Literal["topk", "statistical", "active"]
 
 
 @register
@@ -36,15 +39,16 @@ class HireConfig(LayerConfig["HireFFN"]):
 
     kind: ClassVar[str] = "hire"
     keep: float = 0.05
-    sketch: str = "int8"
+    sketch: SketchKind = "int8"
     rank: int | None = None
     oversample: float = 1.5
     group: int = 1
     static: int = 0
-    select: str = "topk"
-    activation: str | None = None
+    select: Select = "topk"
+    activation: ActivationName | Literal["drelu"] | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name, value, low in (("keep", self.keep, 0.0), ("oversample", self.oversample, 1.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(f"HireConfig: {name} must be a number, got {name}={value!r}")
@@ -52,13 +56,9 @@ class HireConfig(LayerConfig["HireFFN"]):
                 raise ConfigError(f"HireConfig: {name} must be at least {low:g}, got {name}={value!r}")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"HireConfig: keep must be above 0 and at most 1, got keep={self.keep!r}")
-        check_choice("HireConfig", "sketch", self.sketch, ("int8", "int4", "low_rank"))
-        check_choice("HireConfig", "select", self.select, ("topk", "statistical", "active"))
         if self.rank is not None:
             check_int("HireConfig", "rank", self.rank, 1)
         check_int("HireConfig", "group", self.group, 1)
         check_int("HireConfig", "static", self.static, 0)
-        if self.activation is not None:
-            check_choice("HireConfig", "activation", self.activation, (*ACTIVATIONS, "drelu"))
         if self.select != "topk" and (self.group > 1 or self.static > 0):
             raise ConfigError(f'HireConfig: group and static need select="topk", got select={self.select!r}')

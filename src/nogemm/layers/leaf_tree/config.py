@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.activations import ACTIVATIONS
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.activations import ActivationName
+from nogemm.config import LayerConfig, check_choices, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
     from nogemm.layers.leaf_tree.layer import LeafTreeFFN  # noqa: F401
+
+Routing = Literal["soft", "hard", "straight_through"]
 
 
 @register
@@ -35,20 +37,18 @@ class LeafTreeConfig(LayerConfig["LeafTreeFFN"]):
     kind: ClassVar[str] = "leaf_tree"
     depth: int = 3
     leaf_width: int = 8
-    activation: str | None = None
-    routing: str = "soft"
+    activation: ActivationName | None = None
+    routing: Routing = "soft"
     harden: float = 0.1
     leak: float = 0.0
     balance: float = 0.0
     master: int = 0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("LeafTreeConfig", "depth", self.depth, 0, 16)
         check_int("LeafTreeConfig", "leaf_width", self.leaf_width, 1)
         check_int("LeafTreeConfig", "master", self.master, 0)
-        if self.activation is not None:
-            check_choice("LeafTreeConfig", "activation", self.activation, tuple(ACTIVATIONS))
-        check_choice("LeafTreeConfig", "routing", self.routing, ("soft", "hard", "straight_through"))
         for name, most in (("harden", math.inf), ("balance", math.inf), ("leak", 1.0)):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= most:

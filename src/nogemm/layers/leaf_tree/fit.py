@@ -51,8 +51,7 @@ def _fit_leaf(layer: LeafTreeFFN, leaf: int, dense: DenseFFN, x_ND: Tensor) -> N
         layer.leaf_out_bias[leaf] = dense.tokens(x_ND).mean(0)
         return
     width = min(layer.config.leaf_width, dense.hidden)
-    config = DenseConfig(hidden=width, activation=layer.activation)
-    small = config.build(layer.d_model, layer.d_out).to(x_ND.dtype)
+    small = DenseConfig(hidden=width).build(layer.d_model, layer.d_out, activation=layer.activation).to(x_ND.dtype)
     small.fit_activations(dense, x_ND)
     layer.leaf_in[leaf, :width] = small.up.weight
     layer.leaf_in_bias[leaf, :width] = small.up.bias

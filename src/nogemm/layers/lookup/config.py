@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.config import LayerConfig, ProjectionConfig, check_choice, check_int, register
+from nogemm.config import LayerConfig, ProjectionConfig, check_choices, check_int, register
 from nogemm.errors import ConfigError
 from nogemm.projections import BHConfig
 
 if TYPE_CHECKING:
     from nogemm.layers.lookup.layer import LookupFFN  # noqa: F401
+
+Score = Literal["gelu", "sigmoid"]
+Init = Literal["scaled", "reference"]
+Storage = Literal["fp32", "bf16", "int8"]
 
 
 @register
@@ -37,21 +41,19 @@ class LookupConfig(LayerConfig["LookupFFN"]):
     tables: int = 128
     bits: int = 8
     projection: ProjectionConfig = dataclasses.field(default_factory=BHConfig)
-    score: str = "gelu"
+    score: Score = "gelu"
     neighbours: int = 1
     norm: bool = True
     norm_eps: float = 1e-5
     bias: bool = True
-    init: str = "scaled"
-    storage: str = "fp32"
+    init: Init = "scaled"
+    storage: Storage = "fp32"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("LookupConfig", "tables", self.tables, 1)
         check_int("LookupConfig", "bits", self.bits, 1, 16)
         check_int("LookupConfig", "neighbours", self.neighbours, 1, 2**self.bits)
-        check_choice("LookupConfig", "score", self.score, ("gelu", "sigmoid"))
-        check_choice("LookupConfig", "init", self.init, ("scaled", "reference"))
-        check_choice("LookupConfig", "storage", self.storage, ("fp32", "bf16", "int8"))
         if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps >= 0:
             raise ConfigError(f"LookupConfig: norm_eps must be at least 0, got norm_eps={self.norm_eps!r}")
         if not isinstance(self.projection, ProjectionConfig):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from nogemm.activations import ACTIVATIONS
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.activations import ActivationName
+from nogemm.config import LayerConfig, check_choices, check_int, register
 
 if TYPE_CHECKING:
     from nogemm.layers.shuffle.layer import ShuffleFFN  # noqa: F401
@@ -29,14 +29,13 @@ class ShuffleConfig(LayerConfig["ShuffleFFN"]):
     kind: ClassVar[str] = "shuffle"
     block: int = 64
     hidden: int | None = None
-    activation: str | None = None
+    activation: ActivationName | None = None
     norm: bool = True
     norm_eps: float = 1e-5
     faithful: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("ShuffleConfig", "block", self.block, 1)
         if self.hidden is not None:
             check_int("ShuffleConfig", "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice("ShuffleConfig", "activation", self.activation, tuple(ACTIVATIONS))

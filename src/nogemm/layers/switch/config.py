@@ -6,12 +6,12 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from nogemm.activations import ACTIVATIONS
+from nogemm.activations import ActivationName
 from nogemm.config import (
     OPTIONAL_PROJECTION,
     LayerConfig,
     ProjectionConfig,
-    check_choice,
+    check_choices,
     check_int,
     check_projection,
     register,
@@ -45,7 +45,7 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
     kind: ClassVar[str] = "switch"
     experts: int = 8
     hidden: int | None = None
-    activation: str | None = None
+    activation: ActivationName | None = None
     capacity: float | None = None
     evaluation_capacity: float | None = None
     norm: bool = False
@@ -55,11 +55,10 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
     faithful: bool = False
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("SwitchConfig", "experts", self.experts, 1)
         if self.hidden is not None:
             check_int("SwitchConfig", "hidden", self.hidden, 1)
-        if self.activation is not None:
-            check_choice("SwitchConfig", "activation", self.activation, tuple(ACTIVATIONS))
         for name in ("capacity", "evaluation_capacity"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and value > 0):

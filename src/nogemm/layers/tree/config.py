@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.activations import ACTIVATIONS
-from nogemm.config import LayerConfig, check_choice, check_int, register
+from nogemm.activations import ActivationName
+from nogemm.config import LayerConfig, check_choices, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
     from nogemm.layers.tree.layer import TreeFFN  # noqa: F401
+
+Branch = Literal["sign", "bias"]
+Routing = Literal["hard", "straight_through", "anneal"]
+Balance = Literal["none", "loss", "bias"]
+Init = Literal["scaled", "reference"]
 
 
 @register
@@ -41,29 +46,24 @@ class TreeConfig(LayerConfig["TreeFFN"]):
     kind: ClassVar[str] = "tree"
     trees: int = 1
     depth: int = 11
-    activation: str | None = None
+    activation: ActivationName | None = None
     bias: bool = True
     out_bias: bool = True
-    branch: str = "sign"
-    routing: str = "hard"
+    branch: Branch = "sign"
+    routing: Routing = "hard"
     anneal_steps: int = 1000
     temperature: float = 1.0
-    balance: str = "none"
+    balance: Balance = "none"
     balance_rate: float = 0.01
     core: int = 0
-    init: str = "scaled"
+    init: Init = "scaled"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         check_int("TreeConfig", "trees", self.trees, 1)
         check_int("TreeConfig", "depth", self.depth, 0, 20)
         check_int("TreeConfig", "core", self.core, 0)
         check_int("TreeConfig", "anneal_steps", self.anneal_steps, 1)
-        if self.activation is not None:
-            check_choice("TreeConfig", "activation", self.activation, tuple(ACTIVATIONS))
-        check_choice("TreeConfig", "branch", self.branch, ("sign", "bias"))
-        check_choice("TreeConfig", "routing", self.routing, ("hard", "straight_through", "anneal"))
-        check_choice("TreeConfig", "balance", self.balance, ("none", "loss", "bias"))
-        check_choice("TreeConfig", "init", self.init, ("scaled", "reference"))
         if self.trees * (2 ** (self.depth + 1) - 1) >= 2**31:
             raise ConfigError(f"TreeConfig: too many nodes for 32-bit numbers: trees={self.trees}, depth={self.depth}")
         for name, value in (("temperature", self.temperature), ("balance_rate", self.balance_rate)):

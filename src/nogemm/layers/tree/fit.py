@@ -59,7 +59,7 @@ def _fit_core(layer: TreeFFN, dense: DenseFFN, x_ND: Tensor) -> Tensor:
     if not fits or (layer.core_in_bias is None and bool(dense.up.bias.any())):
         layer.core_out.zero_()  # nothing to start from: the tree answers alone at first
         return torch.zeros(x_ND.shape[0], layer.d_out, dtype=x_ND.dtype)
-    small = DenseConfig(hidden=width, activation=layer.activation).build(layer.d_model, layer.d_out)
+    small = DenseConfig(hidden=width).build(layer.d_model, layer.d_out, activation=layer.activation)
     small.to(x_ND.dtype).fit_activations(dense, x_ND)
     layer.core_in.copy_(small.up.weight)
     if layer.core_in_bias is not None:
