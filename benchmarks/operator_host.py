@@ -26,13 +26,13 @@ from openvino import opset15 as ov
 from openvino.utils.node_factory import NodeFactory
 
 import nogemm
-from nogemm.bench.check import token_errors
-from nogemm.bench.measure import summary
-from nogemm.bench.partial import recording
-from nogemm.bench.result import origin
+from nogemm.bench.engine.check import token_errors
+from nogemm.bench.engine.measure import summary
+from nogemm.bench.engine.result import origin
 from nogemm.export.extension import extension_path
 from nogemm.export.openvino_host import OPERATOR, quantise, shared_core
 from nogemm.hardware.cpu import usable_cores
+from nogemm.running.partial import recording
 
 D = 384
 LAYER = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(block=64))

@@ -23,8 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from nogemm.bench.partial import sigterm_interrupts
 from nogemm.hardware.cpu import processor
+from nogemm.running.partial import sigterm_interrupts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "benchmarks" / "README.md"

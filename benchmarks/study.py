@@ -28,11 +28,11 @@ from study_training import read_json, say, train, try_designs, tuned
 from torch import nn
 
 import nogemm
-from nogemm.bench.embed import embed
-from nogemm.bench.models import load_encoder
-from nogemm.bench.quality import bootstrap_difference, compare_search, cosines, reciprocal_ranks, search_ranks
+from nogemm.bench.quality.scores import bootstrap_difference, compare_search, cosines, reciprocal_ranks, search_ranks
 from nogemm.files import write_atomically, write_json
 from nogemm.hardware.cpu import machine, machine_line, processor
+from nogemm.models.embed import embed
+from nogemm.models.loading import load_encoder
 from nogemm.train.sources import load_split
 
 COMMAND = "python benchmarks/study.py"

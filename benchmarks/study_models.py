@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 import nogemm
-from nogemm.bench.model_job import Encoder
-from nogemm.bench.models import load_encoder, load_tokenizer
+from nogemm.bench.contenders.model import Encoder
 from nogemm.bench.peers import Runner
 from nogemm.bench.peers.openvino_engine import OpenVinoEngine
+from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.train.sources import texts
 
 TEACHER = "all-MiniLM-L6-v2"

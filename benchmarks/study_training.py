@@ -13,8 +13,8 @@ from study_models import CORPUS, FACTORS, TEACHER, Row, tokenizer
 from torch import nn
 
 import nogemm
-from nogemm.bench.models import load_encoder
 from nogemm.files import write_json
+from nogemm.models.loading import load_encoder
 from nogemm.train.sources import load_split
 
 SHORT_TOKENS = 300_000

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from nogemm.bench import peers
-from nogemm.bench.gather_peer import EMBEDDING_BAG
-from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.contenders.gather import EMBEDDING_BAG
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
+from nogemm.bench.engine.result import origin
 from nogemm.bench.models import site_inputs
-from nogemm.bench.partial import recording
-from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
-from nogemm.bench.result import origin
 from nogemm.config import layer_class, parse_set
 from nogemm.cost import Cost
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line, processor, usable_cores
 from nogemm.layers import FFN, HireFFN, TreeFFN
+from nogemm.running.partial import recording
 
 COMMAND = "python benchmarks/table5.py"
 OURS = "nogemm-lookup-int8"  # what ratios are to
@@ -42,7 +42,7 @@ FEW_DENSE = ("torch-fp32", "torch-int8", "openvino-int8")
 NARROW_DENSE = ("torch-fp32", "openvino-int8")
 BATCHES = (1, 8, 64, 512, 4096, 32768)
 MAIN_BATCHES = (1, 8, 64, 512, 4096, 16384, 32768)
-COPIES = 12  # of a layer at batches up to 8; see `nogemm.bench.layer_job`
+COPIES = 12  # of a layer at batches up to 8; see `nogemm.bench.contenders.layer`
 LONGEST_CALL = 5.0
 MEMORY_SHARE = 0.25  # of the machine's memory that one contender's copies may take
 LOOKUPS = {  # the paper's shapes
@@ -206,13 +206,13 @@ def specs(part: Part, pool: Path) -> list[Spec]:
         settings = shape | {"method": layer.method, "set": list(layer.set), "dtype": layer.dtype, "path": "auto"}
         settings |= {"checkpoint": part.checkpoint, "site": 0}
         full = too_large(part, cost_of(part, layer).parameters * {"fp32": 4, "bf16": 2, "int8": 1}[layer.dtype])
-        factory = "nogemm.bench.layer_job:OurContender"
+        factory = "nogemm.bench.contenders.layer:OurContender"
         found.append(Spec(name=layer.name, factory=factory, settings=settings, missing=full))
     if part.gather:
         bag = shape | {"method": "lookup", "set": list(part.ours[0].set)}
-        factory = "nogemm.bench.gather_peer:EmbeddingBagContender"
+        factory = "nogemm.bench.contenders.gather:EmbeddingBagContender"
         found.append(Spec(name=EMBEDDING_BAG, factory=factory, settings=bag))
-    dense = "nogemm.bench.layer_job:DenseContender"
+    dense = "nogemm.bench.contenders.layer:DenseContender"
     for name in part.dense:
         missing = peers.missing(name) or too_large(part, 8 * part.d * part.hidden)
         found.append(Spec(name=name, factory=dense, settings=shape | {"engine": name}, missing=missing))

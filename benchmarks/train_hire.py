@@ -24,8 +24,9 @@ import transformers
 from torch import Tensor, nn
 
 import nogemm
-from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
 from nogemm.convert.sites import record_sites
+from nogemm.models.directory import PACKAGED
+from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.train.data import Batch
 from nogemm.train.sources import load_split
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import AutoModel, AutoTokenizer
 
 import nogemm
-from nogemm.bench.embed import embed
+from nogemm.models.embed import embed
 
 
 def main() -> None:

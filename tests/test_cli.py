@@ -122,7 +122,7 @@ def test_env_says_what_runs(tmp_path, capsys):
 
 
 def test_convert_says_where_dense_was_faster(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nogemm.bench.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
+    monkeypatch.setattr("nogemm.bench.engine.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
     small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]
     with pytest.warns(UserWarning, match="random"):
         assert run("convert", tiny, tmp_path / "out", *small, "--speed", "fp32", "--json", tmp_path / "c.json") == 0
@@ -272,7 +272,7 @@ def test_wrong_input_elsewhere_is_one_line(tiny, tmp_path, capsys):
     ],
 )
 def test_bench_prints_the_table_and_writes_it(words, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("nogemm.bench.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
+    monkeypatch.setattr("nogemm.bench.engine.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
     target = tmp_path / "result.json"
     assert run("bench", *words.split(), "--json", target) == 0
     out = capsys.readouterr().out

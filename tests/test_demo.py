@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench import progress as progress_module
 from nogemm.demo.chain import run_watched
 from nogemm.demo.child import LEAST_PAIRS, pairs_within
 from nogemm.demo.plan import LEAST_TRAINING, MOST_TRAINING, PEERS, SIZES, TOTAL_SECONDS, expected_agreement, plan
@@ -20,6 +19,7 @@ from nogemm.demo.table import print_result
 from nogemm.errors import ConfigError, NogemmError
 from nogemm.hardware import load
 from nogemm.hardware.load import Load
+from nogemm.running import progress as progress_module
 
 
 def teacher(rate: float) -> dict[str, Any]:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from nogemm.bench.embed import embed, logits
-from nogemm.bench.model_job import DenseModelContender, pooled_cosine
-from nogemm.convert.loading import load_encoder, load_model, load_tokenizer
-from nogemm.convert.pooling import pooling_of
+from nogemm.bench.contenders.model import DenseModelContender, pooled_cosine
+from nogemm.models.embed import embed, logits
+from nogemm.models.loading import load_encoder, load_model, load_tokenizer
+from nogemm.models.pooling import pooling_of
 from nogemm.train import sources as reader
 from people import SAME, TEXTS, bert, edit, encoded, gpt2, pairs_file, run, sentence_encoder
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nogemm import cli
-from nogemm.bench.progress import Progress, training_lines
 from nogemm.cli.measured import measured
+from nogemm.running.progress import Progress, training_lines
 
 
 class Terminal(io.StringIO):

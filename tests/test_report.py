@@ -13,9 +13,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nogemm.bench.report import write_report
-from nogemm.bench.report_labels import Box, overlap, text_width
-from nogemm.bench.report_svg import Bar, Point, bars, lines, number, scatter
+from nogemm.bench.report.labels import Box, overlap, text_width
+from nogemm.bench.report.svg import Bar, Point, bars, lines, number, scatter
+from nogemm.bench.report.write import write_report
 from nogemm.errors import ConfigError
 from nogemm.files import write_atomically, write_json
 from nogemm.hardware.memory import peak_memory_bytes

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nogemm.bench import peers
-from nogemm.bench.layer_job import DenseContender, OurContender
+from nogemm.bench.contenders.layer import DenseContender, OurContender
 
 
 class Sleeper:

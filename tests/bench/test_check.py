@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nogemm.bench.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
+from nogemm.bench.engine.check import DENSE_BOUNDS, Bound, compare, some_rows, token_errors
 
 REFERENCE = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 

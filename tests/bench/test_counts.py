@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from nogemm.bench.counts import Counts, from_dict, from_events, rates
-from nogemm.bench.energy import CONSTANTS, energy, energy_rows
+from nogemm.bench.papers.energy import CONSTANTS, energy, energy_rows
+from nogemm.bench.profile.counts import Counts, from_dict, from_events, rates
 
 ONE = Counts(
     instructions=5000.0,

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import nn
 
-from nogemm.bench.embed import embed, logits, masked_losses
-from nogemm.bench.evaluate import EvalArgs, correct, evaluate, run_eval
-from nogemm.bench.models import PACKAGED, load_tokenizer
+from nogemm.bench.quality.evaluate import EvalArgs, correct, evaluate, run_eval
 from nogemm.errors import ConfigError
+from nogemm.models.directory import PACKAGED
+from nogemm.models.embed import embed, logits, masked_losses
+from nogemm.models.loading import load_tokenizer
 from nogemm.train.errors import DataError
 
 TEXTS = [

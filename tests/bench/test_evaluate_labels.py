@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from nogemm.bench.evaluate import EvalArgs, run_eval
-from nogemm.bench.models import PACKAGED, load_tokenizer
+from nogemm.bench.quality.evaluate import EvalArgs, run_eval
 from nogemm.errors import ConfigError
+from nogemm.models.directory import PACKAGED
+from nogemm.models.loading import load_tokenizer
 from nogemm.train import DataError
 
 

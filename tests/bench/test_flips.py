@@ -16,7 +16,7 @@ from nogemm.bench.flips import (
     read_bits,
     run_flips_bench,
 )
-from nogemm.bench.tables import flips_table
+from nogemm.bench.report.tables import flips_table
 from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
 from nogemm.projections import BHConfig, DenseProjectionConfig
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nogemm.bench import profile_project
-from nogemm.bench.forecast import FEATURES, LookupShape, Machine, features, fit, fit_model, left_out
+from nogemm.bench.engine.measure import Plan, Spec
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.measure import Plan, Spec
-from nogemm.bench.profile_project import check_projectable, run_scenarios, shape_of, variants
+from nogemm.bench.papers import forecast_figure
+from nogemm.bench.papers.forecast import FEATURES, LookupShape, Machine, features, fit, fit_model, left_out
+from nogemm.bench.papers.forecast_figure import check_projectable, run_scenarios, shape_of, variants
 from nogemm.cost import distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.hardware.roofline import Roofline
@@ -119,11 +119,11 @@ def test_a_projection_holds_model_points_and_scenarios(monkeypatch: pytest.Monke
             for case in cases
         ]
 
-    monkeypatch.setattr(profile_project, "measure", timed)
+    monkeypatch.setattr(forecast_figure, "measure", timed)
     layer = LayerBenchArgs(d=32, set=("tables=16", "bits=3", "projection.block=32"), batch=(1, 64), threads=1)
     rows = [{"contender": "torch-fp32", "phase": "whole", "batch": 64, "us_median": 6400.0}]
     machine = Roofline(threads=1, gflops={"fp32": 100.0}, gb_per_s={"L1": 400.0, "L2": 100.0, "memory": 10.0})
-    found = profile_project.project(layer, rows, machine, tmp_path, lambda line: None, 2)
+    found = forecast_figure.project(layer, rows, machine, tmp_path, lambda line: None, 2)
     assert len(seen) == len(set(seen)) == 5
     assert len(found["model"]["points"]) == 2 * 2 * 5
     assert set(found["model"]["errors_left_out"]) == {"hash", "gather"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nogemm.bench.hire_recall import recall_rows
-from nogemm.bench.tables import hire_recall_table
+from nogemm.bench.report.tables import hire_recall_table
 from nogemm.layers import HireConfig
 
 

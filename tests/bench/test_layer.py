@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from nogemm.bench import layer as bench
-from nogemm.bench.check import token_errors
+from nogemm.bench.contenders.layer import COPIES, DenseContender, dense_work, our_layer, runs_native
+from nogemm.bench.engine.check import token_errors
+from nogemm.bench.engine.pool import write_pool
+from nogemm.bench.engine.rounding import our_bound
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench, weight_level
-from nogemm.bench.layer_job import COPIES, DenseContender, dense_work, our_layer, runs_native
-from nogemm.bench.pool import write_pool
-from nogemm.bench.report import render
-from nogemm.bench.report_data import Results, _layer_row
-from nogemm.bench.report_svg import number
-from nogemm.bench.rounding import our_bound
+from nogemm.bench.report.data import Results, _layer_row
+from nogemm.bench.report.svg import number
+from nogemm.bench.report.write import render
 from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
 from nogemm.layers import LookupFFN

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench.measure import Plan, Spec, add_ratios, measure, summary
-from nogemm.bench.worker import time_calls
+from nogemm.bench.engine.measure import Plan, Spec, add_ratios, measure, summary
+from nogemm.bench.engine.worker import time_calls
 
 HERE = Path(__file__).parent
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.bench.check import compare, token_errors
-from nogemm.bench.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
-from nogemm.bench.layer_job import DenseStack, our_layer
+from nogemm.bench.contenders.layer import DenseStack, our_layer
+from nogemm.bench.engine.check import compare, token_errors
+from nogemm.bench.engine.pool import write_pool
+from nogemm.bench.engine.rounding import DYNAMIC_INT8, our_bound
 from nogemm.bench.methods import MethodsBenchArgs, measured_active, presets, run_methods_bench
-from nogemm.bench.pool import write_pool
-from nogemm.bench.report import write_report
-from nogemm.bench.rounding import DYNAMIC_INT8, our_bound
-from nogemm.bench.tables import methods_table
+from nogemm.bench.papers.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
+from nogemm.bench.report.tables import methods_table
+from nogemm.bench.report.write import write_report
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from nogemm.bench import peers
+from nogemm.bench.contenders.model import DenseModelContender, OurModelContender
+from nogemm.bench.engine.result import shown_name
 from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
-from nogemm.bench.model_job import DenseModelContender, OurModelContender
-from nogemm.bench.models import PACKAGED, RANDOM, keep_layers, load_encoder, load_tokenizer, timed_encoder
-from nogemm.bench.result import shown_name
+from nogemm.bench.models import RANDOM, keep_layers, timed_encoder
 from nogemm.errors import ConfigError
+from nogemm.models.directory import PACKAGED
+from nogemm.models.loading import load_encoder, load_tokenizer
 
 
 @pytest.fixture(scope="module")

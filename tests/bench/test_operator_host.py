@@ -11,7 +11,7 @@ import pytest
 import torch
 from benchmark_scripts import load
 
-from nogemm.bench.report_data import read_results
+from nogemm.bench.report.data import read_results
 
 operator_host = load("operator_host")
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from benchmark_scripts import load
 
-from nogemm.bench.measure import NOT_REACHED, OUT_OF_TIME, Plan, Spec, measure
-from nogemm.bench.partial import RUNNING, Record, Terminated, recording, sigterm_interrupts
-from nogemm.bench.report import write_report
+from nogemm.bench.engine.measure import NOT_REACHED, OUT_OF_TIME, Plan, Spec, measure
+from nogemm.bench.report.write import write_report
+from nogemm.running.partial import RUNNING, Record, Terminated, recording, sigterm_interrupts
 
 HERE = Path(__file__).parent
 CASES = [{"batch": 1}, {"batch": 8}]
@@ -102,7 +102,7 @@ def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
         measure(sleepers(tmp_path, "ours"), CASES, Plan(threads=1, seconds=0.001), keep=stop)
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     names = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children.read_text().split()]
-    assert not any(b"nogemm.bench.worker" in name for name in names)
+    assert not any(b"nogemm.bench.engine.worker" in name for name in names)
 
 
 def test_a_report_names_a_partial_result(tmp_path: Path) -> None:

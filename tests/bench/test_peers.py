@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nogemm.bench import peers
-from nogemm.bench.check import DENSE_BOUNDS, compare
-from nogemm.bench.layer_job import DenseStack
-from nogemm.bench.model_job import DENSE_COSINES, Encoder, compare_hidden
+from nogemm.bench.contenders.layer import DenseStack
+from nogemm.bench.contenders.model import DENSE_COSINES, Encoder, compare_hidden
+from nogemm.bench.engine.check import DENSE_BOUNDS, compare
 from nogemm.export.openvino_host import computes_bf16
 
 
@@ -94,7 +94,7 @@ INTERRUPTED = """
 import gc, os, signal
 import torch
 from nogemm.bench import peers
-from nogemm.bench.layer_job import DenseStack
+from nogemm.bench.contenders.layer import DenseStack
 
 signal.signal(signal.SIGINT, lambda number, frame: print("handled"))
 

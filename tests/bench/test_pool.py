@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nogemm.bench.pool import TokenPool, pool_size, write_pool
+from nogemm.bench.engine.pool import TokenPool, pool_size, write_pool
 from nogemm.hardware.cpu import last_level_cache_bytes
 
 

@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from nogemm.bench import profile as bench
-from nogemm.bench import profile_job
-from nogemm.bench.counts import Counts
+from nogemm.bench.contenders.layer import our_layer
+from nogemm.bench.engine.pool import write_pool
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.layer_job import our_layer
-from nogemm.bench.pool import write_pool
-from nogemm.bench.profile import ProfileArgs, run_profile
-from nogemm.bench.profile_job import (
+from nogemm.bench.profile import job
+from nogemm.bench.profile import profile as bench
+from nogemm.bench.profile.counts import Counts
+from nogemm.bench.profile.job import (
     FIRST,
     KINDS,
     WHOLE,
@@ -28,9 +27,10 @@ from nogemm.bench.profile_job import (
     kind_of,
     operator_times,
 )
-from nogemm.bench.profile_rows import phase_rows, roofline_points
-from nogemm.bench.profile_tables import energy_table, profile_table
-from nogemm.bench.report_profile import profile_charts
+from nogemm.bench.profile.profile import ProfileArgs, run_profile
+from nogemm.bench.profile.rows import phase_rows, roofline_points
+from nogemm.bench.profile.tables import energy_table, profile_table
+from nogemm.bench.report.profile import profile_charts
 from nogemm.errors import ConfigError, NativeError
 from nogemm.hardware.roofline import Roofline
 from nogemm.layers.lookup.packed import PackedLookup
@@ -187,13 +187,13 @@ def test_a_sketch_that_misses_what_answers_is_refused(tmp_path: Path, monkeypatc
     (mask,) = contender.run(contender.draw())
     assert (mask.shape, mask.dtype) == ((16, 64), torch.bool)
     assert 16 <= mask.sum(1).min() < 64
-    honest = profile_job.packed_hire_chosen
+    honest = job.packed_hire_chosen
 
     def without(x: torch.Tensor, packed: torch.Tensor, hidden: int, kept: bool) -> torch.Tensor:
         found = honest(x, packed, hidden, kept)
         return found if kept else torch.zeros_like(found)
 
-    monkeypatch.setattr(profile_job, "packed_hire_chosen", without)
+    monkeypatch.setattr(job, "packed_hire_chosen", without)
     assert contender.prepare(case)["error"] == "neurons answer that are not among the candidates"
 
 

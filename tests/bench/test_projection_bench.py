@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.bench.projections import (
+from nogemm.bench.papers.projections import (
     ProjectionBenchArgs,
     best_scale,
     closed_form,

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench.counts import Counts, rates
-from nogemm.bench.energy import constants, energy_rows
-from nogemm.bench.report import write_report
-from nogemm.bench.report_profile import roofline
+from nogemm.bench.papers.energy import constants, energy_rows
+from nogemm.bench.profile.counts import Counts, rates
+from nogemm.bench.report.profile import roofline
+from nogemm.bench.report.write import write_report
 from nogemm.errors import ConfigError
 
 COUNTS = Counts(

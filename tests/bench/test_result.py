@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from nogemm.bench.result import origin, our_names
+from nogemm.bench.engine.result import origin, our_names
 from nogemm.errors import ConfigError
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench import count_dense, simulate
-from nogemm.bench.profile_counting import MOST_TOKENS, plan
-from nogemm.bench.simulate import geometry, parse_cachegrind, parse_lackey
+from nogemm.bench.profile import count_dense, simulate
+from nogemm.bench.profile.counting import MOST_TOKENS, plan
+from nogemm.bench.profile.simulate import geometry, parse_cachegrind, parse_lackey
 from nogemm.errors import NativeError
 
 # Of valgrind 3.19, shortened: a few functions, then the totals.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from benchmark_scripts import load
 
-from nogemm.bench.gather_peer import EMBEDDING_BAG
+from nogemm.bench.contenders.gather import EMBEDDING_BAG
 
 table5 = load("table5")
 

@@ -9,8 +9,9 @@ import torch
 from benchmark_scripts import load
 
 import nogemm
-from nogemm.bench.models import PACKAGED, load_encoder, load_tokenizer
 from nogemm.layers import HireFFN
+from nogemm.models.directory import PACKAGED
+from nogemm.models.loading import load_encoder, load_tokenizer
 
 train_hire = load("train_hire")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from nogemm.bench.pool import write_pool
+from nogemm.bench.engine.pool import write_pool
 from nogemm.bench.train_step import StepContender, TrainStepArgs, gradients, run_train_step, skewed_tokens
 from nogemm.errors import ConfigError
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import nogemm
+from nogemm.bench.contenders.masked_tree import MaskedTree
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
-from nogemm.bench.masked_tree import MaskedTree
 from nogemm.bench.train_step import TrainStepArgs, run_train_step
 from nogemm.errors import ConfigError
 

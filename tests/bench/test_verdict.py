@@ -9,7 +9,7 @@ from torch import nn
 
 import nogemm
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.verdict import BATCHES, compare_sites, dense_faster, verdict
+from nogemm.bench.report.verdict import BATCHES, compare_sites, dense_faster, verdict
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.cost import Cost
 from nogemm.shape import FFNShape

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 import nogemm
-from nogemm.bench.check import Bound, compare
-from nogemm.bench.models import load_encoder, load_tokenizer, sample_texts
-from nogemm.bench.rounding import DYNAMIC_INT8, check_packed
+from nogemm.bench.engine.check import Bound, compare
+from nogemm.bench.engine.rounding import DYNAMIC_INT8, check_packed
+from nogemm.bench.models import sample_texts
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.convert.sites import record_sites
 from nogemm.layers import FFN, PACK_DTYPES, NoFFN, PackedFFN
+from nogemm.models.loading import load_encoder, load_tokenizer
 
 MINILM = "all-MiniLM-L6-v2"
 # Small where the defaults mean hundreds of megabytes or minutes of fitting; any other method takes its defaults.

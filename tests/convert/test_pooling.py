@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from nogemm.convert.pooling import MEAN, MODES, Pooling, pooled, pooling_of
 from nogemm.errors import ConfigError
+from nogemm.models.pooling import MEAN, MODES, Pooling, pooled, pooling_of
 
 KIND = "sentence_transformers.models."
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers as tf
 
-from nogemm.convert.texts import accepted, last_hidden, longest_text, padded, positions, prepare_tokenizer
 from nogemm.errors import ConfigError
+from nogemm.models.texts import accepted, last_hidden, longest_text, padded, positions, prepare_tokenizer
 
 SMALL: dict[str, Any] = {
     "hidden_size": 16,

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 
 import nogemm
-from nogemm.bench.models import model_directory, sample_texts, timed_encoder, timed_tokenizer
+from nogemm.bench.models import sample_texts, timed_encoder, timed_tokenizer
+from nogemm.models.directory import model_directory
 
 CONFIG = nogemm.LookupConfig(tables=32, bits=6, projection=nogemm.BHConfig(block=32))
 TEXTS = 12

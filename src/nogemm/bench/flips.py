@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from nogemm import ops
-from nogemm.bench.check import token_errors
-from nogemm.bench.partial import Keep
-from nogemm.bench.result import DTYPES, origin
+from nogemm.bench.engine.check import token_errors
+from nogemm.bench.engine.result import DTYPES, origin
 from nogemm.config import LayerConfig
 from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
 from nogemm.projections import BHConfig
+from nogemm.running.partial import Keep
 
 BATCHES = (1, 4096)
 TOKENS = 4096
@@ -66,9 +66,9 @@ def run_flips_bench(
         note: called with a line of progress.
         keep: called with the result so far.
     Returns:
-        `nogemm.bench.result.origin` and {"rows"}: "layer", "method", "d", "isa", "dtype", "batch", the shares of
+        `origin` and {"rows"}: "layer", "method", "d", "isa", "dtype", "batch", the shares of
         `compare_bits`, "other_batch" (share of bits that differ from those of the first batch size, same kernel), and
-        "max_error", "rms_error" of the output as `nogemm.bench.check.compare` defines them.
+        "max_error", "rms_error" of the output as `nogemm.bench.engine.check.compare` defines them.
     """
     settings = {"tokens": tokens, "batch": list(batches), "seed": seed}
     layers = {case.layer: {"d": case.d, "config": case.config.to_dict()} for case in cases}

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nogemm.bench.models import load_encoder, site_inputs
-from nogemm.bench.partial import Keep, recording
-from nogemm.bench.result import origin
+from nogemm.bench.engine.result import origin
+from nogemm.bench.models import site_inputs
 from nogemm.convert import converted
 from nogemm.errors import ConfigError
 from nogemm.layers import HireFFN
+from nogemm.models.loading import load_encoder
+from nogemm.running.partial import Keep, recording
 
 _TOKENS = 2048
 SKETCHES = ("int8", "int4")
@@ -53,7 +54,7 @@ def measure_checkpoint(path: str, tokens: int = _TOKENS, *, keep: Keep | None = 
     """Measure all HireFFN layers of a model's directory on the packaged sample.
 
     Returns:
-        `nogemm.bench.result.origin` and {"rows"}, those of `recall_rows` with "site".
+        `origin` and {"rows"}, those of `recall_rows` with "site".
     Raises:
         ConfigError: the model has no HireFFN.
     """

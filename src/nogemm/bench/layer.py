@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from nogemm.bench import peers
-from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
+from nogemm.bench.engine.result import origin, our_names
 from nogemm.bench.models import site_inputs
-from nogemm.bench.partial import Keep
-from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
-from nogemm.bench.result import origin, our_names
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import caches, usable_cores
 from nogemm.hardware.roofline import Roofline, measure_roofline
 from nogemm.layers._base import PATHS
+from nogemm.running.partial import Keep
 
 _KEYS = ("batch", "cache", "codes")
 
@@ -80,7 +80,7 @@ def run_layer_bench(
     through 12 copies of the layer in turn, dense peers too. "warm": one layer, the same tokens again and again.
 
     Returns:
-        `nogemm.bench.result.origin` and {"roofline", "pool", "rows"}; a row has "contender", "batch",
+        `origin` and {"roofline", "pool", "rows"}; a row has "contender", "batch",
         "cache", "codes", "verified", "max_error", "us_median", "us_p10", "us_p90" (per call of one layer),
         "us_per_token", "ratio" (its median / ours), "gflops", "gb_per_s", "roofline_fraction", "bound". Ours also has
         "native": false where PyTorch operators stood in for the kernel, null where there is none by design; a
@@ -140,13 +140,13 @@ def _specs(args: LayerBenchArgs, pool: Path) -> list[Spec]:
     shape["gated"] = args.gated
     ours = {"method": args.method, "set": list(args.set), "path": args.path}
     trained = {"checkpoint": args.checkpoint, "site": args.site}
-    factory = "nogemm.bench.layer_job:OurContender"
+    factory = "nogemm.bench.contenders.layer:OurContender"
     specs = [
         Spec(name=name, factory=factory, settings=shape | ours | trained | {"dtype": name.partition("-")[2]})
         for name in our_names(args.dtype)
     ]
     for name in args.against:
-        factory = "nogemm.bench.layer_job:DenseContender"
+        factory = "nogemm.bench.contenders.layer:DenseContender"
         specs.append(Spec(name=name, factory=factory, settings=shape | {"engine": name}, missing=peers.missing(name)))
     return specs
 

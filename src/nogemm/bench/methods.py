@@ -14,16 +14,16 @@ from typing import Any
 import torch
 
 from nogemm.bench import peers
-from nogemm.bench.fff_gather import BMM, GATHER
-from nogemm.bench.layer_job import our_layer
-from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, measure
-from nogemm.bench.partial import Keep
-from nogemm.bench.pool import CAP_BYTES, pool_size, write_pool
-from nogemm.bench.result import DTYPES, origin
+from nogemm.bench.contenders.layer import our_layer
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, measure
+from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
+from nogemm.bench.engine.result import DTYPES, origin
+from nogemm.bench.papers.fff_gather import BMM, GATHER
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
 from nogemm.layers.hashed.layer import HashedNeurons
+from nogemm.running.partial import Keep
 
 REFERENCE = "torch-fp32"
 ACTIVE_TOKENS = 1024  # that computed neurons are counted on; rounded up to whole chunks
@@ -40,7 +40,7 @@ class MethodsBenchArgs:
         dtype: ours are packed in.
         batch: tokens per call, one case each.
         against: dense engines; torch-fp32 is always among them, because ratios are to it.
-        fff: also time the two forms of the published "40x", see `nogemm.bench.fff_gather`.
+        fff: also time the two forms of the published "40x", see `nogemm.bench.papers.fff_gather`.
         threads: of every contender; 0 means every usable core.
         rounds, seconds: turns per contender and case, and the time aimed at per turn.
         seed: of weights and tokens.
@@ -75,7 +75,7 @@ def run_methods_bench(
     result as it grows.
 
     Returns:
-        `nogemm.bench.result.origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
+        `origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
         "flops" (of one token), "bytes_read" (distinct weight bytes of a call, by batch, expected, as the unpacked layer
         stores them) and "parameters"; of a layer that retrieves neurons also "active", see `measured_active`. A row has
         "contender", "batch", "cache", "verified", the times, the errors, and
@@ -204,14 +204,14 @@ def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, .
     specs = []
     for name, kind, words in chosen:
         settings = shape | {"method": kind, "set": list(words), "dtype": args.dtype}
-        specs.append(Spec(name=name, factory="nogemm.bench.layer_job:OurContender", settings=settings))
+        specs.append(Spec(name=name, factory="nogemm.bench.contenders.layer:OurContender", settings=settings))
     if args.fff:
         for form in (GATHER, BMM):
             settings = shape | {"form": form}
-            specs.append(Spec(name=form, factory="nogemm.bench.fff_gather:FFFContender", settings=settings))
+            specs.append(Spec(name=form, factory="nogemm.bench.papers.fff_gather:FFFContender", settings=settings))
     for name in args.against:
         settings = shape | {"engine": name}
-        factory = "nogemm.bench.layer_job:DenseContender"
+        factory = "nogemm.bench.contenders.layer:DenseContender"
         specs.append(Spec(name=name, factory=factory, settings=settings, missing=peers.missing(name)))
     return specs
 

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nogemm.bench import peers
-from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
-from nogemm.bench.models import PACKAGED, is_random, model_directory
-from nogemm.bench.partial import Keep
-from nogemm.bench.result import origin, our_names
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.result import origin, our_names
+from nogemm.bench.models import is_published_shape
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
+from nogemm.models.directory import PACKAGED, model_directory
+from nogemm.running.partial import Keep
 
 _KEYS = ("batch", "length")
 REMOVED = "no-ffn+"
@@ -40,7 +41,7 @@ class ModelBenchArgs:
         exported: OpenVINO contenders whose precision ours is also exported to and run in.
         compiled: also time ours under inductor.
         agreement_texts: that every contender is compared with the dense model on, at least; 0: it is not.
-        seconds_in_all: nothing new is begun after it, see `nogemm.bench.measure.Plan`; 0: no limit.
+        seconds_in_all: nothing new is begun after it, see `nogemm.bench.engine.measure.Plan`; 0: no limit.
         threads, rounds, seconds, seed: as in `nogemm bench layer`.
     """
 
@@ -89,7 +90,7 @@ def run_model_bench(
     are compared with the fp32 eager model of the same weights before it is timed. `keep` gets the result as it grows.
 
     Returns:
-        `nogemm.bench.result.origin` and {"rows"}; a row has "contender", "batch" (texts), "length",
+        `origin` and {"rows"}; a row has "contender", "batch" (texts), "length",
         "codes", "verified", "max_error" (1 - least cosine), "cosine", "us_median", "us_p10", "us_p90" (per call),
         "us_per_token", "ratio" (its median / ours), "memory_bytes" (peak of its process), "agreement" (mean cosine with
         the fp32 dense model on "agreement_texts" texts cut to that length), "trained" (false: random weights, or parts
@@ -132,7 +133,7 @@ def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
     parse_set(layer_class(args.method), args.set)
     for name in (*args.against, *args.ceiling, *args.exported):
         peers.missing(name)
-    if is_random(args.dense) and args.model is not None:
+    if is_published_shape(args.dense) and args.model is not None:
         raise ConfigError(f"--dense {args.dense} has random weights, so --model {args.model} was not converted from it")
     peer_directories(args.peer)
     for name in args.exported:
@@ -144,7 +145,7 @@ def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
 def _specs(args: ModelBenchArgs) -> list[Spec]:
     base = {"dense": args.dense, "seed": args.seed, "agreement_texts": args.agreement_texts}
     ours = base | {"model": args.model, "method": args.method, "set": list(args.set)}
-    factory = "nogemm.bench.model_job:OurModelContender"
+    factory = "nogemm.bench.contenders.model:OurModelContender"
     specs = [
         Spec(
             name=f"{name}{COMPILED if compiled else ''}",
@@ -158,7 +159,7 @@ def _specs(args: ModelBenchArgs) -> list[Spec]:
     specs += [
         Spec(
             name=f"{name}+{host}",
-            factory="nogemm.bench.model_job:ExportedModelContender",
+            factory="nogemm.bench.contenders.model:ExportedModelContender",
             settings=ours | {"dtype": name.partition("-")[2], "rest": host.removeprefix(EXPORTED)},
             missing=peers.missing(host),
         )
@@ -170,7 +171,7 @@ def _specs(args: ModelBenchArgs) -> list[Spec]:
     variants += [(f"{name}+", {"peer": path}) for name, path in peer_directories(args.peer).items()]
     dense = [(name, base | {"engine": name}) for name in args.against]
     dense += [(f"{label}{name}", base | {"engine": name} | what) for label, what in variants for name in args.ceiling]
-    factory = "nogemm.bench.model_job:DenseModelContender"
+    factory = "nogemm.bench.contenders.model:DenseModelContender"
     specs += [
         Spec(name=label, factory=factory, settings=settings, missing=peers.missing(settings["engine"]))
         for label, settings in dense
@@ -201,4 +202,4 @@ def _is_trained(contender: str, args: ModelBenchArgs) -> bool:
         return args.model is not None
     if engine and name in peer_directories(args.peer):
         return True
-    return not engine and not is_random(args.dense)
+    return not engine and not is_published_shape(args.dense)

@@ -1,6 +1,6 @@
 """Load the models that are measured, and record what a converted layer sees in one.
 
-Everything is read from directories on the disk (see `nogemm.convert.loading`); nothing is fetched.
+Everything is read from directories on the disk (see `nogemm.models.loading`); nothing is fetched.
 """
 
 from __future__ import annotations
@@ -11,26 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.bench.embed import batches
-from nogemm.convert.directory import PACKAGED, model_directory
-from nogemm.convert.loading import load_encoder, load_tokenizer
 from nogemm.convert.sites import converted, record_sites
 from nogemm.errors import ConfigError
+from nogemm.models.directory import PACKAGED
+from nogemm.models.embed import batches
+from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.train.sources import load_split
-
-__all__ = [
-    "PACKAGED",
-    "RANDOM",
-    "is_random",
-    "keep_layers",
-    "load_encoder",
-    "load_tokenizer",
-    "model_directory",
-    "sample_texts",
-    "site_inputs",
-    "timed_encoder",
-    "timed_tokenizer",
-]
 
 # Published shapes, for timing alone: the config's class, and what differs from its defaults.
 RANDOM: dict[str, tuple[str, dict[str, int]]] = {
@@ -42,14 +28,14 @@ RANDOM: dict[str, tuple[str, dict[str, int]]] = {
 }
 
 
-def is_random(path: str | Path) -> bool:
+def is_published_shape(path: str | Path) -> bool:
     """Say whether a name stands for a published shape with random weights."""
     return str(path) in RANDOM and not Path(path).exists()
 
 
 def timed_encoder(path: str | Path, seed: int = 0) -> nn.Module:
     """Load an encoder, or make one of a published shape with random weights, which runs as fast as a trained one."""
-    if not is_random(path):
+    if not is_published_shape(path):
         return load_encoder(path)
     import transformers
 
@@ -61,7 +47,7 @@ def timed_encoder(path: str | Path, seed: int = 0) -> nn.Module:
 
 def timed_tokenizer(path: str | Path) -> Any:
     """Load the tokenizer beside a model; a shape with random weights reads the ids of the packaged model's."""
-    return load_tokenizer(PACKAGED if is_random(path) else path)
+    return load_tokenizer(PACKAGED if is_published_shape(path) else path)
 
 
 def keep_layers(model: nn.Module, count: int) -> tuple[int, ...]:

@@ -27,18 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.bench.check import Bound, compare
-from nogemm.bench.layer_job import DenseStack, our_layer
-from nogemm.bench.masked_topk import MaskedTopK
-from nogemm.bench.masked_tree import MaskedTree
-from nogemm.bench.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.contenders.layer import DenseStack, our_layer
+from nogemm.bench.contenders.masked_topk import MaskedTopK
+from nogemm.bench.contenders.masked_tree import MaskedTree
+from nogemm.bench.engine.check import Bound, compare
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.pool import TokenPool, write_pool
+from nogemm.bench.engine.result import origin
 from nogemm.bench.models import site_inputs
-from nogemm.bench.partial import Keep, recording
-from nogemm.bench.pool import TokenPool, write_pool
-from nogemm.bench.result import origin
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
 from nogemm.layers import HireFFN, TreeFFN
+from nogemm.running.partial import Keep, recording
 from nogemm.train import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 
@@ -97,7 +97,7 @@ def run_train_step(
     as it grows.
 
     Returns:
-        `nogemm.bench.result.origin` and {"rows"}; a row has "contender", "tokens", "codes", "verified", "max_error",
+        `origin` and {"rows"}; a row has "contender", "tokens", "codes", "verified", "max_error",
         "us_median", "us_p10", "us_p90", "ratio" (its median / ours), and "parts": microseconds of forward, backward
         and update.
     Raises:
@@ -167,7 +167,7 @@ def skewed_tokens(count: int, width: int, seed: int) -> Tensor:
 
 
 class StepContender:
-    """Take training steps with one layer and one kind of AdamW (see `nogemm.bench.worker.Contender`)."""
+    """Take training steps with one layer and one kind of AdamW (see `nogemm.bench.engine.worker.Contender`)."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings

@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from nogemm.bench.partial import sigterm_interrupts
 from nogemm.cli import bench, info, models, profile
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
+from nogemm.running.partial import sigterm_interrupts
 
 app = typer.Typer(
     help="Replace dense feed-forward networks by layers that compute little; train, measure and run them on CPUs.",

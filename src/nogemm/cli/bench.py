@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.bench.tables import TextTable
+from nogemm.bench.report.tables import TextTable
 from nogemm.cli.common import Json, print_partial, print_table, print_text_table
 from nogemm.cli.measured import Keep, Note, measured
 from nogemm.cli.options import (
@@ -58,7 +58,7 @@ def layer(
     """Time one layer of ours beside dense layers of the same shape."""
     args = layer_args(locals())
     from nogemm.bench.layer import run_layer_bench
-    from nogemm.bench.verdict import dense_faster, verdict
+    from nogemm.bench.report.verdict import dense_faster, verdict
 
     def work(note: Note, keep: Keep) -> dict[str, Any]:
         result = run_layer_bench(args, note=note, keep=keep)
@@ -140,7 +140,7 @@ def methods(
 ) -> None:
     """Compare one layer of every method: FLOP, bytes, parameters, time."""
     from nogemm.bench.methods import MethodsBenchArgs, run_methods_bench
-    from nogemm.bench.tables import methods_table
+    from nogemm.bench.report.tables import methods_table
 
     args = MethodsBenchArgs(
         d=d,
@@ -173,8 +173,8 @@ def projections(
     json: Json = None,
 ) -> None:
     """Approximate Gaussian matrices by every projection: error against FLOP and parameters."""
-    from nogemm.bench.projections import ProjectionBenchArgs, run_projection_bench
-    from nogemm.bench.tables import projections_table
+    from nogemm.bench.papers.projections import ProjectionBenchArgs, run_projection_bench
+    from nogemm.bench.report.tables import projections_table
 
     args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
     measured(
@@ -200,8 +200,8 @@ def lsh(
     json: Json = None,
 ) -> None:
     """Count the strongest neurons that hashes and sketches find, and what finding them costs."""
-    from nogemm.bench.lsh import LshBenchArgs, run_lsh_bench
-    from nogemm.bench.tables import lsh_table
+    from nogemm.bench.papers.lsh import LshBenchArgs, run_lsh_bench
+    from nogemm.bench.report.tables import lsh_table
 
     args = LshBenchArgs(
         model=model,
@@ -232,7 +232,7 @@ def flips(
 ) -> None:
     """Count code bits and turns of trees that packed layers decide otherwise than float64."""
     from nogemm.bench.flips import run_flips_bench
-    from nogemm.bench.tables import flips_table
+    from nogemm.bench.report.tables import flips_table
 
     batches = integers("--batch", batch)
     measured(
@@ -250,7 +250,7 @@ def _print_table(result: dict[str, Any], make: Callable[[dict[str, Any]], TextTa
 
 
 def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
-    from nogemm.bench.result import shown_name, why_not
+    from nogemm.bench.engine.result import shown_name, why_not
 
     print(result["machine_line"])
     head = ["contender", *keys, f"median {unit}", "p10", "p90", "ratio", "max error"]

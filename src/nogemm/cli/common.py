@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.bench.tables import TextTable
-from nogemm.convert.directory import copy_modules, model_directory, sentence_modules
+from nogemm.bench.report.tables import TextTable
 from nogemm.files import write_json
+from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a model's directory brings. Read it first.")

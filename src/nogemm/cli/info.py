@@ -46,7 +46,7 @@ def report(
     json: Json = None,
 ) -> None:
     """Write results as one self-contained HTML page."""
-    from nogemm.bench.report import write_report
+    from nogemm.bench.report.write import write_report
 
     path = write_report(results, output, title=title)
     print(path)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.partial import Keep, Record, exit_code
-from nogemm.bench.progress import progress
+from nogemm.running.partial import Keep, Record, exit_code
+from nogemm.running.progress import progress
 
 Note = Callable[[str], None]
 

@@ -9,8 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.bench.partial import Record
-from nogemm.bench.progress import progress, training_lines
 from nogemm.cli.common import (
     Json,
     Trust,
@@ -23,6 +21,8 @@ from nogemm.cli.measured import Keep, Note, end_early, measured
 from nogemm.cli.options import words
 from nogemm.config import layer_kinds
 from nogemm.errors import CheckpointError, ConfigError, NogemmError
+from nogemm.running.partial import Record
+from nogemm.running.progress import progress, training_lines
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Directory of a model, a name in the local cache, or all-MiniLM-L6-v2.")
@@ -50,7 +50,7 @@ def convert(
     """Replace the FFNs of MODEL and write the result to OUTPUT."""
     import nogemm
     from nogemm.config import layer_class, parse_set
-    from nogemm.convert.loading import load_both
+    from nogemm.models.loading import load_both
     from nogemm.train.sources import texts
 
     config = parse_set(layer_class(method), set_ or [])
@@ -71,7 +71,7 @@ def convert(
         if speed is None:
             return found
         from nogemm.bench.layer import run_layer_bench
-        from nogemm.bench.verdict import compare_sites
+        from nogemm.bench.report.verdict import compare_sites
 
         def kept(kinds: list[dict[str, Any]]) -> None:
             keep(found | {"speed": kinds})
@@ -108,8 +108,8 @@ def distil(
 ) -> None:
     """Train the replaced FFNs of MODEL against the dense TEACHER and write the result to OUTPUT."""
     import nogemm
-    from nogemm.convert.loading import load_both, load_model
-    from nogemm.convert.texts import prepare_tokenizer
+    from nogemm.models.loading import load_both, load_model
+    from nogemm.models.texts import prepare_tokenizer
 
     choices: dict[str, Any] = dict(parse_choice(word) for word in set_ or [])
     named = {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "field": field, "optimizer": optimizer}
@@ -155,7 +155,7 @@ def evaluate(
     json: Json = None,
 ) -> None:
     """Score MODEL beside its teacher: every figure with its 95 % interval."""
-    from nogemm.bench.evaluate import EvalArgs, run_eval
+    from nogemm.bench.quality.evaluate import EvalArgs, run_eval
 
     args = EvalArgs(
         model=model,
@@ -200,7 +200,7 @@ def export(
     from itertools import islice
 
     import nogemm
-    from nogemm.convert.loading import load_both
+    from nogemm.models.loading import load_both
     from nogemm.train.sources import texts
 
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)

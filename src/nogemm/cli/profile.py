@@ -50,8 +50,8 @@ def profile(
 ) -> None:
     """Say where a layer's time goes: phases, bandwidths, misses, energy, beside what the machine can do."""
     layer = layer_args(locals())
-    from nogemm.bench.profile import ProfileArgs, run_profile
-    from nogemm.bench.profile_tables import energy_table, profile_table, projection_table
+    from nogemm.bench.profile.profile import ProfileArgs, run_profile
+    from nogemm.bench.profile.tables import energy_table, profile_table, projection_table
 
     args = ProfileArgs(layer=layer, counters=counters, counts=counts, project=project)
 

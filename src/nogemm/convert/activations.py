@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert.loading import load_tokenizer
-from nogemm.convert.sites import Site, inner_model, record_sites
-from nogemm.convert.texts import batch_of
+from nogemm.convert.sites import Site, record_sites
 from nogemm.errors import ConfigError
+from nogemm.models.inner import inner_model
+from nogemm.models.loading import load_tokenizer
+from nogemm.models.texts import batch_of
 
 BATCH = 16
 MAX_LENGTH = 256

@@ -8,9 +8,10 @@ from torch import nn
 
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.fitted import is_random
-from nogemm.convert.sites import converted, inner_model, installed
+from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import FFN, PackedFFN
+from nogemm.models.inner import inner_model
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -16,10 +16,11 @@ from nogemm.convert.checkpoint import attach
 from nogemm.convert.discover import in_words
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
-from nogemm.convert.sites import Refusal, Site, Survey, inner_model, installed, remember, site_names, survey
+from nogemm.convert.sites import Refusal, Site, Survey, installed, remember, site_names, survey
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers import ACTIVATIONS, FFN, DenseConfig
+from nogemm.models.inner import inner_model
 
 Layers = str | int | Sequence[str | int]
 

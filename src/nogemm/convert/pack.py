@@ -8,10 +8,11 @@ from typing import overload
 from torch import nn
 
 from nogemm.convert.fitted import warn_if_random
-from nogemm.convert.sites import converted, inner_model, installed
+from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
 from nogemm.layers._base import PATHS
+from nogemm.models.inner import inner_model
 
 
 @overload

@@ -24,10 +24,11 @@ from nogemm.convert.exchange import (
     former_of,
     stage_inside,
 )
-from nogemm.convert.sites import inner_model, installed
+from nogemm.convert.sites import installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
 from nogemm.layers._base import is_quantised
+from nogemm.models.inner import inner_model
 
 try:
     import fcntl

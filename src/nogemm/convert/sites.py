@@ -28,6 +28,7 @@ from nogemm.convert._site import Installed, Site, WithDropout, remember, remembe
 from nogemm.convert.discover import Refusal, discover
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, PackedFFN
+from nogemm.models.inner import inner_model
 from nogemm.shape import FFNShape
 
 __all__ = [
@@ -36,7 +37,6 @@ __all__ = [
     "Site",
     "WithDropout",
     "converted",
-    "inner_model",
     "installed",
     "record_sites",
     "refused",
@@ -223,16 +223,6 @@ def register_site(
     if FAMILIES.setdefault(name, adapter) != adapter:
         raise ConfigError(f"register_site: {name!r} is registered already as {FAMILIES[name]}")
     REGISTERED.add(name)
-
-
-def inner_model(model: nn.Module) -> nn.Module:
-    """Return the transformers model inside a SentenceTransformer, or the model itself."""
-    first = getattr(model, "_first_module", None)
-    if callable(first):
-        inner = getattr(first(), "auto_model", None)
-        if isinstance(inner, nn.Module):
-            return inner
-    return model
 
 
 def _adapter_of(module: nn.Module) -> SiteAdapter | None:

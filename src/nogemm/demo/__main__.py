@@ -23,11 +23,11 @@ def main() -> None:
     print(
         f"nogemm demo: about 12 minutes, less training on a slow machine; everything goes to {args.folder}", flush=True
     )
-    from nogemm.bench.partial import exit_code, sigterm_interrupts
-    from nogemm.bench.report import write_report
+    from nogemm.bench.report.write import write_report
     from nogemm.demo.chain import run_demo
     from nogemm.demo.table import print_result
     from nogemm.errors import NogemmError
+    from nogemm.running.partial import exit_code, sigterm_interrupts
 
     try:
         with sigterm_interrupts():

@@ -17,10 +17,7 @@ import torch
 
 import nogemm
 from nogemm.bench.model import ModelBenchArgs, run_model_bench
-from nogemm.bench.progress import progress, training_lines
-from nogemm.bench.quality import compare_search
-from nogemm.convert.directory import PACKAGED, model_directory
-from nogemm.convert.loading import load_encoder
+from nogemm.bench.quality.scores import compare_search
 from nogemm.convert.report import ConversionReport
 from nogemm.convert.sites import converted
 from nogemm.demo.plan import PEERS, SIZES, TEACHER_SECONDS, TOTAL_SECONDS, plan
@@ -29,6 +26,9 @@ from nogemm.errors import NogemmError
 from nogemm.files import write_json
 from nogemm.hardware import machine, machine_line
 from nogemm.hardware.load import look
+from nogemm.models.directory import PACKAGED, model_directory
+from nogemm.models.loading import load_encoder
+from nogemm.running.progress import progress, training_lines
 from nogemm.train import texts
 
 # Two neighbours and three rounds fit the dense FFNs better than one and four, at fewer FLOP.

@@ -37,8 +37,8 @@ def main() -> None:
 def embed_split(args: argparse.Namespace) -> dict[str, Any]:
     """Load, pack if asked to, embed queries and documents into `args.out`; return what it took."""
     import nogemm
-    from nogemm.bench.embed import embed
-    from nogemm.convert.loading import load_encoder, load_tokenizer
+    from nogemm.models.embed import embed
+    from nogemm.models.loading import load_encoder, load_tokenizer
     from nogemm.train import load_split
 
     before = peak_memory_bytes()

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.progress import progress
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
+from nogemm.running.progress import progress
 
 
 class Steps:
@@ -32,7 +32,7 @@ class Steps:
     def run(self, name: str, what: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Do a step, or take its result from an earlier call; print one line with the time it took.
 
-        While it lasts, progress is shown on standard error, see `nogemm.bench.progress`.
+        While it lasts, progress is shown on standard error, see `nogemm.running.progress`.
         """
         self._number += 1
         file = self.folder / f"{self._number:02d}-{name}.json"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nogemm.bench.result import why_not
+from nogemm.bench.engine.result import why_not
 
 MIB = 2**20
 

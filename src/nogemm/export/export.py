@@ -13,8 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from nogemm.convert.save import replace_directory
-from nogemm.convert.sites import inner_model
-from nogemm.convert.texts import prepare_tokenizer
 from nogemm.errors import ConfigError
 from nogemm.export import openvino_host as host
 from nogemm.export.agreement import Agreement, check_agreement
@@ -23,6 +21,8 @@ from nogemm.export.folder import MODEL, check_target, describe
 from nogemm.export.rest import Rest, choose_rest
 from nogemm.export.samples import graph_inputs, random_batch, text_batches
 from nogemm.export.traced import HostModel, check_exportable, host_model
+from nogemm.models.inner import inner_model
+from nogemm.models.texts import prepare_tokenizer
 
 HOSTS = ("openvino",)
 

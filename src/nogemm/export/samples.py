@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert.texts import encode, padded
 from nogemm.errors import ConfigError
+from nogemm.models.texts import encode, padded
 
 # Tensors [B, L] of whole numbers that a host is given, in the order of the graph's inputs.
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")

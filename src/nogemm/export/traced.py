@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.convert.fitted import warn_if_random
-from nogemm.convert.sites import inner_model, installed
+from nogemm.convert.sites import installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.export.samples import random_batch
 from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, HireFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
+from nogemm.models.inner import inner_model
 
 # Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
 OPERATORS: dict[type[FFN], str] = {

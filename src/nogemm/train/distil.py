@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert.pooling import pooling_of
-from nogemm.convert.sites import converted, inner_model
+from nogemm.convert.sites import converted
+from nogemm.models.inner import inner_model
+from nogemm.models.pooling import pooling_of
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError, TrainingInterrupted

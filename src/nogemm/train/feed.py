@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import nn
 
-from nogemm.convert.loading import load_tokenizer
-from nogemm.convert.pooling import MEAN, Pooling
-from nogemm.convert.texts import longest_text, prepare_tokenizer
+from nogemm.models.loading import load_tokenizer
+from nogemm.models.pooling import MEAN, Pooling
+from nogemm.models.texts import longest_text, prepare_tokenizer
 from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.errors import TrainingError
 from nogemm.train.identity import data_identity, tokenizer_identity

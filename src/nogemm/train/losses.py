@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nogemm.convert.pooling import MEAN, Pooling, pooled
 from nogemm.errors import ConfigError
+from nogemm.models.pooling import MEAN, Pooling, pooled
 
 FLOOR = 1e-2
 """Dimensions that hardly vary count as if they had this share of the median variance: noise must not dominate."""

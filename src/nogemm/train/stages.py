@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.convert.fitted import is_random
-from nogemm.convert.pooling import MEAN, Pooling
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN
+from nogemm.models.pooling import MEAN, Pooling
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
 from nogemm.train.guards import no_hook_left

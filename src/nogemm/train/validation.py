@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert.pooling import MEAN, Pooling, pooled
+from nogemm.models.pooling import MEAN, Pooling, pooled
 from nogemm.train.data import Batch, Batches, TokenFile
 from nogemm.train.losses import hidden_states
 from nogemm.train.options import DistilOptions

@@ -1,0 +1,1 @@
+"""The worker's side of benchmarks: what is timed."""

@@ -1,0 +1,266 @@
+"""The worker's side of `nogemm bench layer`: dense contenders and our packed layer, verified, then called.
+
+Legend: N tokens, D width, F hidden width, T tables, C copies of the layer.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.activations import ACTIVATIONS
+from nogemm.bench import peers
+from nogemm.bench.engine.check import DENSE_BOUNDS, Bound, compare, some_rows
+from nogemm.bench.engine.pool import TokenPool
+from nogemm.bench.engine.rounding import check_packed
+from nogemm.bench.flips import flip_rate
+from nogemm.config import layer_class, parse_set
+from nogemm.convert import converted
+from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN, YosoFFN
+from nogemm.layers.dense.packed import PackedDense
+from nogemm.layers.hashed.layer import HashedNeurons
+from nogemm.layers.no.packed import PackedNo
+from nogemm.layers.shuffle.packed import PackedShuffle
+from nogemm.models.loading import load_encoder
+from nogemm.ops import native_available
+
+# As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
+COPIES = 12
+COPIED_BATCH = 8
+_CALIBRATION = 16
+_MEASURED = 256  # tokens whose recall is measured
+_ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
+# A packed tree's rows against float32: in-rows stay in 16 bits when out-rows go to 8.
+TREE_BYTES = {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}
+
+
+class DenseStack(nn.Module):
+    """C dense layers of their own weights; copy c maps input c, so one call passes through all."""
+
+    def __init__(self, width: int, hidden: int, activation: str, copies: int, seed: int, gated: bool = False) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.gate = nn.ModuleList(_linear(width, hidden, generator) for _ in range(copies if gated else 0))
+        self.up = nn.ModuleList(_linear(width, hidden, generator) for _ in range(copies))
+        self.down = nn.ModuleList(_linear(hidden, width, generator) for _ in range(copies))
+        self.activation = ACTIVATIONS[activation]
+        self.eval().requires_grad_(False)
+
+    def forward(self, *x_ND: Tensor) -> tuple[Tensor, ...]:
+        if self.gate:
+            gated = zip(self.gate, self.up, self.down, x_ND, strict=True)
+            return tuple(down(self.activation(gate(x)) * up(x)) for gate, up, down, x in gated)
+        layers = zip(self.up, self.down, x_ND, strict=True)
+        return tuple(down(self.activation(up(x))) for up, down, x in layers)
+
+
+class LayerContender:
+    """Draw tokens for C copies of a layer, fresh or warm; what both kinds of contender share."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
+        self.pool: TokenPool | None = None
+        self.fresh = True
+        self.repeated: Any = None
+        self.batch = self.copies = 0
+
+    def _open(self, case: dict[str, Any], dtype: torch.dtype) -> None:
+        self.batch = case["batch"]
+        self.fresh, self.repeated = case["cache"] == "fresh", None
+        self.copies = COPIES if self.fresh and self.batch <= COPIED_BATCH else 1
+        if self.pool is None or self.pool.tokens_ND.dtype != dtype:
+            self.pool = TokenPool(Path(self.settings["pool"]), self.settings["d"], dtype)
+
+    def _tokens(self) -> tuple[Tensor, ...]:
+        assert self.pool is not None
+        return tuple(self.pool.draw(self.batch) for _ in range(self.copies))
+
+    def draw(self) -> Any:
+        if self.fresh:
+            return self._prepare(self._tokens())
+        if self.repeated is None:  # not before the contender is compiled for this case
+            self.repeated = self._prepare(self._tokens())
+        return self.repeated
+
+    def _prepare(self, tokens: tuple[Tensor, ...]) -> Any:
+        return tokens
+
+
+class DenseContender(LayerContender):
+    """A dense layer in one of the engines, held against float64."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.engine = peers.engine(settings["engine"])
+        self.runner: peers.Runner | None = None
+        self.compiled: tuple[int, int] | None = None
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        s = self.settings
+        precision = self.engine.precision
+        self._open(case, torch.bfloat16 if s["engine"] in ("torch-bf16", "inductor-bf16") else torch.float32)
+        stack = DenseStack(s["d"], s["hidden"], s["activation"], self.copies, s["seed"], s.get("gated", False))
+        key = (self.copies, self.batch if self.engine.static else 0)
+        if key != self.compiled:
+            self.runner = None
+            example = tuple(x.float() for x in self._tokens())
+            self.runner = self.engine.compile(stack, example, self._samples())
+            self.compiled = key
+        flops, size = dense_work(s["d"], s["hidden"], self.batch, precision, s.get("gated", False))
+        facts = {
+            "layers": self.copies,
+            "flops": flops,
+            "bytes_read": size,
+            "weight_bytes": size * self.copies,
+            "computes_in": precision,
+            "token_bytes": s["d"] * self._tokens()[0].element_size(),
+        }
+        return facts | self._verify(stack, DENSE_BOUNDS[precision])
+
+    def _verify(self, stack: DenseStack, bound: Bound) -> dict[str, Any]:
+        assert self.runner is not None
+        tokens = self._tokens()
+        outputs = self.runner.result(self.runner.run(self.runner.prepare(tokens)))
+        rows = some_rows(self.batch)
+        exact = copy.deepcopy(stack).double()  # engines may share the float32 weights
+        reference = exact(*(x[rows].double() for x in tokens))
+        return compare(torch.cat([y[rows] for y in outputs]), torch.cat(reference), bound)
+
+    def _samples(self) -> list[tuple[Tensor, ...]]:
+        assert self.pool is not None
+        return [tuple(self.pool.draw(64).float() for _ in range(self.copies)) for _ in range(_CALIBRATION)]
+
+    def _prepare(self, tokens: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare(tokens) if self.runner is not None else tokens
+
+    def run(self, inputs: Any) -> Any:
+        assert self.runner is not None
+        return self.runner.run(inputs)
+
+
+class OurContender(LayerContender):
+    """Our packed layer, held against the unpacked one in float64."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.layer = our_layer(settings)
+        self.packed: list[nn.Module] = []
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        dtype = self.settings["dtype"]
+        self._open(case, torch.float32)
+        if len(self.packed) != self.copies:
+            self.packed = []  # freed first: the copies are the memory
+            self.packed = [self._pack() for _ in range(self.copies)]
+        twin = self.layer.rounded(dtype)
+        cost = twin.cost(self.batch)
+        weight_bytes = sum(p.numel() * p.element_size() for p in (*twin.parameters(), *twin.buffers()))
+        # A tree's twin holds its rounded weights in float32.
+        share = TREE_BYTES[dtype] if isinstance(twin, TreeFFN) else 1.0
+        facts = {
+            "layers": self.copies,
+            "flops": cost.flops,
+            "bytes_read": cost.bytes_read * share,
+            "row_bytes": twin.row_bytes(self.batch) * share,
+            "weight_bytes": weight_bytes * self.copies * share,
+            "computes_in": self._computes_in(),
+            "token_bytes": 4 * self.settings["d"],
+            "native": runs_native(self.packed[0]),
+        }
+        if isinstance(self.layer, HireFFN):
+            facts |= self._hire_facts(self.layer)
+        return facts | self._verify(twin)
+
+    def _computes_in(self) -> str:
+        """Name the peak that most of the arithmetic is held against: hashes in 16-bit integers, all else in floats."""
+        hashed = isinstance(self.layer, (LookupFFN, YosoFFN)) and self.settings["dtype"] != "fp32"
+        return "int16" if hashed else "fp32"
+
+    def _hire_facts(self, layer: HireFFN) -> dict[str, Any]:
+        """Return what the sketch finds, and the traffic: the twin holds rounded rows in float32."""
+        assert self.pool is not None
+        report = layer.measure(self.pool.draw(_MEASURED))
+        itemsize = _ITEMSIZE[self.settings["dtype"]]
+        sketch, rows = layer.traffic(self.batch)
+        stored = sum(p.numel() for p in layer.parameters()) * itemsize + sketch
+        found = {"recall": report.recall, "energy": report.energy, "dense_energy": report.dense_energy}
+        return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored * self.copies}
+
+    def _pack(self) -> nn.Module:
+        return self.layer.pack(self.settings["dtype"], self.settings.get("path", "auto"))
+
+    def _verify(self, twin: FFN) -> dict[str, Any]:
+        # Tokens of a chunk share their neurons, so the reference must see calls as they were.
+        whole = isinstance(self.layer, HashedNeurons) and self.layer.chunk > 1
+        rows = some_rows(self.batch)
+        inputs, outputs = [], []
+        for _ in range(1 if self.batch * self.copies >= 64 else -(-64 // (self.batch * self.copies))):
+            tokens = self._tokens()
+            inputs += [x.clone() if whole else x[rows].clone() for x in tokens]
+            outputs += [y[rows] for y in self.run(self._prepare(tokens))]
+        x_ND, y_ND = torch.cat(inputs)[:1024], torch.cat(outputs)[:1024]
+
+        def answer(module: nn.Module, dtype: torch.dtype) -> Tensor:
+            if whole:
+                return torch.cat([module(x.to(dtype))[rows] for x in inputs])[:1024]
+            return module(x_ND.to(dtype))
+
+        with torch.inference_mode():
+            facts = check_packed(self.layer, twin, y_ND, self.settings["dtype"], answer)
+            if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
+                way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
+                facts |= {"other_way": float(way)}
+        return facts | self._flips(x_ND)
+
+    def _flips(self, x_ND: Tensor) -> dict[str, Any]:
+        """Return how many of the decisions on these tokens rounding turns over; nothing where none are discrete."""
+        if not isinstance(self.layer, (LookupFFN, TreeFFN)):
+            return {}
+        return {"flip_rate": flip_rate(self.layer, self.settings["dtype"], x_ND, self.batch)}
+
+    def run(self, inputs: Any) -> Any:
+        with torch.inference_mode():
+            return [layer(x) for layer, x in zip(self.packed, inputs, strict=True)]
+
+
+def runs_native(packed: nn.Module) -> bool | None:
+    """Say whether a packed layer's compiled kernel runs, or PyTorch operators stand in for it (False).
+
+    None for layers that consist of torch's own kernels by design.
+    """
+    if isinstance(packed, (PackedDense, PackedNo, PackedShuffle)):
+        return None
+    stated = [part.native for part in packed.modules() if isinstance(getattr(part, "native", None), bool)]
+    return native_available() and all(stated)
+
+
+def our_layer(settings: dict[str, Any]) -> FFN:
+    """Build the layer of random weights, or take one site of a distilled checkpoint."""
+    if settings.get("checkpoint") is None:
+        config = parse_set(layer_class(settings["method"]), settings["set"])
+        torch.manual_seed(settings["seed"])
+        gated = settings.get("gated", False)
+        layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"], gated=gated)
+        if isinstance(layer, HireFFN):
+            layer.fit_sketch()
+        return layer.eval().requires_grad_(False)
+    layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
+    return layers[settings["site"]].eval().requires_grad_(False)
+
+
+def dense_work(width: int, hidden: int, tokens: int, precision: str, gated: bool = False) -> tuple[float, float]:
+    """Return FLOP and weight bytes of a dense layer with biases, 2 FLOP a multiply-add."""
+    weights = (3 if gated else 2) * width * hidden
+    return 2.0 * weights * tokens, float(weights * _ITEMSIZE[precision] + 4 * (width + hidden))
+
+
+def _linear(width: int, out: int, generator: torch.Generator) -> nn.Linear:
+    layer = nn.Linear(width, out)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(out, width, generator=generator) / width**0.5)
+        layer.bias.copy_(0.1 * torch.randn(out, generator=generator))
+    return layer

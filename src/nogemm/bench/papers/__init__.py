@@ -1,0 +1,1 @@
+"""What reproduces the papers' figures; nothing else needs it."""

@@ -1,0 +1,188 @@
+"""Results that are one table each, as text: the same rows for the terminal and for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nogemm.bench.engine.result import shown_name, why_not
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextTable:
+    """A table ready to be shown: its first column names the row."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    hint: str
+
+
+def methods_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench methods` measured: a line per layer, then the dense engines."""
+    batches = result["settings"]["batch"]
+    facts = {entry["contender"]: entry for entry in result["methods"]}
+    timed: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        timed.setdefault(row["contender"], {})[row["batch"]] = row
+    counted = any("active" in entry for entry in facts.values())  # older results have no counts
+    rows = []
+    for name, cases in timed.items():
+        entry = facts.get(name)
+        cells = ["", "", ""]
+        if entry is not None:
+            read = entry["bytes_read"][str(min(batches))]
+            cells = [f"{entry['flops'] / 1e6:.3f}", f"{read / 1024:,.0f}", f"{entry['parameters'] / 1e6:.2f}"]
+        if counted:
+            cells += _active_cells(entry or {})
+        for batch in batches:
+            row = cases[batch]
+            if row["us_median"] is None:
+                cells += [why_not(row) or "not run", ""]
+            else:
+                ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+                cells += [f"{row['us_median']:.4g}", ratio]
+        errors = [row["max_error"] for row in cases.values() if row.get("max_error") is not None]
+        shown = shown_name(cases[min(batches)])
+        rows.append([shown, *cells, f"{max(errors):.1e}" if errors else ""])
+    times = [word for batch in batches for word in (f"us at {batch:,}", "ratio")]
+    active = ["computed", "p95", "expected", "measured MFLOP", "expected MFLOP"] if counted else []
+    head = ["layer", "MFLOP", f"KiB at {min(batches)}", "M parameters", *active, *times, "max error"]
+    shape = f"d {result['settings']['d']}, hidden {result['settings']['hidden']}, ours {result['settings']['dtype']}"
+    hint = f"{shape}. Microseconds per call on fresh tokens; ratio: torch fp32's time divided by the layer's."
+    if counted:
+        hint += " Computed: neurons of a token, mean and 95th percentile, in full chunks; expected: of uniform codes."
+    published = [
+        f"{row['published_ratio']:.3g}x at {row['batch']:,}" for row in result["rows"] if row.get("published_ratio")
+    ]
+    if published:
+        hint += f" FFF's gather form against dense as a batch of products, published as 40x: {', '.join(published)}."
+    return TextTable(title="Methods", head=head, rows=rows, hint=hint)
+
+
+def _active_cells(entry: Mapping[str, Any]) -> list[str]:
+    active = entry.get("active")
+    if active is None:
+        return [""] * 5
+    counts = [f"{active[name]:,.1f}" for name in ("mean", "p95", "expected")]
+    return [*counts, *(f"{active[name] / 1e6:.3f}" for name in ("flops", "expected_flops"))]
+
+
+def projections_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench projections` measured."""
+    rows = []
+    for row in result["rows"]:
+        theory = ["", ""]
+        if row["closed_form"] is not None:
+            theory = [f"{row['closed_form']:.4f}", f"{100 * row['deviation']:+.2f} %"]
+        figures = [f"{row['flops'] / 1000:.1f}", f"{row['parameters']:,}", f"{row['error']:.4f}"]
+        rows.append([f"{row['projection']}: {row['label']}", *figures, *theory, row["fit"]])
+    return TextTable(
+        title="Projections",
+        head=["projection", "kFLOP", "parameters", "error", "closed form", "deviation", "fit"],
+        rows=rows,
+        hint=f"Relative squared error of the best fit to a Gaussian matrix of width {result['settings']['d']}.",
+    )
+
+
+def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `python -m nogemm.bench.hire_recall` measured."""
+    rows = []
+    for row in result["rows"]:
+        shares = [f"{row[name]:.4f}" for name in ("recall", "energy", "dense_energy", "computed", "kept")]
+        rows.append([f"site {row['site']}", row["sketch"], f"{row['oversample']:g}", *shares])
+    return TextTable(
+        title="Recall of HireFFN",
+        head=["layer", "sketch", "oversample", "recall", "energy", "of dense", "computed", "kept"],
+        rows=rows,
+        hint=f"Layers of {result['settings']['checkpoint']}, each on {result['settings']['tokens']} of its own tokens.",
+    )
+
+
+def flips_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench flips` measured."""
+    rows = []
+    for row in result["rows"]:
+        shares = [f"{row[name]:.1e}" for name in ("bits_differ", "codes_differ", "tokens_differ")]
+        errors = [f"{row[name]:.1e}" for name in ("widest", "other_batch", "max_error", "rms_error")]
+        rows.append([row["layer"], row["isa"], row["dtype"], f"{row['batch']:,}", *shares, *errors])
+    shares = ["bits differ", "codes", "tokens"]
+    return TextTable(
+        title="Bits that rounding flips",
+        head=["layer", "kernels", "dtype", "batch", *shares, "widest", "other batch", "max error", "rms error"],
+        rows=rows,
+        hint="Shares that differ from float64. Widest: the largest value whose bit differs, over the values' root mean "
+        f"square; other batch: bits that differ from those at {result['settings']['batch'][0]} tokens a call.",
+    )
+
+
+def lsh_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench lsh` found: a line per hash or sketch."""
+    top = [str(x) for x in result["settings"]["top"]]
+    rows = []
+    for case in result["cases"]:
+        for row in case["rows"]:
+            figures = [f"{100 * share:.1f}" for share in row["found"].values()]
+            costs = [f"{row['flops'] / 1000:.0f}", f"{row['bytes'] / 1024:.0f}"]
+            rows.append([f"{case['case']}: {_searcher(row)}", *figures, f"{100 * row['computed']:.1f}", *costs])
+        dense = case["dense"]
+        everything = ["100.0"] * (len(top) + 1)
+        costs = [f"{dense['flops'] / 1000:.0f}", f"{dense['bytes'] / 1024:.0f}"]
+        rows.append([f"{case['case']}: all products", *everything, *costs])
+    head = ["search", *(f"top {x} found %" for x in top), "looked at %", "kFLOP", "KiB"]
+    hint = "Share of a token's strongest neurons among those looked at; cost per token of choosing and computing them."
+    return TextTable(title="Finding the strongest neurons", head=head, rows=rows, hint=hint)
+
+
+def _searcher(row: Mapping[str, Any]) -> str:
+    if "tables" in row:
+        return f"{row['method']} hashes, {row['bits']} bits, {row['tables']} tables"
+    rank = "" if row["rank"] is None else f" {row['rank']}"
+    return f"{row['method'].replace('_', ' ')}{rank} sketch, {row['candidates']} candidates"
+
+
+def operator_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `benchmarks/operator_host.py` measured."""
+    times = ("us_median", "us_p10", "us_p90")
+    rows = [
+        [
+            f"{row['graph']}, {row['rest']}",
+            str(row["threads"]),
+            f"{row['batch']:,}",
+            *(_microseconds(row[t]) for t in times),
+        ]
+        for row in result["rows"]
+    ]
+    return TextTable(
+        title="The operator inside OpenVINO",
+        head=["graph, precision of the rest", "threads", "tokens", "us", "p10", "p90"],
+        rows=rows,
+        hint="; ".join(result["found"]) + ".",
+    )
+
+
+def table5_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out the summary of `benchmarks/table5.py`: a line per part and batch."""
+    rows = []
+    for case in result["cases"]:
+        cells = [_microseconds(case["ours"].get(name)) for name in _TABLE5_OURS]
+        rivals = [
+            f"{case[name]} {_microseconds(case[f'{name}_us'])}" if case.get(name) else ""
+            for name in ("fastest_dense", "fastest_equal_flop")
+        ]
+        ratio = "" if case["ratio"] is None else f"{case['ratio']:.2f}"
+        rows.append([case["part"], f"{case['batch']:,}", *cells, *rivals, ratio])
+    return TextTable(
+        title="LookupFFN beside every dense engine",
+        head=["part", "tokens", "int8", "bf16", "fp32", "fastest dense", "fastest dense of our FLOP", "ratio"],
+        rows=rows,
+        hint="Microseconds per call; ratio: the fastest dense layer of full width / our int8, in one run.",
+    )
+
+
+_TABLE5_OURS = tuple(f"nogemm-lookup-{dtype}" for dtype in ("int8", "bf16", "fp32"))
+
+
+def _microseconds(us: float | None) -> str:
+    return "" if us is None else f"{us:,.4g}"

@@ -1,0 +1,172 @@
+"""Load models and tokenizers from the disk: the one place that every command loads by.
+
+A weight that the model needs and the files lack is an error, never a random number; see `load_model`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nogemm.errors import CheckpointError, ConfigError
+from nogemm.models.directory import model_directory, transformer_directory
+from nogemm.models.texts import prepare_tokenizer
+
+NAMED = "named"
+_AUTO = {
+    "search": "AutoModel",
+    "mlm": "AutoModelForMaskedLM",
+    "classify": "AutoModelForSequenceClassification",
+}
+
+
+def load_model(
+    path: str | Path,
+    head: str = NAMED,
+    *,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a transformers model, converted or not, in evaluation mode, from the disk alone.
+
+    Args:
+        path: a directory, a name in the local Hugging Face cache, or all-MiniLM-L6-v2.
+        head: "search": the base model. "mlm", "classify": with that head. "named": the class that its config names;
+            where the files hold no weight of that class's head, the base model, with a warning.
+        dtype: of the weights; None keeps the stored one.
+        trust_remote_code: run the code that the directory brings for a class that transformers does not have.
+    Raises:
+        ConfigError: no model there, or its code is not trusted.
+        CheckpointError: the files lack weights. Tied weights are not missing; nor is a pooler that nothing here uses,
+            which is left out.
+    """
+    root = model_directory(path)
+    folder = transformer_directory(root)
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
+    with _quiet(), _named_trust(path):
+        import transformers
+
+        config = transformers.AutoConfig.from_pretrained(folder, **common)
+        cls = _class(config, head, trust_remote_code)
+        if dtype is not None:
+            common["dtype"] = dtype
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **common)
+        missing = _without_pooler(model, set(info["missing_keys"]))
+        if head == NAMED and _head_is_missing(model, missing):
+            warnings.warn(
+                f"{path}: config.json names {type(model).__name__}, but the files have no weights of its head; the "
+                "base model is loaded",
+                stacklevel=2,
+            )
+            model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, **common)
+            missing = _without_pooler(model, set(info["missing_keys"]))
+    if missing:
+        names = sorted(missing)
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        raise CheckpointError(
+            f"{path}: the files lack weights of {type(model).__name__}: {', '.join(names[:6])}{more}. If they hold "
+            "another class, name it under architectures in config.json"
+        )
+    return model.eval()
+
+
+def load_encoder(path: str | Path, *, trust_remote_code: bool = False) -> nn.Module:
+    """Load the encoder alone, without a head, in float32."""
+    return load_model(path, "search", dtype=torch.float32, trust_remote_code=trust_remote_code)
+
+
+def load_both(path: str | Path, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """Load the model of the class that its config names, and its tokenizer; each knows the padding of the other."""
+    model = load_model(path, trust_remote_code=trust_remote_code)
+    return model, prepare_tokenizer(load_tokenizer(path, trust_remote_code=trust_remote_code), model)
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """Load the tokenizer that lies beside a model, ready to pad (see `prepare_tokenizer`)."""
+    import transformers
+
+    folder = transformer_directory(model_directory(path))
+    with _named_trust(path):
+        return prepare_tokenizer(
+            transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=trust_remote_code
+            )
+        )
+
+
+def _class(config: Any, head: str, trusted: bool) -> Any:
+    """Return the class to load: one of transformers, or the Auto class that leads to the directory's own code."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or [""]
+    own = getattr(transformers, names[0], None) if names[0] else None
+    own = own if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel) else None
+    if head == "search" and own is not None and names[0].endswith("EncoderModel"):
+        return own  # the encoder of an encoder-decoder, whose base model would want a decoder's weights
+    if head != NAMED:
+        return getattr(transformers, _AUTO[head])
+    brought = [
+        auto
+        for auto, reference in (getattr(config, "auto_map", None) or {}).items()
+        if auto.startswith("AutoModel") and str(reference).rpartition(".")[2] == names[0]
+    ]
+    if brought and (trusted or own is None):
+        return getattr(transformers, brought[0])
+    return own or transformers.AutoModel
+
+
+def _without_pooler(model: nn.Module, missing: set[str]) -> set[str]:
+    """Take a pooler without weights off a model that may do without one; return what else is missing."""
+    poolers = {name for name in missing if name.startswith("pooler.")}
+    if poolers and "add_pooling_layer" in inspect.signature(type(model).__init__).parameters:
+        model.pooler = None  # type: ignore[assignment]
+        return missing - poolers
+    return missing
+
+
+def _head_is_missing(model: Any, missing: set[str]) -> bool:
+    """Say whether the model has a head and none of the head's own weights came from the files."""
+    base = model.base_model
+    if base is model or not missing:
+        return False
+    shared = {id(parameter) for parameter in base.parameters()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    head = {id(parameter) for parameter in names.values()} - shared
+    absent = {id(names[name]) for name in missing if name in names}
+    return bool(head) and head <= absent
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers while it loads: its table of missing weights and its bars would stand between our lines."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@contextmanager
+def _named_trust(path: str | Path) -> Iterator[None]:
+    """Say how to allow a directory's own code, in our words."""
+    try:
+        yield
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{path}: the model runs code of its own directory. Read it; --trust-remote-code "
+            "(trust_remote_code=True) allows it"
+        ) from error

@@ -1,0 +1,1 @@
+"""What long commands share: progress, and results that outlive an interruption."""
