@@ -79,16 +79,15 @@ Choice choose(const char* name) {
   for (const Level& level : kLevels) {
     if (best ? offered(level) : std::strcmp(name, level.table->name) == 0) {
       if (!offered(level)) {
-        const std::string why = level.supported() ? "' is above NOGEMM_MAX_ISA=" + std::string(kHeld)
-                                                  : "' is not supported by this CPU";
+        const std::string why =
+            level.supported() ? "' is above NOGEMM_MAX_ISA=" + std::string(kHeld) : "' is not supported by this CPU";
         return {nullptr, "instruction set '" + std::string(name) + why + "; supported: " + supported_names()};
       }
       table = level.table;
     }
   }
   if (table == nullptr) {
-    return {nullptr,
-            "unknown instruction set '" + std::string(name) + "'; supported here: " + supported_names()};
+    return {nullptr, "unknown instruction set '" + std::string(name) + "'; supported here: " + supported_names()};
   }
   return {table, ""};
 }

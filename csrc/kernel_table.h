@@ -14,8 +14,8 @@
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
 #include "kernels/neuron_shape.h"
-#include "packed/neurons/format.h"
 #include "packed/lookup/pack.h"
+#include "packed/neurons/format.h"
 
 namespace nogemm {
 
@@ -40,15 +40,14 @@ struct BlockProductKernels {
                          int64_t tokens, int64_t inner, int64_t outer);
   // grad_weight[o, i] = sum_n grad[n, o] x[n, i]; scratch holds outer * inner floats (unused for float32).
   void (*weight_grad[kDtypes])(const void* grad, int64_t grad_stride, const void* x, int64_t x_stride,
-                               void* grad_weight, float* scratch, int64_t tokens, int64_t outer,
-                               int64_t inner);
+                               void* grad_weight, float* scratch, int64_t tokens, int64_t outer, int64_t inner);
 };
 
 struct HashCodesKernels {
-  void (*forward[kDtypes])(const void* z, int32_t* codes, void* scores, int64_t tokens, int64_t tables,
-                           int bits, int neighbours, bool gelu);
-  void (*backward[kDtypes])(const void* grad, const void* z, const int32_t* codes, void* grad_z,
-                            int64_t tokens, int64_t tables, int bits, int neighbours, bool gelu);
+  void (*forward[kDtypes])(const void* z, int32_t* codes, void* scores, int64_t tokens, int64_t tables, int bits,
+                           int neighbours, bool gelu);
+  void (*backward[kDtypes])(const void* grad, const void* z, const int32_t* codes, void* grad_z, int64_t tokens,
+                            int64_t tables, int bits, int neighbours, bool gelu);
 };
 
 // gather_accumulate works on column slices; see kernels/gather_accumulate.h for the walk and the scratch
@@ -58,33 +57,33 @@ struct GatherKernels {
 
   // plan[group][n][slot] for tokens [begin, end); returns the first flat index n*T*k + ... whose code is
   // outside [0, R), or -1. Indexed by the dtype of scores; row_scale is float32 [T, R] or null.
-  int64_t (*plan[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores,
-                           const float* row_scale, GatherEntry* plan, int64_t begin, int64_t end);
+  int64_t (*plan[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores, const float* row_scale,
+                           GatherEntry* plan, int64_t begin, int64_t end);
   // One slice: sums[n][slice] = sum over the plan of weight * tables[table, row, slice columns], tokens
   // [begin, end).
-  void (*forward[kDtypes])(const GatherShape& shape, const GatherEntry* plan, const void* tables,
-                           int64_t column, float* sums, int64_t begin, int64_t end);
+  void (*forward[kDtypes])(const GatherShape& shape, const GatherEntry* plan, const void* tables, int64_t column,
+                           float* sums, int64_t begin, int64_t end);
   // y[n, column...] = sums, for tokens [begin, end); indexed by the dtype of y.
   void (*finish[kDtypes])(const GatherShape& shape, const float* sums, int64_t column, void* y, int64_t begin,
                           int64_t end);
 
   // Sort the entries of one table by row: starts[R + 1], order[N * k] (token-major inside a row). Returns as
   // `plan` does.
-  int64_t (*bucket[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores,
-                             int64_t table, int32_t* starts, GatherEntry* order);
+  int64_t (*bucket[kDtypes])(const GatherShape& shape, const int32_t* codes, const void* scores, int64_t table,
+                             int32_t* starts, GatherEntry* order);
   // sliced[n][slice] (float32) = grad[n, column...], zero beyond the width.
-  void (*slice_grad[kDtypes])(const GatherShape& shape, const void* grad, int64_t column, float* sliced,
-                              int64_t begin, int64_t end);
+  void (*slice_grad[kDtypes])(const GatherShape& shape, const void* grad, int64_t column, float* sliced, int64_t begin,
+                              int64_t end);
   // One table, one slice: grad_tables[table, :, column...] (every row written once); dots[entry] += <grad,
   // row> over the slice, or = for the first slice. Slices in increasing order.
   void (*backward[kDtypes])(const GatherShape& shape, const int32_t* starts, const GatherEntry* order,
-                            const float* sliced, const void* tables, int64_t table, int64_t column,
-                            void* grad_tables, float* dots);
+                            const float* sliced, const void* tables, int64_t table, int64_t column, void* grad_tables,
+                            float* dots);
   // by_token[n * k + f] = dots[entry], for one table.
   void (*unsort)(const GatherShape& shape, const GatherEntry* order, const float* dots, float* by_token);
   // grad_scores[n][t][f] = by_token[t][n * k + f] for tokens [begin, end).
-  void (*score_grad[kDtypes])(const GatherShape& shape, const float* by_token, void* grad_scores,
-                              int64_t begin, int64_t end);
+  void (*score_grad[kDtypes])(const GatherShape& shape, const float* by_token, void* grad_scores, int64_t begin,
+                              int64_t end);
 };
 
 // Rows that each token names, one slice of columns at a time; see kernels/neuron_rows.h.
@@ -110,9 +109,9 @@ struct TreeKernels {
   int64_t (*workspace)(const TreeHeader* header, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
                   void* workspace, const NogemmHost* host);
-  // Paths alone.
-  void (*paths)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens, void* workspace,
-                const NogemmHost* host);
+  // Paths alone; the nodes that are visited go to `rows`, unless it is null.
+  void (*paths)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows, int64_t tokens,
+                void* workspace, const NogemmHost* host);
 };
 
 // Measures the machine; see kernels/roofline.h. Each returns the operations done or bytes read.
@@ -126,11 +125,11 @@ struct RooflineKernels {
 // The packed LookupFFN (packed/lookup/pack.h): a whole layer in one call.
 struct LookupKernels {
   int64_t (*workspace)(const LookupHeader* header, int64_t tokens, int64_t threads);
-  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
-                  int64_t tokens, void* workspace, const NogemmHost* host);
-  // Codes and scores alone.
-  void (*hash)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens, void* workspace,
-               const NogemmHost* host);
+  void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                  void* workspace, const NogemmHost* host);
+  // Codes and scores alone; the rows that are read go to `rows`, unless it is null.
+  void (*hash)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows, int64_t tokens,
+               void* workspace, const NogemmHost* host);
 };
 
 // Sketch, select, and rows named by lists: the packed HireFFN (packed/neurons/run.h) and the ops of its training form.
@@ -149,7 +148,8 @@ struct HireKernels {
                   const float* x, float* out);
   // The same for int8 rows, on a token in fixed point that `split` has made; planes hold 2 * padded bytes.
   void (*split)(const float* x, int64_t width, int64_t padded, int8_t* planes, FixedToken* out);
-  void (*fixed_dots)(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const FixedToken& x, float* out);
+  void (*fixed_dots)(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, const FixedToken& x,
+                     float* out);
   // weights[j] = act(gate[j]) up[j] scale[index[j]]; up and scale may be null.
   void (*weights)(int64_t act, bool up_relu, const float* gate, const float* up, const float* scale,
                   const int32_t* index, int64_t count, float* weights);

@@ -10,7 +10,7 @@
 
 extern "C" {
 using AOTITorchError = int32_t;  // 0 is success
-using StableIValue = uint64_t;  // one argument or result: a handle, an int64, a double or a bool, by bit copy
+using StableIValue = uint64_t;   // one argument or result: a handle, an int64, a double or a bool, by bit copy
 
 struct TorchLibraryOpaque;
 struct AtenTensorOpaque;
@@ -32,14 +32,12 @@ AOTITorchError aoti_torch_get_strides(AtenTensorHandle tensor, int64_t** strides
 AOTITorchError aoti_torch_get_dtype(AtenTensorHandle tensor, int32_t* dtype);
 AOTITorchError torch_get_const_data_ptr(AtenTensorHandle tensor, const void** data);
 AOTITorchError torch_get_mutable_data_ptr(AtenTensorHandle tensor, void** data);
-AOTITorchError aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides,
-                                        int32_t dtype, int32_t device_type, int32_t device_index,
-                                        AtenTensorHandle* tensor);
+AOTITorchError aoti_torch_empty_strided(int64_t dim, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                        int32_t device_type, int32_t device_index, AtenTensorHandle* tensor);
 AOTITorchError aoti_torch_new_tensor_handle(AtenTensorHandle tensor, AtenTensorHandle* copy);
 AOTITorchError aoti_torch_delete_tensor_object(AtenTensorHandle tensor);
 
-AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function,
-                                  void* context);
+AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t grain, ParallelFunc function, void* context);
 AOTITorchError torch_get_num_threads(uint32_t* threads);
 
 int32_t aoti_torch_dtype_float32();

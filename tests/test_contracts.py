@@ -180,16 +180,17 @@ def test_import_is_silent_and_lean():
     assert done.stderr == ""
 
 
-def test_registration_with_transformers_is_quick():
+def test_registration_with_transformers_imports_nothing_more():
     code = (
-        "import time, torch, transformers.quantizers.auto\n"
+        "import sys, torch, transformers.quantizers.auto\n"
         "import nogemm.errors, nogemm.ops, nogemm.layers\n"
-        "start = time.perf_counter(); import nogemm.convert.quantizer; print(time.perf_counter() - start)"
+        "before = set(sys.modules)\n"
+        "import nogemm.convert.quantizer\n"
+        "print([name for name in sorted(set(sys.modules) - before) if not name.startswith('nogemm')])"
     )
-    # The package registers when it is imported; a second import costs what registration itself costs.
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.05
+    assert done.stdout == "[]\n"
 
 
 def test_the_native_extension_is_there():

@@ -20,21 +20,20 @@ struct Shape {
 };
 
 Shape check_shapes(const Tensor& x, const Tensor& weight, const char* op) {
-  check(x.dim() == 2 && weight.dim() == 3, op, "expected x [N, n i] and weight [n, o, i], got x of shape ",
-        x.shape(), " and weight of shape ", weight.shape());
+  check(x.dim() == 2 && weight.dim() == 3, op, "expected x [N, n i] and weight [n, o, i], got x of shape ", x.shape(),
+        " and weight of shape ", weight.shape());
   const Shape s{x.size(0), weight.size(0), weight.size(1), weight.size(2)};
-  check(x.size(1) == s.blocks * s.inner, op, "x has ", x.size(1), " columns but weight of shape ",
-        weight.shape(), " takes ", s.blocks * s.inner);
+  check(x.size(1) == s.blocks * s.inner, op, "x has ", x.size(1), " columns but weight of shape ", weight.shape(),
+        " takes ", s.blocks * s.inner);
   return s;
 }
 
 // y[:, block] = x[:, block] matrices[block], matrices float32 [blocks][in][out] and in, out the widths of a
 // block.
-void apply(Dtype dtype, const char* x, const float* matrices, char* y, int64_t tokens, int64_t blocks,
-           int64_t in, int64_t out, int64_t grain) {
+void apply(Dtype dtype, const char* x, const float* matrices, char* y, int64_t tokens, int64_t blocks, int64_t in,
+           int64_t out, int64_t grain) {
   const auto kernel = kernels().block_product.apply[dtype];
-  const int64_t item = static_cast<int64_t>(item_size(dtype)), x_stride = blocks * in,
-                y_stride = blocks * out;
+  const int64_t item = static_cast<int64_t>(item_size(dtype)), x_stride = blocks * in, y_stride = blocks * out;
   const int64_t chunks = (tokens + kTokens - 1) / kTokens;
   // Blocks vary fastest, so a thread finishes the rows of a chunk while they are in its cache.
   parallel_for(chunks * blocks, grain, [&](int64_t begin, int64_t end) noexcept {
@@ -93,8 +92,7 @@ void grad_weight(Dtype dtype, const Shape& s, const Tensor& grad, const Tensor& 
   parallel_for(s.blocks, s.grain(s.blocks), [&](int64_t begin, int64_t end) noexcept {
     for (int64_t b = begin; b < end; ++b) {
       kernel(g + b * s.outer * item, s.blocks * s.outer, in + b * s.inner * item, s.blocks * s.inner,
-             out + b * block * item, dtype == kF32 ? nullptr : scratch.get() + b * block, s.tokens, s.outer,
-             s.inner);
+             out + b * block * item, dtype == kF32 ? nullptr : scratch.get() + b * block, s.tokens, s.outer, s.inner);
     }
   });
 }
@@ -107,8 +105,7 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   check_same_dtype(x, grad, kBackward, "x", "grad");
   const Shape s = check_shapes(x, weight, kBackward);
   check(grad.dim() == 2 && grad.size(0) == s.tokens && grad.size(1) == s.blocks * s.outer, kBackward,
-        "grad must have the shape of the output, (", s.tokens, ", ", s.blocks * s.outer, "), got ",
-        grad.shape());
+        "grad must have the shape of the output, (", s.tokens, ", ", s.blocks * s.outer, "), got ", grad.shape());
   Tensor gx = Tensor::empty({s.tokens, s.blocks * s.inner}, x.dtype());
   Tensor gw = Tensor::empty({s.blocks, s.outer, s.inner}, x.dtype());
   if (gx.numel() > 0) grad_x(dtype, s, grad, weight, gx);

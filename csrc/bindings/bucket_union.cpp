@@ -8,8 +8,8 @@ constexpr const char* kOp = "bucket_union";
 
 void bucket_union(StableIValue* stack, uint64_t, uint64_t) {
   const Tensor codes = take_tensor(stack[0]).contiguous(), neurons = take_tensor(stack[1]).contiguous();
-  check(codes.dtype() == aoti_torch_dtype_int32() && neurons.dtype() == aoti_torch_dtype_int32() &&
-            codes.dim() == 2 && neurons.dim() == 2 && codes.size(1) == neurons.size(0),
+  check(codes.dtype() == aoti_torch_dtype_int32() && neurons.dtype() == aoti_torch_dtype_int32() && codes.dim() == 2 &&
+            neurons.dim() == 2 && codes.size(1) == neurons.size(0),
         kOp, "expected int32 codes [N, T] and neurons [T, F], got ", codes.shape(), " and ", neurons.shape());
   const int64_t tokens = codes.size(0), tables = codes.size(1), width = neurons.size(1);
   Tensor mask = Tensor::empty({tokens, width}, aoti_torch_dtype_bool());

@@ -11,11 +11,10 @@ namespace {
 
 constexpr const char* kForward = "gather_accumulate";
 constexpr const char* kBackward = "gather_accumulate_backward";
-constexpr int64_t kGroupBytes =
-    int64_t{1} << 19;  // of table slices walked together, beside the sums in the second-level cache
+constexpr int64_t kGroupBytes = int64_t{1}
+                                << 19;  // of table slices walked together, beside the sums in the second-level cache
 constexpr int64_t kMaxGroup = 16;
-constexpr int64_t kTokens =
-    4096;  // tokens planned at a time: their sums of a slice stay in the second-level cache
+constexpr int64_t kTokens = 4096;    // tokens planned at a time: their sums of a slice stay in the second-level cache
 constexpr int64_t kGrain = 1 << 17;  // elements of rows per thread
 
 // The first bad code seen by any piece; the least index wins, so the message does not depend on the threads.
@@ -42,10 +41,10 @@ class FirstWrong {
 GatherShape check_shapes(const Tensor& codes, const Tensor& scores, const Tensor& tables, const char* op) {
   check(codes.dtype() == aoti_torch_dtype_int32(), op, "codes must be int32");
   check(codes.dim() == 3 && tables.dim() == 3 && codes.size(1) == tables.size(0), op,
-        "expected codes [N, T, F] and tables [T, R, D], got codes of shape ", codes.shape(),
-        " and tables of shape ", tables.shape());
-  check(scores.shape() == codes.shape(), op, "scores of shape ", scores.shape(),
-        " must have the shape of codes, ", codes.shape());
+        "expected codes [N, T, F] and tables [T, R, D], got codes of shape ", codes.shape(), " and tables of shape ",
+        tables.shape());
+  check(scores.shape() == codes.shape(), op, "scores of shape ", scores.shape(), " must have the shape of codes, ",
+        codes.shape());
   const GatherShape s{codes.size(0), tables.size(0), tables.size(1), tables.size(2), codes.size(2), 1};
   constexpr int64_t kLimit = std::numeric_limits<int32_t>::max();
   check(s.rows * kMaxGroup <= kLimit && s.tokens * s.neighbours <= kLimit, op,
@@ -75,11 +74,10 @@ void forward_tokens(const Forward& f, GatherEntry* plan, float* sums, FirstWrong
   const GatherKernels& kernel = kernels().gather;
   const GatherShape& s = f.shape;
   const int64_t grain = 1 + kGrain / (s.tables * s.neighbours * kernel.slice + 1);
-  parallel_for(
-      s.tokens, 1 + kGrain / (16 * s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
-        const int64_t flat = kernel.plan[f.score_dtype](s, f.codes, f.scores, f.row_scale, plan, begin, end);
-        if (flat >= 0) wrong.note(first_flat + flat);
-      });
+  parallel_for(s.tokens, 1 + kGrain / (16 * s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
+    const int64_t flat = kernel.plan[f.score_dtype](s, f.codes, f.scores, f.row_scale, plan, begin, end);
+    if (flat >= 0) wrong.note(first_flat + flat);
+  });
   const int64_t slices = (s.width + kernel.slice - 1) / kernel.slice;
   parallel_for(slices * s.tokens, grain, [&](int64_t begin, int64_t end) noexcept {
     while (begin < end) {
@@ -113,8 +111,7 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 
   Tensor y = Tensor::empty({whole.tokens, whole.width}, scores.dtype());
   const int64_t slice = kernels().gather.slice, slices = (whole.width + slice - 1) / slice;
-  const int64_t most = whole.tokens < kTokens ? whole.tokens : kTokens,
-                entries = whole.tables * whole.neighbours;
+  const int64_t most = whole.tokens < kTokens ? whole.tokens : kTokens, entries = whole.tables * whole.neighbours;
   f.shape.group = group_size(whole, slice, f.row_dtype);
   f.tables = tables.data();
   if (entries == 0) {  // a sum over nothing
@@ -138,9 +135,8 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
 
 // All tables, slice after slice: a table's dot products are summed over the slices in order, whichever thread
 // has the table.
-void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const Tensor& grad,
-                     const void* tables, const int32_t* starts, const GatherEntry* order, float* dots,
-                     void* grad_tables) {
+void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const Tensor& grad, const void* tables,
+                     const int32_t* starts, const GatherEntry* order, float* dots, void* grad_tables) {
   const GatherKernels& kernel = kernels().gather;
   const Scratch<float> sliced(s.tokens * kernel.slice);
   const int64_t pairs = s.tokens * s.neighbours;
@@ -152,8 +148,8 @@ void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const T
     });
     parallel_for(s.tables, grain, [&](int64_t begin, int64_t end) noexcept {
       for (int64_t t = begin; t < end; ++t) {
-        kernel.backward[row_dtype](s, starts + t * (s.rows + 1), order + t * pairs, sliced.get(), tables, t,
-                                   column, grad_tables, dots + t * pairs);
+        kernel.backward[row_dtype](s, starts + t * (s.rows + 1), order + t * pairs, sliced.get(), tables, t, column,
+                                   grad_tables, dots + t * pairs);
       }
     });
   }
@@ -162,8 +158,7 @@ void backward_tables(const GatherShape& s, Dtype dtype, Dtype row_dtype, const T
 void backward(StableIValue* stack, uint64_t, uint64_t) {
   Tensor grad = take_tensor(stack[0]).contiguous(), codes = take_tensor(stack[1]).contiguous(),
          scores = take_tensor(stack[2]).contiguous(), tables = take_tensor(stack[3]).contiguous();
-  const Dtype dtype = dtype_of(scores, kBackward, "scores"),
-              row_dtype = dtype_of(tables, kBackward, "tables");
+  const Dtype dtype = dtype_of(scores, kBackward, "scores"), row_dtype = dtype_of(tables, kBackward, "tables");
   check_same_dtype(grad, scores, kBackward, "grad", "scores");
   const GatherShape s = check_shapes(codes, scores, tables, kBackward);
   check(grad.dim() == 2 && grad.size(0) == s.tokens && grad.size(1) == s.width, kBackward,
@@ -185,8 +180,8 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   FirstWrong wrong;
   parallel_for(s.tables, 1 + (1 << 15) / (pairs + s.rows + 1), [&](int64_t begin, int64_t end) noexcept {
     for (int64_t t = begin; t < end; ++t) {
-      wrong.note(kernel.bucket[dtype](s, code_data, score_data, t, starts.get() + t * (s.rows + 1),
-                                      order.get() + t * pairs));
+      wrong.note(
+          kernel.bucket[dtype](s, code_data, score_data, t, starts.get() + t * (s.rows + 1), order.get() + t * pairs));
     }
   });
   wrong.raise_if_any(kBackward, code_data, s);
@@ -197,10 +192,9 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
       kernel.unsort(s, order.get() + t * pairs, dots.get() + t * pairs, by_token.get() + t * pairs);
     }
   });
-  parallel_for(s.tokens, 1 + (1 << 15) / (s.tables * s.neighbours + 1),
-               [&](int64_t begin, int64_t end) noexcept {
-                 kernel.score_grad[dtype](s, by_token.get(), grad_score_data, begin, end);
-               });
+  parallel_for(s.tokens, 1 + (1 << 15) / (s.tables * s.neighbours + 1), [&](int64_t begin, int64_t end) noexcept {
+    kernel.score_grad[dtype](s, by_token.get(), grad_score_data, begin, end);
+  });
   stack[0] = std::move(grad_scores).to_stack();
   stack[1] = std::move(grad_tables).to_stack();
 }

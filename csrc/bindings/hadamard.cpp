@@ -6,16 +6,15 @@ namespace nogemm {
 namespace {
 
 constexpr const char* kOp = "hadamard";
-constexpr int64_t kGrain =
-    1 << 15;  // elements per thread below which a second thread costs more than it saves
+constexpr int64_t kGrain = 1 << 15;  // elements per thread below which a second thread costs more than it saves
 
 void hadamard(StableIValue* stack, uint64_t, uint64_t) {
   Tensor x = take_tensor(stack[0]).contiguous();
   check(x.dim() > 0, kOp, "x needs at least one dimension");
   const Dtype dtype = dtype_of(x, kOp, "x");
   const int64_t width = x.size(x.dim() - 1);
-  check(hadamard_order(width) > 0, kOp,
-        "the last dimension must be m 2^k with m 1, 12 or 20, got x of shape ", x.shape());
+  check(hadamard_order(width) > 0, kOp, "the last dimension must be m 2^k with m 1, 12 or 20, got x of shape ",
+        x.shape());
 
   Tensor y = Tensor::empty(x.sizes(), x.dim(), x.dtype());
   const int64_t rows = x.numel() / width;

@@ -12,8 +12,7 @@ constexpr int64_t kGrain = 1 << 13;  // soft codes per thread
 
 int64_t check_soft_codes(const Tensor& z, int64_t bits, const char* op) {
   check(bits >= 1 && bits <= kMaxBits, op, "bits must be in 1..", kMaxBits, ", got ", bits);
-  check(z.dim() == 2 && z.size(1) % bits == 0, op, "z must be [N, T K] with K = ", bits, " bits, got ",
-        z.shape());
+  check(z.dim() == 2 && z.size(1) % bits == 0, op, "z must be [N, T K] with K = ", bits, " bits, got ", z.shape());
   return z.size(1) / bits;
 }
 
@@ -37,9 +36,8 @@ void forward(StableIValue* stack, uint64_t, uint64_t) {
   int32_t* code_out = codes.mutable_data<int32_t>();
   char* score_out = scores.mutable_data<char>();
   parallel_for(tokens, tokens_per_thread(z.size(1)), [&](int64_t begin, int64_t end) noexcept {
-    kernel(in + begin * tables * bits * item, code_out + begin * per_token,
-           score_out + begin * per_token * item, end - begin, tables, static_cast<int>(bits),
-           static_cast<int>(neighbours), gelu);
+    kernel(in + begin * tables * bits * item, code_out + begin * per_token, score_out + begin * per_token * item,
+           end - begin, tables, static_cast<int>(bits), static_cast<int>(neighbours), gelu);
   });
   stack[0] = std::move(codes).to_stack();
   stack[1] = std::move(scores).to_stack();
@@ -54,10 +52,10 @@ void backward(StableIValue* stack, uint64_t, uint64_t) {
   check_same_dtype(z, grad, kBackward, "z", "grad");
   check(codes.dtype() == aoti_torch_dtype_int32(), kBackward, "codes must be int32");
   const int64_t tables = check_soft_codes(z, bits, kBackward), tokens = z.size(0);
-  check(codes.dim() == 3 && codes.size(0) == tokens && codes.size(1) == tables && codes.size(2) >= 1,
-        kBackward, "codes must be [N, T, F] = (", tokens, ", ", tables, ", F), got ", codes.shape());
-  check(grad.shape() == codes.shape(), kBackward, "grad of shape ", grad.shape(),
-        " must have the shape of codes, ", codes.shape());
+  check(codes.dim() == 3 && codes.size(0) == tokens && codes.size(1) == tables && codes.size(2) >= 1, kBackward,
+        "codes must be [N, T, F] = (", tokens, ", ", tables, ", F), got ", codes.shape());
+  check(grad.shape() == codes.shape(), kBackward, "grad of shape ", grad.shape(), " must have the shape of codes, ",
+        codes.shape());
 
   Tensor result = Tensor::empty({tokens, tables * bits}, z.dtype());
   const auto kernel = kernels().hash_codes.backward[dtype];

@@ -35,15 +35,15 @@ void run(const char* op, StableIValue* stack, const Tensor* mask) {
   const auto bytes = [](const void* packed, int64_t tokens, int64_t threads) {
     return hire_workspace(*static_cast<const HireHeader*>(packed), tokens, threads);
   };
-  const auto forward = [op, mask](const void* packed, const void* x, int64_t x_dtype, int64_t, void* y,
-                                  int64_t tokens, void* scratch, const NogemmHost* host) {
+  const auto forward = [op, mask](const void* packed, const void* x, int64_t x_dtype, int64_t, void* y, int64_t tokens,
+                                  void* scratch, const NogemmHost* host) {
     const auto* h = static_cast<const HireHeader*>(packed);
     check(mask == nullptr || (h->sketch == 0 && mask->dim() == 2 && mask->size(0) == tokens &&
                               mask->size(1) == h->hidden && mask->dtype() == aoti_torch_dtype_bool()),
           op, "mask must be bool [tokens, neurons], for a layer packed without a sketch");
     if (tokens == 0) return;
-    hire_forward(kernels(), packed, x, static_cast<Dtype>(x_dtype),
-                 mask == nullptr ? nullptr : mask->data<uint8_t>(), y, tokens, scratch, *host);
+    hire_forward(kernels(), packed, x, static_cast<Dtype>(x_dtype), mask == nullptr ? nullptr : mask->data<uint8_t>(),
+                 y, tokens, scratch, *host);
   };
   run_packed(op, stack, workspace, check_buffer, bytes, forward);
 }
@@ -65,8 +65,8 @@ void packed_hire_chosen(StableIValue* stack, uint64_t, uint64_t) {
   Tensor chosen = Tensor::empty({call.tokens, h->hidden}, aoti_torch_dtype_bool());
   char* scratch = workspace.at_least(hire_workspace(*h, call.tokens, call.host.threads));
   if (call.tokens > 0) {
-    hire_choose(kernels(), h, call.x.data(), static_cast<Dtype>(call.x_dtype), kept,
-                chosen.mutable_data<uint8_t>(), call.tokens, scratch, call.host);
+    hire_choose(kernels(), h, call.x.data(), static_cast<Dtype>(call.x_dtype), kept, chosen.mutable_data<uint8_t>(),
+                call.tokens, scratch, call.host);
   }
   workspace.trim();
   stack[0] = std::move(chosen).to_stack();
@@ -75,8 +75,8 @@ void packed_hire_chosen(StableIValue* stack, uint64_t, uint64_t) {
 void top_indices(StableIValue* stack, uint64_t, uint64_t) {
   Tensor keys = take_tensor(stack[0]).contiguous();
   const int64_t count = take_int(stack[1]);
-  check(keys.dtype() == aoti_torch_dtype_float32() && keys.dim() == 2, kTop,
-        "keys must be float32 [N, G], got shape ", keys.shape());
+  check(keys.dtype() == aoti_torch_dtype_float32() && keys.dim() == 2, kTop, "keys must be float32 [N, G], got shape ",
+        keys.shape());
   const int64_t tokens = keys.size(0), groups = keys.size(1);
   check(count >= 0 && count <= groups, kTop, "count must be from 0 to ", groups, ", got ", count);
   Tensor chosen = Tensor::empty({tokens, count}, aoti_torch_dtype_int32());
@@ -104,8 +104,7 @@ void lay_out(const int8_t* codes, int64_t hidden, int64_t width, int64_t steps, 
         const int64_t row = g * kSketchRows + r;
         for (int64_t j = 0; j < 4; ++j) {
           const int64_t c = s * 4 + j;
-          step[4 * r + j] =
-              static_cast<uint8_t>((row < hidden && c < width ? codes[row * width + c] : 0) + 128);
+          step[4 * r + j] = static_cast<uint8_t>((row < hidden && c < width ? codes[row * width + c] : 0) + 128);
         }
       }
     }
@@ -148,8 +147,7 @@ void select_tokens(const Selection& s, int64_t begin, int64_t end, float* scores
 
 void check_selection(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& bias,
                      const Tensor& always, const Selection& s) {
-  check(x.dtype() == aoti_torch_dtype_float32() && x.dim() == 2, kSketch, "x must be float32 [N, D], got ",
-        x.shape());
+  check(x.dtype() == aoti_torch_dtype_float32() && x.dim() == 2, kSketch, "x must be float32 [N, D], got ", x.shape());
   check(codes.dtype() == aoti_torch_dtype_int8() && codes.dim() == 2 && codes.size(1) == x.size(1), kSketch,
         "codes must be int8 [F, D], got ", codes.shape(), " for x ", x.shape());
   check(scale.dtype() == aoti_torch_dtype_float32() && scale.numel() == s.hidden, kSketch,
@@ -157,11 +155,10 @@ void check_selection(const Tensor& x, const Tensor& codes, const Tensor& scale, 
   check(!bias.defined() || (bias.dtype() == aoti_torch_dtype_float32() && bias.numel() == s.hidden), kSketch,
         "bias must be float32 [F]");
   check(!always.defined() || always.dtype() == aoti_torch_dtype_int32(), kSketch, "always must be int32");
-  check(s.key >= kKeySigned && s.key < NOGEMM_ACTIVATIONS && s.group >= 1 && s.count >= 0 && s.count <= s.groups, kSketch,
-        "key, group or count out of range: ", s.key, ", ", s.group, ", ", s.count);
+  check(s.key >= kKeySigned && s.key < NOGEMM_ACTIVATIONS && s.group >= 1 && s.count >= 0 && s.count <= s.groups,
+        kSketch, "key, group or count out of range: ", s.key, ", ", s.group, ", ", s.count);
   for (int64_t i = 0; i < s.always_count; ++i)
-    check(s.always[i] >= 0 && s.always[i] < s.groups, kSketch, "always names group ", s.always[i], " of ",
-          s.groups);
+    check(s.always[i] >= 0 && s.always[i] < s.groups, kSketch, "always names group ", s.always[i], " of ", s.groups);
 }
 
 void sketch_and_select(StableIValue* stack, uint64_t, uint64_t) {
@@ -187,8 +184,7 @@ void sketch_and_select(StableIValue* stack, uint64_t, uint64_t) {
   const Scratch<float> numbers(2 * s.padded);
   std::memset(numbers.get(), 0, static_cast<size_t>(2 * s.padded) * sizeof(float));
   std::memcpy(numbers.get(), scale.data(), static_cast<size_t>(s.hidden) * sizeof(float));
-  if (bias.defined())
-    std::memcpy(numbers.get() + s.padded, bias.data(), static_cast<size_t>(s.hidden) * sizeof(float));
+  if (bias.defined()) std::memcpy(numbers.get() + s.padded, bias.data(), static_cast<size_t>(s.hidden) * sizeof(float));
   const Scratch<uint8_t> layout(s.padded * s.steps * 4 + 8192);
   const int8_t* code_data = codes.data<int8_t>();
   parallel_for(s.padded / kSketchRows, 4, [&](int64_t begin, int64_t end) noexcept {

@@ -16,8 +16,7 @@ constexpr const char* kSumBackward = "neuron_sum_backward";
 constexpr int64_t kGrain = 1 << 15;  // multiply-adds worth a thread
 
 BundleRows plain_rows(const NamedRows& n, const void* rows, Dtype dtype, const float* bias) {
-  return {static_cast<const char*>(rows), n.width * static_cast<int64_t>(item_size(dtype)), n.width, nullptr,
-          bias};
+  return {static_cast<const char*>(rows), n.width * static_cast<int64_t>(item_size(dtype)), n.width, nullptr, bias};
 }
 
 Scratch<float> zeros(int64_t count) {
@@ -47,10 +46,8 @@ void many_dots(const NamedRows& n, const Uses& uses, const Tensor& x, const Tens
   const NeuronKernels& k = kernels().neuron;
   const int32_t *starts = uses.starts.get(), *place = uses.place.get();
   const Scratch<float> dots = zeros(n.uses());
-  const NeuronPass pass{starts,    uses.token.get(), sorted,  nullptr, rows.data(),
-                        grad_rows, dots.get(),       n.width, 0};
-  over_rows(pass, n.rows, k.dots[dtype], sorted == nullptr ? nullptr : k.outer[dtype], x.data(), n.tokens,
-            dtype);
+  const NeuronPass pass{starts, uses.token.get(), sorted, nullptr, rows.data(), grad_rows, dots.get(), n.width, 0};
+  over_rows(pass, n.rows, k.dots[dtype], sorted == nullptr ? nullptr : k.outer[dtype], x.data(), n.tokens, dtype);
   if (n.padded) std::memset(out, 0, static_cast<size_t>(n.uses()) * sizeof(float));
   by_rows(starts, n.rows, [&](int64_t begin, int64_t end) noexcept {
     for (int64_t r = begin; r < end; ++r)
@@ -59,8 +56,7 @@ void many_dots(const NamedRows& n, const Uses& uses, const Tensor& x, const Tens
 }
 
 // out[n, p] = <x[n], rows[i]> + bias[i]; 0 where the index is negative.
-void dots_of(const NamedRows& n, const Tensor& x, const Tensor& rows, const float* bias, Dtype dtype,
-             float* out) {
+void dots_of(const NamedRows& n, const Tensor& x, const Tensor& rows, const float* bias, Dtype dtype, float* out) {
   if (!n.few()) return many_dots(n, Uses(n), x, rows, bias, dtype, out, nullptr, nullptr);
   const Floats wide(x, dtype);
   few_dots(n, plain_rows(n, rows.data(), dtype, bias), wide.get(), dtype, out);
@@ -82,8 +78,8 @@ void few_sums(const NamedRows& n, const float* weights, const BundleRows& rows, 
   auto* const kernel = kernels().hire.sum[dtype];
   parallel_for(n.tokens, 1 + kGrain / (n.visits * n.width + 1), [&](int64_t begin, int64_t end) noexcept {
     for (int64_t i = begin; i < end; ++i)
-      kernel(rows, index + i * n.visits, weights + i * n.visits, n.visits, (n.tokens - i) * n.visits, 0,
-             n.width, y + i * n.width);
+      kernel(rows, index + i * n.visits, weights + i * n.visits, n.visits, (n.tokens - i) * n.visits, 0, n.width,
+             y + i * n.width);
   });
 }
 
@@ -111,8 +107,8 @@ void sums_of(const NamedRows& n, const float* weights, const Tensor& rows, Dtype
 
 // grad_rows[r] = the weighted tokens of row r's uses, for `count` rows whose uses lie one after the other. A
 // thread takes whole slices of columns, so a slice of the tokens stays in its own cache.
-void outer_of(const NamedRows& n, const Uses& uses, const int32_t* starts, int64_t count,
-              const float* weights, const Tensor& x, Dtype dtype, Tensor& grad_rows) {
+void outer_of(const NamedRows& n, const Uses& uses, const int32_t* starts, int64_t count, const float* weights,
+              const Tensor& x, Dtype dtype, Tensor& grad_rows) {
   const NeuronKernels& k = kernels().neuron;
   void* to = grad_rows.mutable_data();
   prefer_huge_pages(to, static_cast<size_t>(grad_rows.numel()) * item_size(dtype));
@@ -142,13 +138,11 @@ void dot(StableIValue* stack, uint64_t, uint64_t) {
   const Dtype dtype = dtype_of(x, kDot, "x");
   check_same_dtype(x, rows, kDot, "x", "rows");
   const NamedRows n = named_rows(index, x, row_count(rows, kDot), x.size(1), kDot);
-  check(rows.size(rows.dim() - 1) == n.width, kDot, "rows ", rows.shape(), " and x ", x.shape(),
-        " differ in width");
+  check(rows.size(rows.dim() - 1) == n.width, kDot, "rows ", rows.shape(), " and x ", x.shape(), " differ in width");
   const Scratch<float> biases = zeros(n.rows);
   if (bias.defined()) {
     bias = std::move(bias).contiguous();
-    check(bias.numel() == n.rows && bias.dtype() == x.dtype(), kDot,
-          "bias must have x's dtype and shape [R]");
+    check(bias.numel() == n.rows && bias.dtype() == x.dtype(), kDot, "bias must have x's dtype and shape [R]");
     kernels().hire.read[dtype](bias.data(), biases.get(), n.rows);
   }
   Tensor out = Tensor::empty({n.tokens, n.visits}, x.dtype());
@@ -165,11 +159,9 @@ void dot_backward(StableIValue* stack, uint64_t, uint64_t) {
   const NamedRows n = named_rows(index, x, row_count(rows, kDotBackward), x.size(1), kDotBackward);
   check(grad.shape() == index.shape() && grad.dtype() == x.dtype() && rows.dtype() == x.dtype() &&
             rows.size(rows.dim() - 1) == n.width,
-        kDotBackward, "grad ", grad.shape(), " must have the index's shape, rows ", rows.shape(),
-        " x's width");
+        kDotBackward, "grad ", grad.shape(), " must have the index's shape, rows ", rows.shape(), " x's width");
   Tensor grad_x = Tensor::empty({n.tokens, n.width}, x.dtype()),
-         grad_rows = Tensor::empty(rows.sizes(), rows.dim(), x.dtype()),
-         grad_bias = Tensor::empty({n.rows}, x.dtype());
+         grad_rows = Tensor::empty(rows.sizes(), rows.dim(), x.dtype()), grad_bias = Tensor::empty({n.rows}, x.dtype());
   const Floats weights(grad, dtype);
   sums_of(n, weights.get(), rows, dtype, grad_x);
   const Uses uses(n);
@@ -196,8 +188,7 @@ void sum(StableIValue* stack, uint64_t, uint64_t) {
   check_same_dtype(weights, rows, kSum, "weight", "rows");
   const int64_t count = row_count(rows, kSum);
   const NamedRows n = named_rows(index, weights, count, rows.size(rows.dim() - 1), kSum);
-  check(weights.shape() == index.shape(), kSum, "weight ", weights.shape(), " and index ", index.shape(),
-        " differ");
+  check(weights.shape() == index.shape(), kSum, "weight ", weights.shape(), " and index ", index.shape(), " differ");
   Tensor y = Tensor::empty({n.tokens, n.width}, weights.dtype());
   const Floats wide(weights, dtype);
   sums_of(n, wide.get(), rows, dtype, y);

@@ -27,12 +27,10 @@ inline int64_t row_count(const Tensor& rows, const char* op) {
 }
 
 // Checks a list: `tokens` is what it has a line for each of.
-inline NamedRows named_rows(const Tensor& index, const Tensor& tokens, int64_t rows, int64_t width,
-                            const char* op) {
+inline NamedRows named_rows(const Tensor& index, const Tensor& tokens, int64_t rows, int64_t width, const char* op) {
   check(index.dtype() == aoti_torch_dtype_int32() && index.dim() == 2 && tokens.dim() == 2 &&
             tokens.size(0) == index.size(0),
-        op, "expected an int32 index [N, P] and [N, ...], got index ", index.shape(), " and ",
-        tokens.shape());
+        op, "expected an int32 index [N, P] and [N, ...], got index ", index.shape(), " and ", tokens.shape());
   NamedRows n{index.data<int32_t>(), index.size(0), index.size(1), rows, width, false};
   check(n.uses() < std::numeric_limits<int32_t>::max(), op, "too many uses for 32-bit numbers");
   std::atomic<bool> wrong{false}, padded{false};
@@ -48,8 +46,8 @@ inline NamedRows named_rows(const Tensor& index, const Tensor& tokens, int64_t r
   n.padded = padded.load();
   for (int64_t i = 0; wrong.load() && i < n.uses(); ++i)
     if (n.index[i] >= rows)
-      fail<std::out_of_range>(op, "index[", i / n.visits, ", ", i % n.visits, "] = ", n.index[i],
-                              " is outside [0, ", rows, "), the rows");
+      fail<std::out_of_range>(op, "index[", i / n.visits, ", ", i % n.visits, "] = ", n.index[i], " is outside [0, ",
+                              rows, "), the rows");
   return n;
 }
 
@@ -133,8 +131,7 @@ void by_rows(const int32_t* starts, int64_t rows, const Body& body) {
 }
 
 // Copies columns of a matrix side by side, [rows][slice].
-inline void copy_slice(const void* matrix, Dtype dtype, int64_t rows, int64_t width, int64_t column,
-                       float* sliced) {
+inline void copy_slice(const void* matrix, Dtype dtype, int64_t rows, int64_t width, int64_t column, float* sliced) {
   GatherShape shape{};
   shape.tokens = rows;
   shape.width = width;
@@ -147,8 +144,8 @@ using RowKernel = void (*)(const NeuronPass&, int64_t, int64_t);
 
 // All slices of a pass over `rows` rows: `first`, then `second` unless it is null, while a slice of the
 // tokens is in the cache.
-inline void over_rows(NeuronPass pass, int64_t rows, RowKernel first, RowKernel second, const void* x,
-                      int64_t tokens, Dtype dtype) {
+inline void over_rows(NeuronPass pass, int64_t rows, RowKernel first, RowKernel second, const void* x, int64_t tokens,
+                      Dtype dtype) {
   const int64_t slice = kernels().neuron.slice;
   const Scratch<float> sliced(tokens * slice);
   pass.sliced = sliced.get();

@@ -103,8 +103,8 @@ PackedCall take_packed(const char* op, StableIValue* stack, Check check_buffer) 
 //   int64_t workspace_bytes(packed, tokens, threads)
 //   void forward(packed, x, x_dtype, x_stride, y, tokens, workspace, host)
 template <class Check, class Bytes, class Forward>
-void run_packed(const char* op, StableIValue* stack, Workspace& workspace, Check check_buffer,
-                Bytes workspace_bytes, Forward forward) {
+void run_packed(const char* op, StableIValue* stack, Workspace& workspace, Check check_buffer, Bytes workspace_bytes,
+                Forward forward) {
   const PackedCall call = take_packed(op, stack, check_buffer);
   const Tensor &x = call.x, &packed = call.packed;
   const int64_t d_out = take_int(stack[2]), tokens = call.tokens;
@@ -121,6 +121,24 @@ void run_packed(const char* op, StableIValue* stack, Workspace& workspace, Check
   forward(packed.data(), x.data(), call.x_dtype, call.d, y.mutable_data(), tokens, scratch, &call.host);
   workspace.trim();
   stack[0] = std::move(y).to_stack();
+}
+
+// The binding of what a packed layer reads: (Tensor x [..., d], Tensor packed, int count) -> rows int32 [tokens, count].
+//
+//   void route(packed, x, x_dtype, x_stride, rows, tokens, workspace, host)
+template <class Check, class Count, class Bytes, class Route>
+void run_route(const char* op, StableIValue* stack, Workspace& workspace, Check check_buffer, Count count_of,
+               Bytes workspace_bytes, Route route) {
+  const PackedCall call = take_packed(op, stack, check_buffer);
+  const int64_t count = take_int(stack[2]), own = count_of(call.packed.data());
+  check(count == own, op, "the layer reads ", own, " rows a token, count is ", count);
+  const int64_t sizes[2] = {call.tokens, count};
+  Tensor rows = Tensor::empty(sizes, 2, aoti_torch_dtype_int32());
+  char* scratch = workspace.at_least(workspace_bytes(call.packed.data(), call.tokens, call.host.threads));
+  route(call.packed.data(), call.x.data(), call.x_dtype, call.d, static_cast<int32_t*>(rows.mutable_data()),
+        call.tokens, scratch, &call.host);
+  workspace.trim();
+  stack[0] = std::move(rows).to_stack();
 }
 
 }  // namespace nogemm

@@ -9,8 +9,7 @@
 namespace nogemm {
 namespace {
 
-double timed_phase(int64_t kind, int64_t phase, const void* packed, const float* x, float* y,
-                   int64_t tokens) {
+double timed_phase(int64_t kind, int64_t phase, const void* packed, const float* x, float* y, int64_t tokens) {
   thread_local Workspace workspace;
   uint32_t threads = 1;
   NOGEMM_CALL(torch_get_num_threads(&threads));
@@ -28,9 +27,8 @@ double timed_phase(int64_t kind, int64_t phase, const void* packed, const float*
 // Seconds that the phase took; negative: no memory for its scratch. The buffer must have passed
 // nogemm_phase_check.
 extern "C" __attribute__((visibility("default"))) double nogemm_phase_seconds(int64_t kind, int64_t phase,
-                                                                              const void* packed,
-                                                                              const float* x, float* y,
-                                                                              int64_t tokens) try {
+                                                                              const void* packed, const float* x,
+                                                                              float* y, int64_t tokens) try {
   return nogemm::timed_phase(kind, phase, packed, x, y, tokens);
 } catch (...) {
   return -1.0;

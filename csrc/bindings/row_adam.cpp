@@ -26,12 +26,11 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   RowAdam a{};
   a.width = state[0].size(state[0].dim() - 1);
   const int64_t rows = a.width > 0 ? state[0].numel() / a.width : 0;
-  check(index.dtype() == aoti_torch_dtype_int32() && index.dim() == 1 && grad.dtype() == f32 &&
-            grad.dim() == 2 && grad.size(0) == index.size(0) && grad.size(1) == a.width &&
-            arrears.dtype() == f32 && arrears.dim() == 2 && arrears.size(0) == index.size(0) &&
-            arrears.size(1) == 4,
-        kOp, "index [V], grad [V, D] and arrears [V, 4] must fit param ", state[0].shape(), ", got ",
-        index.shape(), ", ", grad.shape(), ", ", arrears.shape());
+  check(index.dtype() == aoti_torch_dtype_int32() && index.dim() == 1 && grad.dtype() == f32 && grad.dim() == 2 &&
+            grad.size(0) == index.size(0) && grad.size(1) == a.width && arrears.dtype() == f32 && arrears.dim() == 2 &&
+            arrears.size(0) == index.size(0) && arrears.size(1) == 4,
+        kOp, "index [V], grad [V, D] and arrears [V, 4] must fit param ", state[0].shape(), ", got ", index.shape(),
+        ", ", grad.shape(), ", ", arrears.shape());
   a.index = index.data<int32_t>();
   for (int64_t i = 0; i < index.size(0); ++i) {
     if (a.index[i] < 0 || a.index[i] >= rows)

@@ -49,12 +49,10 @@ inline constexpr size_t kHugeBytes = size_t{8} << 20;
 inline void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   if (bytes < kHugeBytes) return;
-  constexpr uintptr_t kPage =
-      4096;  // madvise wants whole pages; advice about a part less at either end loses nothing
+  constexpr uintptr_t kPage = 4096;  // madvise wants whole pages; advice about a part less at either end loses nothing
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kPage - 1) & ~(kPage - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kPage - 1);
-  if (end > begin)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is harmless
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure is harmless
 #else
   (void)data, (void)bytes;
 #endif
@@ -100,8 +98,7 @@ class Tensor {
     int64_t step = 1;
     for (int64_t d = dim; d-- > 0; step *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = step;
     AtenTensorHandle handle = nullptr;
-    NOGEMM_CALL(
-        aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    NOGEMM_CALL(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
 
@@ -219,8 +216,7 @@ inline Dtype dtype_of(const Tensor& tensor, const char* op, const char* argument
        "; other dtypes are served by the PyTorch reference");
 }
 
-inline void check_same_dtype(const Tensor& a, const Tensor& b, const char* op, const char* a_name,
-                             const char* b_name) {
+inline void check_same_dtype(const Tensor& a, const Tensor& b, const char* op, const char* a_name, const char* b_name) {
   check(a.dtype() == b.dtype(), op, a_name, " and ", b_name, " must have the same dtype");
 }
 
@@ -229,8 +225,7 @@ template <class T>
 class Scratch {
  public:
   explicit Scratch(int64_t count) {
-    const size_t bytes =
-        (static_cast<size_t>(count > 0 ? count : 1) * sizeof(T) + kAlign - 1) & ~(kAlign - 1);
+    const size_t bytes = (static_cast<size_t>(count > 0 ? count : 1) * sizeof(T) + kAlign - 1) & ~(kAlign - 1);
     data_.reset(static_cast<T*>(std::aligned_alloc(kAlign, bytes)));
     if (data_ == nullptr) throw std::bad_alloc();
     prefer_huge_pages(data_.get(), bytes);
@@ -251,9 +246,7 @@ template <class Body>
 void parallel_for(int64_t count, int64_t grain, const Body& body) {
   static_assert(noexcept(body(int64_t{}, int64_t{})), "declare the body noexcept");
   if (count <= 0) return;
-  const auto call = [](int64_t begin, int64_t end, void* context) {
-    (*static_cast<const Body*>(context))(begin, end);
-  };
+  const auto call = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Body*>(context))(begin, end); };
   NOGEMM_CALL(torch_parallel_for(0, count, grain > 0 ? grain : 1, call, const_cast<Body*>(&body)));
 }
 

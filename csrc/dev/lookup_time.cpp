@@ -58,9 +58,9 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, const Shape& 
   std::sort(times.begin(), times.end());
   const double median = times[times.size() / 2];
   const char* names[] = {"fp32", "bf16", "int8"};
-  std::printf("%-12s d%-4d t%-3d k%-2d b%-3d %s N %6d: %10.1f us/call (%.1f .. %.1f)  %8.3f us/token  cpu %8.3f\n", nogemm_isa(), int(s.d),
-              int(s.tables), int(s.bits), int(s.block), names[mode], int(batch), median, times[times.size() / 10],
-              times[times.size() * 9 / 10], median / static_cast<double>(batch),
+  std::printf("%-12s d%-4d t%-3d k%-2d b%-3d %s N %6d: %10.1f us/call (%.1f .. %.1f)  %8.3f us/token  cpu %8.3f\n",
+              nogemm_isa(), int(s.d), int(s.tables), int(s.bits), int(s.block), names[mode], int(batch), median,
+              times[times.size() / 10], times[times.size() * 9 / 10], median / static_cast<double>(batch),
               cpu / static_cast<double>(batch));
   std::fflush(stdout);
 }

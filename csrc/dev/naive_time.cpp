@@ -24,8 +24,7 @@ constexpr int kRounds = 7;
 constexpr int64_t kCheckTokens = 512;
 
 double now_us() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 struct Job {
@@ -116,8 +115,8 @@ int main(int argc, char** argv) {
   dev::Pool pool(threads);
   const NogemmHost host{threads, dev::Pool::run, &pool};
   const Buffer workspace(nogemm_lookup_workspace(packed.as<void>(), std::max(batch, kCheckTokens), threads));
-  Job job{{s.d, s.d_out, m.width, s.tables, s.bits, s.block, s.rounds, m.repeats, m.gamma.data(),
-           m.beta.data(), m.weight.data(), m.proj_bias.data(), m.rows.data(), m.out_bias.data()},
+  Job job{{s.d, s.d_out, m.width, s.tables, s.bits, s.block, s.rounds, m.repeats, m.gamma.data(), m.beta.data(),
+           m.weight.data(), m.proj_bias.data(), m.rows.data(), m.out_bias.data()},
           nullptr,
           y.data(),
           batch,
@@ -130,8 +129,7 @@ int main(int argc, char** argv) {
     dev::Pool::run(&pool, threads, naive_worker, &job);
   };
   const auto packed_call = [&](const float* from, int64_t count, int64_t phase, float* to) {
-    nogemm_phase_run(NOGEMM_KIND_LOOKUP, phase, packed.as<void>(), from, to, count, workspace.as<void>(),
-                     &host);
+    nogemm_phase_run(NOGEMM_KIND_LOOKUP, phase, packed.as<void>(), from, to, count, workspace.as<void>(), &host);
   };
 
   naive_call(x.data(), kCheckTokens, true);
@@ -158,17 +156,15 @@ int main(int argc, char** argv) {
     });
     whole[which] = all;
     const char* name = naive ? "naive" : "packed-fp32";
-    std::printf("%-12s d%d t%d k%d b%d N %d, %d threads: %10.1f us, hash %10.1f, gather %10.1f\n", name,
-                int(s.d), int(s.tables), int(s.bits), int(s.block), int(batch), int(threads), all, hash,
-                all - hash);
+    std::printf("%-12s d%d t%d k%d b%d N %d, %d threads: %10.1f us, hash %10.1f, gather %10.1f\n", name, int(s.d),
+                int(s.tables), int(s.bits), int(s.block), int(batch), int(threads), all, hash, all - hash);
     if (file != nullptr)
-      std::fprintf(
-          file,
-          "{\"contender\": \"%s\", \"isa\": \"%s\", \"d\": %d, \"tables\": %d, \"bits\": %d, \"block\": %d, "
-          "\"batch\": %d, \"threads\": %d, \"us_median\": %.1f, \"hash_us\": %.1f, \"gather_us\": %.1f, "
-          "\"tokens_off\": %g, \"compiler\": \"%s\"}\n",
-          name, naive ? "compiler's" : nogemm_isa(), int(s.d), int(s.tables), int(s.bits), int(s.block),
-          int(batch), int(threads), all, hash, all - hash, off, __VERSION__);
+      std::fprintf(file,
+                   "{\"contender\": \"%s\", \"isa\": \"%s\", \"d\": %d, \"tables\": %d, \"bits\": %d, \"block\": %d, "
+                   "\"batch\": %d, \"threads\": %d, \"us_median\": %.1f, \"hash_us\": %.1f, \"gather_us\": %.1f, "
+                   "\"tokens_off\": %g, \"compiler\": \"%s\"}\n",
+                   name, naive ? "compiler's" : nogemm_isa(), int(s.d), int(s.tables), int(s.bits), int(s.block),
+                   int(batch), int(threads), all, hash, all - hash, off, __VERSION__);
   }
   std::printf("naive / packed: %.2f\n", whole[0] / whole[1]);
   if (file != nullptr) std::fclose(file);

@@ -49,8 +49,7 @@ std::string today() {
 }
 
 double now_us() {
-  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch())
-      .count();
+  return std::chrono::duration<double, std::micro>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
 bool verified(const Model& model, int64_t mode, const Buffer& packed, const std::vector<float>& x) {
@@ -75,16 +74,15 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, int64_t mode,
   for (int64_t round = -1; round < o.rounds; ++round) {
     const double start = now_us();
     for (int64_t c = 0; c < calls; ++c) {
-      nogemm_tree_forward(layers[static_cast<size_t>(layer)].as<void>(), x.data() + at * s.d, NOGEMM_X_FP32,
-                          s.d, y.data(), batch, workspace.as<void>(), &host);
+      nogemm_tree_forward(layers[static_cast<size_t>(layer)].as<void>(), x.data() + at * s.d, NOGEMM_X_FP32, s.d,
+                          y.data(), batch, workspace.as<void>(), &host);
       if (!o.repeat) at = at + 2 * batch <= tokens ? at + batch : 0;
       layer = o.repeat ? 0 : (layer + 1) % used;
     }
     if (round >= 0) times.push_back((now_us() - start) / static_cast<double>(calls));
   }
   std::sort(times.begin(), times.end());
-  const double median = times[times.size() / 2], p10 = times[times.size() / 10],
-               p90 = times[times.size() * 9 / 10];
+  const double median = times[times.size() / 2], p10 = times[times.size() / 10], p90 = times[times.size() * 9 / 10];
   const char* names[] = {"fp32", "bf16", "int8"};
   const char* cache = o.repeat ? "one repeated token" : "fresh";
   std::printf("%-12s %dx%d d%d %s N %6d, %s: %10.2f us/call (%.2f .. %.2f)  %8.3f us/token\n", nogemm_isa(),
@@ -92,14 +90,13 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, int64_t mode,
               median / static_cast<double>(batch));
   std::fflush(stdout);
   if (json != nullptr)
-    std::fprintf(
-        json,
-        "{\"contender\": \"kernel-%s\", \"isa\": \"%s\", \"trees\": %d, \"depth\": %d, \"d\": %d, \"batch\": "
-        "%d, "
-        "\"cache\": \"%s\", \"threads\": %d, \"us_median\": %.3f, \"us_p10\": %.3f, \"us_p90\": %.3f, "
-        "\"cpu\": \"%s\", \"compiler\": \"%s\", \"seed\": %d, \"date\": \"%s\"}\n",
-        names[mode], nogemm_isa(), int(s.trees), int(s.levels - 1), int(s.d), int(batch), cache,
-        int(o.threads), median, p10, p90, cpu_name().c_str(), __VERSION__, kSeed, today().c_str());
+    std::fprintf(json,
+                 "{\"contender\": \"kernel-%s\", \"isa\": \"%s\", \"trees\": %d, \"depth\": %d, \"d\": %d, \"batch\": "
+                 "%d, "
+                 "\"cache\": \"%s\", \"threads\": %d, \"us_median\": %.3f, \"us_p10\": %.3f, \"us_p90\": %.3f, "
+                 "\"cpu\": \"%s\", \"compiler\": \"%s\", \"seed\": %d, \"date\": \"%s\"}\n",
+                 names[mode], nogemm_isa(), int(s.trees), int(s.levels - 1), int(s.d), int(batch), cache,
+                 int(o.threads), median, p10, p90, cpu_name().c_str(), __VERSION__, kSeed, today().c_str());
 }
 
 }  // namespace

@@ -79,22 +79,21 @@ static void product_tile(const T* NOGEMM_RESTRICT x, int64_t x_stride, const flo
 
 // All tokens for one column tile.
 template <int VECTORS, bool PART, class T>
-static void product_columns(const T* x, int64_t x_stride, const float* matrix, int64_t outer, T* y,
-                            int64_t y_stride, int64_t tokens, int64_t inner, int last) {
+static void product_columns(const T* x, int64_t x_stride, const float* matrix, int64_t outer, T* y, int64_t y_stride,
+                            int64_t tokens, int64_t inner, int last) {
   int64_t n = 0;
   for (; n + kTileTokens <= tokens; n += kTileTokens) {
-    product_tile<kTileTokens, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride,
-                                             y_stride, inner, last);
+    product_tile<kTileTokens, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride,
+                                             inner, last);
   }
   for (; n < tokens; ++n) {
-    product_tile<1, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride,
-                                   inner, last);
+    product_tile<1, VECTORS, PART>(x + n * x_stride, x_stride, matrix, outer, y + n * y_stride, y_stride, inner, last);
   }
 }
 
 template <class T>
-static void product_apply(const void* x_void, int64_t x_stride, const float* matrix, void* y_void,
-                          int64_t y_stride, int64_t tokens, int64_t inner, int64_t outer) {
+static void product_apply(const void* x_void, int64_t x_stride, const float* matrix, void* y_void, int64_t y_stride,
+                          int64_t tokens, int64_t inner, int64_t outer) {
   const T* x = static_cast<const T*>(x_void);
   T* y = static_cast<T*>(y_void);
   int64_t o = 0;
@@ -117,8 +116,7 @@ static void product_apply(const void* x_void, int64_t x_stride, const float* mat
 // per token.
 template <int ROWS, int VECTORS, bool PART, class T>
 static void weight_tile(const float* NOGEMM_RESTRICT grad, int64_t grad_stride, const T* NOGEMM_RESTRICT x,
-                        int64_t x_stride, float* NOGEMM_RESTRICT sums, int64_t inner, int64_t tokens,
-                        int last) {
+                        int64_t x_stride, float* NOGEMM_RESTRICT sums, int64_t inner, int64_t tokens, int last) {
   F sum[ROWS][VECTORS];
   for (auto& row : sum) {
     for (F& s : row) s = zero();
@@ -148,8 +146,8 @@ static void weight_tile(const float* NOGEMM_RESTRICT grad, int64_t grad_stride, 
 
 // ROWS rows of grad_weight over one chunk of tokens.
 template <int ROWS, class T>
-static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t x_stride, float* sums,
-                        int64_t tokens, int64_t inner) {
+static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t x_stride, float* sums, int64_t tokens,
+                        int64_t inner) {
   [[maybe_unused]] float copy[kTokenChunk * ROWS];
   const float* g;
   int64_t g_stride;
@@ -174,9 +172,8 @@ static void weight_rows(const T* grad, int64_t grad_stride, const T* x, int64_t 
 }
 
 template <class T>
-static void product_weight_grad(const void* grad_void, int64_t grad_stride, const void* x_void,
-                                int64_t x_stride, void* grad_weight, float* scratch, int64_t tokens,
-                                int64_t outer, int64_t inner) {
+static void product_weight_grad(const void* grad_void, int64_t grad_stride, const void* x_void, int64_t x_stride,
+                                void* grad_weight, float* scratch, int64_t tokens, int64_t outer, int64_t inner) {
   float* sums = scratch;
   if constexpr (kIsFloat<T>) sums = static_cast<float*>(grad_weight);
   for (int64_t i = 0; i < outer * inner; ++i) sums[i] = 0.0f;

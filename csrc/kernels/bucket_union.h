@@ -10,8 +10,8 @@
 namespace nogemm::NOGEMM_NS {
 
 // mask[n][f] = whether neurons[t][f] = codes[n][t] for some t; tokens [begin, end).
-static void bucket_union(const int32_t* codes, const int32_t* neurons, int64_t tables, int64_t width,
-                         uint8_t* mask, int64_t begin, int64_t end) {
+static void bucket_union(const int32_t* codes, const int32_t* neurons, int64_t tables, int64_t width, uint8_t* mask,
+                         int64_t begin, int64_t end) {
   constexpr int64_t kBlock = 1024;
   int32_t hit[kBlock];
   for (int64_t start = 0; start < width; start += kBlock) {

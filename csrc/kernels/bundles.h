@@ -15,8 +15,7 @@ inline constexpr int kColumnVectors = 16;
 inline constexpr int64_t kColumns = kColumnVectors * kLanes;
 
 template <class T, int ROWS>
-NOGEMM_INLINE void dot_rows(const T* const* row, const float* x, int64_t width, const char* const* ahead,
-                            float* out) {
+NOGEMM_INLINE void dot_rows(const T* const* row, const float* x, int64_t width, const char* const* ahead, float* out) {
   F acc[ROWS][2];
   for (int r = 0; r < ROWS; ++r) acc[r][0] = acc[r][1] = zero();
   constexpr int64_t kStep =
@@ -43,8 +42,8 @@ NOGEMM_INLINE void dot_rows(const T* const* row, const float* x, int64_t width, 
 // out[j] = <row index[j], x> * scale + bias for j in [begin, end); -1 in the list gives 0. `known` places of
 // the list may be read, to fetch rows ahead.
 template <class T>
-static void bundle_dots(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end,
-                        int64_t known, const float* x, float* out) {
+static void bundle_dots(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, int64_t known,
+                        const float* x, float* out) {
   for (int64_t j = begin; j < end; j += kRowsTogether) {
     const T* row[kRowsTogether];
     const char* ahead[kRowsTogether];
@@ -77,9 +76,7 @@ static void split_token(const float* x, int64_t width, int64_t padded, int8_t* p
   int32_t high_sum = 0, low_sum = 0;
   for (int64_t i = 0; i < width; ++i) {
     const float scaled = std::nearbyint(x[i] * inverse);
-    const int32_t q = static_cast<int32_t>(scaled > 32512.0f    ? 32512.0f
-                                           : scaled < -32512.0f ? -32512.0f
-                                                                : scaled);
+    const int32_t q = static_cast<int32_t>(scaled > 32512.0f ? 32512.0f : scaled < -32512.0f ? -32512.0f : scaled);
     const int32_t high = (q + 128) >> 8, low = q - 256 * high;
     planes[i] = static_cast<int8_t>(high);
     planes[padded + i] = static_cast<int8_t>(low);
@@ -92,8 +89,7 @@ static void split_token(const float* x, int64_t width, int64_t padded, int8_t* p
 
 #if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
 template <int ROWS>
-NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
-                              float* out) {
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead, float* out) {
   __m512i high[ROWS], low[ROWS];
   for (int r = 0; r < ROWS; ++r) high[r] = low[r] = _mm512_setzero_si512();
   const __m512i offset = _mm512_set1_epi8(-128);
@@ -115,8 +111,7 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
 }
 #elif defined(NOGEMM_NEON)
 template <int ROWS>
-NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
-                              float* out) {
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead, float* out) {
   const auto add = [](int32x4_t acc, int8x16_t a, int8x16_t b) {
     return vpadalq_s16(vpadalq_s16(acc, vmull_s8(vget_low_s8(a), vget_low_s8(b))), vmull_high_s8(a, b));
   };
@@ -141,8 +136,7 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
 }
 #elif defined(NOGEMM_BYTE_WORDS)
 template <int ROWS>
-NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
-                              float* out) {
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead, float* out) {
   Bytes high[ROWS], low[ROWS];
   for (int r = 0; r < ROWS; ++r) high[r] = low[r] = zero_bytes();
   for (int64_t c = 0; c < x.padded; c += 64) {
@@ -163,8 +157,7 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
 }
 #else
 template <int ROWS>
-NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead,
-                              float* out) {
+NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, const char* const* ahead, float* out) {
   for (int r = 0; r < ROWS; ++r) {
     int32_t h = 0, l = 0;
     for (int64_t c = 0; c < x.padded; c += 64) {
@@ -196,8 +189,8 @@ static void bundle_dots_fixed(const BundleRows& rows, const int32_t* index, int6
 }
 
 template <class T, int VECTORS, bool PART>
-NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, const float* weights,
-                               int64_t count, int64_t known, int64_t column, int last, float* y) {
+NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count,
+                               int64_t known, int64_t column, int last, float* y) {
   constexpr int64_t kAhead = 12;
   F acc[VECTORS];
   const int64_t offset = column * static_cast<int64_t>(sizeof(T));
@@ -209,8 +202,7 @@ NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, con
                    VECTORS * kLanes * static_cast<int64_t>(sizeof(T)));
     const T* row = reinterpret_cast<const T*>(rows.base + index[j] * rows.stride) + column;
     const F w = set1(weights[j]);
-    for (int v = 0; v < VECTORS; ++v)
-      acc[v] = fma(PART ? load_part(row, last) : load(row + v * kLanes), w, acc[v]);
+    for (int v = 0; v < VECTORS; ++v) acc[v] = fma(PART ? load_part(row, last) : load(row + v * kLanes), w, acc[v]);
   }
   for (int v = 0; v < VECTORS; ++v) {
     if (PART) {
@@ -224,13 +216,12 @@ NOGEMM_INLINE void sum_columns(const BundleRows& rows, const int32_t* index, con
 // y[begin..end) = bias + sum_j weights[j] * row index[j]; begin a multiple of kColumns. Weights hold the
 // rows' scales already. `known` as in bundle_dots.
 template <class T>
-static void bundle_sum(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count,
-                       int64_t known, int64_t begin, int64_t end, float* y) {
+static void bundle_sum(const BundleRows& rows, const int32_t* index, const float* weights, int64_t count, int64_t known,
+                       int64_t begin, int64_t end, float* y) {
   int64_t c = begin;
   for (; c + kColumns <= end; c += kColumns)
     sum_columns<T, kColumnVectors, false>(rows, index, weights, count, known, c, 0, y);
-  for (; c + 4 * kLanes <= end; c += 4 * kLanes)
-    sum_columns<T, 4, false>(rows, index, weights, count, known, c, 0, y);
+  for (; c + 4 * kLanes <= end; c += 4 * kLanes) sum_columns<T, 4, false>(rows, index, weights, count, known, c, 0, y);
   for (; c < end; c += kLanes) {
     const int last = static_cast<int>(end - c < kLanes ? end - c : kLanes);
     sum_columns<T, 1, true>(rows, index, weights, count, known, c, last, y);

@@ -43,9 +43,7 @@ NOGEMM_INLINE Bytes widen(const int8_t* p) {
 NOGEMM_INLINE int32_t hsum32(Bytes a) { return _mm512_reduce_add_epi32(a); }
 #else
 using Bytes = __m256i;
-NOGEMM_INLINE Bytes load_bytes(const uint8_t* p) {
-  return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
-}
+NOGEMM_INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
 NOGEMM_INLINE Bytes zero_bytes() { return _mm256_setzero_si256(); }
 NOGEMM_INLINE Bytes set_bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 NOGEMM_INLINE Bytes set_words(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }

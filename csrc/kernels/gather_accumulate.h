@@ -88,8 +88,7 @@ struct Ahead {
 template <int VECTORS, bool PART, class T>
 static void gather_columns(const GatherShape& shape, const GatherEntry* plan, const T* tables, int64_t column,
                            float* sums, int64_t begin, int64_t end, int last) {
-  const int64_t k = shape.neighbours, width = shape.width,
-                bytes = VECTORS * kLanes * static_cast<int64_t>(sizeof(T));
+  const int64_t k = shape.neighbours, width = shape.width, bytes = VECTORS * kLanes * static_cast<int64_t>(sizeof(T));
   // Worth it only where most rows of a table will be read.
   const bool dense_reads = (end - begin) * k >= 2 * shape.rows;
   for (int64_t first = 0; first < shape.tables; first += shape.group) {
@@ -125,12 +124,11 @@ static void gather_columns(const GatherShape& shape, const GatherEntry* plan, co
 }
 
 template <class T>
-static void gather_forward(const GatherShape& shape, const GatherEntry* plan, const void* tables_void,
-                           int64_t column, float* sums, int64_t begin, int64_t end) {
+static void gather_forward(const GatherShape& shape, const GatherEntry* plan, const void* tables_void, int64_t column,
+                           float* sums, int64_t begin, int64_t end) {
   const T* tables = static_cast<const T*>(tables_void);
   const int64_t columns = slice_columns(shape, column);
-  if (columns == kSlice)
-    return gather_columns<kSliceVectors, false>(shape, plan, tables, column, sums, begin, end, 0);
+  if (columns == kSlice) return gather_columns<kSliceVectors, false>(shape, plan, tables, column, sums, begin, end, 0);
   constexpr int kHalf = kSliceVectors / 2;
   int64_t c = 0;
   for (; c + kHalf * kLanes <= columns; c += kHalf * kLanes) {
@@ -143,8 +141,8 @@ static void gather_forward(const GatherShape& shape, const GatherEntry* plan, co
 }
 
 template <class Y>
-static void gather_finish(const GatherShape& shape, const float* sums, int64_t column, void* y_void,
-                          int64_t begin, int64_t end) {
+static void gather_finish(const GatherShape& shape, const float* sums, int64_t column, void* y_void, int64_t begin,
+                          int64_t end) {
   const int64_t columns = slice_columns(shape, column);
   for (int64_t n = begin; n < end; ++n) {
     Y* y = static_cast<Y*>(y_void) + n * shape.width + column;

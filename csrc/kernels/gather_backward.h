@@ -22,8 +22,8 @@ inline constexpr int64_t kStreamBytes = int64_t{16} << 20;
 // order[i] = (n * k + f, score), sorted by row; row r's entries are [starts[r], starts[r + 1]). Returns the
 // flat index of a code out of range (the first of this table), or -1; such an entry goes to row 0.
 template <class S>
-static int64_t gather_bucket(const GatherShape& shape, const int32_t* codes, const void* scores_void,
-                             int64_t table, int32_t* starts, GatherEntry* order) {
+static int64_t gather_bucket(const GatherShape& shape, const int32_t* codes, const void* scores_void, int64_t table,
+                             int32_t* starts, GatherEntry* order) {
   const S* scores = static_cast<const S*>(scores_void);
   const int64_t k = shape.neighbours, rows = shape.rows, stride = shape.tables * k;
   int64_t wrong = -1;
@@ -96,9 +96,8 @@ struct DotWriter {
 // the dots of the columns before are in `dots` already.
 template <int VECTORS, bool PART, bool ONE, class T>
 static void backward_columns(const GatherShape& shape, const int32_t* starts, const GatherEntry* order,
-                             const float* NOGEMM_RESTRICT sliced, const T* NOGEMM_RESTRICT tables,
-                             int64_t table, int64_t column, T* NOGEMM_RESTRICT grad_tables, float* dots,
-                             bool add, int last) {
+                             const float* NOGEMM_RESTRICT sliced, const T* NOGEMM_RESTRICT tables, int64_t table,
+                             int64_t column, T* NOGEMM_RESTRICT grad_tables, float* dots, bool add, int last) {
   const int64_t width = shape.width;
   const uint32_t k = static_cast<uint32_t>(shape.neighbours);
   const bool streaming = shape.tables * shape.rows * width * static_cast<int64_t>(sizeof(T)) >= kStreamBytes;
@@ -144,15 +143,15 @@ static void backward_columns(const GatherShape& shape, const int32_t* starts, co
 }
 
 template <int VECTORS, bool PART, class T>
-static void backward_any(const GatherShape& shape, const int32_t* starts, const GatherEntry* order,
-                         const float* sliced, const T* tables, int64_t table, int64_t column, T* grad_tables,
-                         float* dots, bool add, int last) {
+static void backward_any(const GatherShape& shape, const int32_t* starts, const GatherEntry* order, const float* sliced,
+                         const T* tables, int64_t table, int64_t column, T* grad_tables, float* dots, bool add,
+                         int last) {
   if (shape.neighbours == 1) {
-    backward_columns<VECTORS, PART, true>(shape, starts, order, sliced, tables, table, column, grad_tables,
-                                          dots, add, last);
+    backward_columns<VECTORS, PART, true>(shape, starts, order, sliced, tables, table, column, grad_tables, dots, add,
+                                          last);
   } else {
-    backward_columns<VECTORS, PART, false>(shape, starts, order, sliced, tables, table, column, grad_tables,
-                                           dots, add, last);
+    backward_columns<VECTORS, PART, false>(shape, starts, order, sliced, tables, table, column, grad_tables, dots, add,
+                                           last);
   }
 }
 
@@ -164,26 +163,24 @@ static void gather_backward(const GatherShape& shape, const int32_t* starts, con
   T* grad = static_cast<T*>(grad_void);
   const int64_t columns = slice_columns(shape, column);
   if (columns == kSlice) {
-    backward_any<kSliceVectors, false>(shape, starts, order, sliced, tables, table, column, grad, dots,
-                                       column > 0, 0);
+    backward_any<kSliceVectors, false>(shape, starts, order, sliced, tables, table, column, grad, dots, column > 0, 0);
     return;
   }
   constexpr int kHalf = kSliceVectors / 2;
   int64_t c = 0;
   for (; c + kHalf * kLanes <= columns; c += kHalf * kLanes) {
-    backward_any<kHalf, false>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots,
-                               column + c > 0, 0);
+    backward_any<kHalf, false>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots, column + c > 0,
+                               0);
   }
   for (; c < columns; c += kLanes) {
     const int last = static_cast<int>(columns - c < kLanes ? columns - c : kLanes);
-    backward_any<1, true>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots,
-                          column + c > 0, last);
+    backward_any<1, true>(shape, starts, order, sliced + c, tables, table, column + c, grad, dots, column + c > 0,
+                          last);
   }
 }
 
 // by_token[n * k + f] = the dot product of that pair, for one table.
-static void gather_unsort(const GatherShape& shape, const GatherEntry* order, const float* dots,
-                          float* by_token) {
+static void gather_unsort(const GatherShape& shape, const GatherEntry* order, const float* dots, float* by_token) {
   const int64_t count = shape.tokens * shape.neighbours;
   for (int64_t i = 0; i < count; ++i) by_token[order[i].index] = dots[i];
 }

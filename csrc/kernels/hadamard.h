@@ -59,8 +59,7 @@ static void hadamard_pass(const In* in, Out* out, int64_t vectors, int64_t strid
 }
 
 template <bool FIRST, class In, class Out>
-static void hadamard_levels(int levels, const In* in, Out* out, int64_t vectors, int64_t stride,
-                            float scale) {
+static void hadamard_levels(int levels, const In* in, Out* out, int64_t vectors, int64_t stride, float scale) {
   switch (levels) {
     case 0:
       return hadamard_pass<0, FIRST>(in, out, vectors, stride, scale);

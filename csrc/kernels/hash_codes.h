@@ -114,8 +114,8 @@ static void hash_tile(const T* z, int count, int bits, bool gelu, int32_t* codes
 }
 
 template <class T>
-static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, int64_t tokens,
-                         int64_t tables, int bits, int neighbours, bool gelu) {
+static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, int64_t tokens, int64_t tables,
+                         int bits, int neighbours, bool gelu) {
   const T* z = static_cast<const T*>(z_void);
   T* scores = static_cast<T*>(scores_void);
   for (int64_t n = 0; n < tokens; ++n) {
@@ -137,8 +137,8 @@ static void hash_forward(const void* z_void, int32_t* codes, void* scores_void, 
 }
 
 template <class T>
-static void hash_backward_tile(const T* grad, const T* z, const int32_t* codes, T* grad_z, int count,
-                               int bits, int neighbours, bool gelu) {
+static void hash_backward_tile(const T* grad, const T* z, const int32_t* codes, T* grad_z, int count, int bits,
+                               int neighbours, bool gelu) {
   SoftCodes soft, slope;  // slope: tanh z until the end, then the gradient
   alignas(64) float sums[kMaxBits * kLanes];
   load_soft_codes(z, count, bits, soft);
@@ -198,8 +198,7 @@ static void hash_backward(const void* grad, const void* z, const int32_t* codes,
       const int count = static_cast<int>(tables - t < kLanes ? tables - t : kLanes);
       const int64_t at = n * tables + t;
       hash_backward_tile(static_cast<const T*>(grad) + at * neighbours, static_cast<const T*>(z) + at * bits,
-                         codes + at * neighbours, static_cast<T*>(grad_z) + at * bits, count, bits,
-                         neighbours, gelu);
+                         codes + at * neighbours, static_cast<T*>(grad_z) + at * bits, count, bits, neighbours, gelu);
     }
   }
 }

@@ -4,8 +4,8 @@
 // u_j = |z_j|, A = sum u, P = prod 1 / (1 + exp(-2 u_j)). The code's bit j (most significant first) is z_j > 0. The
 // neighbour that flips the bits F has weight P exp(-2 sum_F u) and, for the gelu score, A - 2 sum_F u in front.
 #pragma once
-#include "packed/lookup/format.h"
 #include "lookup_vec.h"
+#include "packed/lookup/format.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -91,7 +91,8 @@ NOGEMM_INLINE void encode(int bits, int neighbours, bool gelu, Bit bit, Encoded&
     const F both = small.u[0] + small.u[1];
     const I pair = small.mask[0] | small.mask[1];
     const M single = lt(small.u[2], both) | (eq(small.u[2], both) & lt(small.mask[2], pair));
-    add_neighbour<FINE>(out, 3, gelu, a, p, blend(single, small.u[2], both), blend(single, small.mask[2], pair), broken);
+    add_neighbour<FINE>(out, 3, gelu, a, p, blend(single, small.u[2], both), blend(single, small.mask[2], pair),
+                        broken);
   }
 }
 
@@ -111,12 +112,12 @@ NOGEMM_INLINE void encode_signs(int bits, F score, Bit bit, Encoded& out) {
 // What the layer asks for: 16-bit scores need less of the exponential.
 template <class Bit>
 NOGEMM_INLINE void encode_lookups(const LookupHeader& h, Bit bit, Encoded& out) {
-  if (h.score == 2) {
+  if (h.score == NOGEMM_LOOKUP_CONSTANT) {
     encode_signs(h.bits, set1(1.0f / static_cast<float>(h.tables)), bit, out);
-  } else if (h.mode == 2) {
-    encode<false>(h.bits, h.neighbours, h.score == 0, bit, out);
+  } else if (h.mode == NOGEMM_LOOKUP_INT8) {
+    encode<false>(h.bits, h.neighbours, h.score == NOGEMM_LOOKUP_GELU, bit, out);
   } else {
-    encode<true>(h.bits, h.neighbours, h.score == 0, bit, out);
+    encode<true>(h.bits, h.neighbours, h.score == NOGEMM_LOOKUP_GELU, bit, out);
   }
 }
 

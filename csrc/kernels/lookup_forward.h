@@ -19,7 +19,7 @@ inline constexpr int64_t kFusedBatch = 1023;
 inline constexpr int64_t kChunkTokens = 8192;
 // A worker's second-level cache (2 MB where this was tuned) holds the sums of a block, one group's rows and the next's.
 // fp32 tables are often larger than the last level: fewer blocks read them from memory fewer times.
-NOGEMM_INLINE int64_t block_tokens(const LookupHeader& h) { return h.mode == 0 ? 4128 : 1536; }
+NOGEMM_INLINE int64_t block_tokens(const LookupHeader& h) { return h.mode == NOGEMM_LOOKUP_FP32 ? 4128 : 1536; }
 inline constexpr int64_t kGroupBytes = 512 << 10;
 inline constexpr int kMaxNV = kRegisters == 32 ? 3 : 2;
 
@@ -67,11 +67,12 @@ struct Call {
   Output y;
   int64_t start, tokens;  // of the chunk
   Cut cut;
-  char* lookups;          // of the chunk (two phases)
+  char* lookups;  // of the chunk (two phases)
   char* workers;
   int64_t worker_bytes;
   int64_t worker_count;
-  bool gather;            // false: stop after the lookups, for profiles
+  bool gather;    // false: stop after the lookups, for profiles
+  int32_t* rows;  // where the lookups' rows go, [tokens of the call][lookups], or null
 };
 
 struct WorkerScratch {
@@ -90,7 +91,9 @@ NOGEMM_INLINE WorkerScratch scratch_of(const Call& c, int64_t worker) {
   return w;
 }
 
-NOGEMM_INLINE int64_t row_element(const LookupHeader& h) { return h.mode == 0 ? 4 : h.mode == 1 ? 2 : 1; }
+NOGEMM_INLINE int64_t row_element(const LookupHeader& h) {
+  return h.mode == NOGEMM_LOOKUP_FP32 ? 4 : h.mode == NOGEMM_LOOKUP_BF16 ? 2 : 1;
+}
 
 NOGEMM_INLINE const char* slice_rows(const Layer& l, int64_t slice) {
   const LookupHeader& h = *l.h;
@@ -124,15 +127,20 @@ NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int
   g.next_rows = slice + 1 < h.slices && h.last_slice == h.slice() ? slice_rows(l, slice + 1) : nullptr;
   g.soon = soon.at;
   g.soon_bytes = soon.bytes;
-  y.y += slice * h.slice() * (y.dtype == 0 ? 4 : 2);
-  if (h.mode == 0) (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
-  if (h.mode == 1) (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
-  if (h.mode == 2) (ahead ? gather_tokens<uint8_t, true> : gather_tokens<uint8_t, false>)(g, lookups, tokens, y);
+  y.y += slice * h.slice() * (y.dtype == NOGEMM_X_FP32 ? 4 : 2);
+  switch (h.mode) {
+    case NOGEMM_LOOKUP_FP32:
+      return (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
+    case NOGEMM_LOOKUP_BF16:
+      return (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
+    default:
+      return (ahead ? gather_tokens<uint8_t, true> : gather_tokens<uint8_t, false>)(g, lookups, tokens, y);
+  }
 }
 
 NOGEMM_INLINE Output output_at(const Call& c, int64_t token) {
   Output y = c.y;
-  y.y += token * y.stride * (y.dtype == 0 ? 4 : 2);
+  y.y += token * y.stride * (y.dtype == NOGEMM_X_FP32 ? 4 : 2);
   return y;
 }
 
@@ -150,6 +158,13 @@ NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t sl
   for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, bytes, lookups.index + e);
 }
 
+// What the tokens start .. start + tokens read: table t's rows are numbered from t R on.
+NOGEMM_INLINE void tell_rows(const Call& c, const Lookups& lookups, int64_t start, int64_t tokens) {
+  const int64_t count = c.layer.h->lookups();
+  for (int64_t n = 0; n < tokens && c.rows != nullptr; ++n)
+    for (int64_t e = 0; e < count; ++e) c.rows[(start + n) * count + e] = lookups.index[e * lookups.width + n];
+}
+
 template <class S>
 static void run_rows_piece(const Call& c, int64_t start, int64_t tokens, const WorkerScratch& w) {
   const LookupHeader& h = *c.layer.h;
@@ -159,6 +174,7 @@ static void run_rows_piece(const Call& c, int64_t start, int64_t tokens, const W
   for (; done + 4 <= tokens; done += 4) rows_hash<S, 4>(c.layer, c.x, start + done, w.hash, lookups + done);
   for (; done + 2 <= tokens; done += 2) rows_hash<S, 2>(c.layer, c.x, start + done, w.hash, lookups + done);
   for (; done < tokens; ++done) rows_hash<S, 1>(c.layer, c.x, start + done, w.hash, lookups + done);
+  for (int64_t n = 0; n < tokens; ++n) tell_rows(c, lookups[n], start + n, 1);
   for (int64_t n = 0; n < tokens && c.gather; ++n) {
     fetch_rows(c.layer, lookups[n], 0);
     gather_all(c, lookups[n], start + n, 1, w.sums);
@@ -205,6 +221,7 @@ static void run_fused(int64_t worker, void* arg) {
     }
     const Lookups lookups = tile_lookups(c, tokens, w.lookups);
     hash_tile<S>(c, start, tokens, w.hash, lookups);
+    tell_rows(c, lookups, start, tokens);
     if (c.gather) gather_all(c, lookups, start, tokens, w.sums);
   }
 }
@@ -218,6 +235,7 @@ static void run_hash(int64_t worker, void* arg) {
     const int64_t tokens = piece_tokens(c, piece);
     const Lookups lookups = tile_lookups(c, tokens, c.lookups + piece * piece_bytes(*c.layer.h, c.cut.piece));
     hash_tile<S>(c, c.start + piece * c.cut.piece, tokens, w.hash, lookups);
+    tell_rows(c, lookups, c.start + piece * c.cut.piece, tokens);
   }
 }
 
@@ -314,7 +332,7 @@ NOGEMM_INLINE void on_workers(const NogemmHost& host, Call& c, int64_t pieces, v
 }
 
 static void lookup_run(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
-                       void* workspace, const NogemmHost* host, bool gather) {
+                       void* workspace, const NogemmHost* host, bool gather, int32_t* rows) {
   const auto* h = static_cast<const LookupHeader*>(packed);
   Call c;
   c.layer = {h, static_cast<const char*>(packed)};
@@ -322,6 +340,7 @@ static void lookup_run(const void* packed, const void* x, int64_t x_dtype, int64
   c.y = {static_cast<char*>(y), x_dtype, h->d_out};
   c.lookups = static_cast<char*>(workspace);
   c.gather = gather;
+  c.rows = rows;
   for (c.start = 0; c.start < tokens; c.start += kChunkTokens) {
     c.tokens = tokens - c.start < kChunkTokens ? tokens - c.start : kChunkTokens;
     c.cut = cut_of(c.tokens);
@@ -337,15 +356,15 @@ static void lookup_run(const void* packed, const void* x, int64_t x_dtype, int64
   }
 }
 
-static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
-                           void* workspace, const NogemmHost* host) {
-  lookup_run(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true);
+static void lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                           int64_t tokens, void* workspace, const NogemmHost* host) {
+  lookup_run(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true, nullptr);
 }
 
-// Lookups alone; they are left in the workspace. Profiles time it: the gather is what the whole call takes longer.
-static void lookup_hash(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens,
-                        void* workspace, const NogemmHost* host) {
-  lookup_run(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false);
+// Lookups alone, told in `rows` unless it is null. Profiles time it: the gather is what the whole call takes longer.
+static void lookup_hash(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows,
+                        int64_t tokens, void* workspace, const NogemmHost* host) {
+  lookup_run(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false, rows);
 }
 
 static constexpr nogemm::LookupKernels lookup_kernels() { return {lookup_workspace, lookup_forward, lookup_hash}; }

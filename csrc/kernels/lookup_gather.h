@@ -11,17 +11,17 @@ namespace nogemm::NOGEMM_NS {
 inline constexpr int kPassChunks = kRegisters == 32 && kLanes == 16 ? 2 : 1;
 
 struct GatherPass {
-  const char* rows;         // the slice
+  const char* rows;  // the slice
   int64_t row_bytes;
-  int64_t chunks;           // width of the slice / 64
-  int64_t columns;          // columns of y in the slice
-  const float* bias;        // of the slice
-  int64_t from, to;         // lookups, multiples of 4
-  bool first, last;         // start from zero; add the bias and write y
-  float* sums;              // [token][sums_stride] between passes
+  int64_t chunks;     // width of the slice / 64
+  int64_t columns;    // columns of y in the slice
+  const float* bias;  // of the slice
+  int64_t from, to;   // lookups, multiples of 4
+  bool first, last;   // start from zero; add the bias and write y
+  float* sums;        // [token][sums_stride] between passes
   int64_t sums_stride;
-  const char* next_rows;    // AHEAD: the rows wanted after the last token's (null: none)
-  const char* soon;         // memory wanted in the next pass, fetched into L2 a little per token
+  const char* next_rows;  // AHEAD: the rows wanted after the last token's (null: none)
+  const char* soon;       // memory wanted in the next pass, fetched into L2 a little per token
   int64_t soon_bytes;
 };
 
@@ -58,13 +58,12 @@ NOGEMM_INLINE void add_row(const bf16* p, F score, F* acc, int vectors) {
   constexpr int kHalf = 16 / kLanes;  // vectors of words in 32 columns
   const auto* words = reinterpret_cast<const int32_t*>(p);
   NOGEMM_UNROLL
-  for (int q = 0; q < vectors; q += 2 * kHalf)
-    NOGEMM_UNROLL
-    for (int w = 0; w < kHalf; ++w) {
-      const I pair = load(words + (q / 2 + w) * kLanes);
-      acc[q + w] = fma(score, as_float(shift_left<16>(pair)), acc[q + w]);
-      acc[q + w + kHalf] = fma(score, as_float(pair & set1(static_cast<int32_t>(0xffff0000u))), acc[q + w + kHalf]);
-    }
+  for (int q = 0; q < vectors; q += 2 * kHalf) NOGEMM_UNROLL
+  for (int w = 0; w < kHalf; ++w) {
+    const I pair = load(words + (q / 2 + w) * kLanes);
+    acc[q + w] = fma(score, as_float(shift_left<16>(pair)), acc[q + w]);
+    acc[q + w + kHalf] = fma(score, as_float(pair & set1(static_cast<int32_t>(0xffff0000u))), acc[q + w + kHalf]);
+  }
 }
 
 // What a pass over columns first .. first + 64 CH of a slice reads and fetches.
@@ -110,9 +109,9 @@ NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const Pass
 NOGEMM_INLINE void finish_columns(const GatherPass& g, const Output& y, int64_t token, int64_t column, F value) {
   const int64_t left = g.columns - column, at = token * y.stride + column;
   const F sum = value + load(g.bias + column);
-  if (y.dtype == 0) store_columns(reinterpret_cast<float*>(y.y) + at, sum, left);
-  if (y.dtype == 1) store_columns(reinterpret_cast<bf16*>(y.y) + at, sum, left);
-  if (y.dtype == 2) store_columns(reinterpret_cast<fp16*>(y.y) + at, sum, left);
+  if (y.dtype == NOGEMM_X_FP32) store_columns(reinterpret_cast<float*>(y.y) + at, sum, left);
+  if (y.dtype == NOGEMM_X_BF16) store_columns(reinterpret_cast<bf16*>(y.y) + at, sum, left);
+  if (y.dtype == NOGEMM_X_FP16) store_columns(reinterpret_cast<fp16*>(y.y) + at, sum, left);
 }
 
 template <int CH, bool AHEAD>

@@ -26,25 +26,24 @@ struct Tokens {
 
 // Scratch of one worker; sizes in hash_scratch_bytes.
 struct HashScratch {
-  float* rows;        // kLanes tokens as rows, floats
-  int32_t* row_words; // the same in fixed point
-  char* input;        // words [input][token]
+  float* rows;         // kLanes tokens as rows, floats
+  int32_t* row_words;  // the same in fixed point
+  char* input;         // words [input][token]
   char* current;
-  float* wide;        // z or the widest intermediate, with 16 features of room in front
-  float* scores;      // before they become integers
+  float* wide;    // z or the widest intermediate, with 16 features of room in front
+  float* scores;  // before they become integers
 };
 
 inline constexpr int kRowTokens = 4;
-
 
 // Words per token, padded so that the transposition never needs a tail.
 NOGEMM_INLINE int64_t input_words(const LookupHeader& h) {
   return round_up(h.fixed_point ? h.in_width() / 2 : h.in_width(), 16);
 }
-NOGEMM_INLINE int64_t widest(const LookupHeader& h) { return h.in_width() > h.out_width() ? h.in_width() : h.out_width(); }
-NOGEMM_INLINE int64_t z_room(const LookupHeader& h) {
-  return (int64_t{h.tables} + 16) * h.bits + h.out_width() + 16;
+NOGEMM_INLINE int64_t widest(const LookupHeader& h) {
+  return h.in_width() > h.out_width() ? h.in_width() : h.out_width();
 }
+NOGEMM_INLINE int64_t z_room(const LookupHeader& h) { return (int64_t{h.tables} + 16) * h.bits + h.out_width() + 16; }
 
 NOGEMM_INLINE int64_t place_hash_scratch(const LookupHeader& h, int64_t width, char* at, HashScratch* s) {
   int64_t used = 0;
@@ -107,9 +106,9 @@ static void prepare_row_of(const Layer& l, const X* x, float* out) {
 }
 
 NOGEMM_INLINE void prepare_row(const Layer& l, const Tokens& t, int64_t token, float* out) {
-  if (t.dtype == 0) prepare_row_of(l, reinterpret_cast<const float*>(t.x) + token * t.stride, out);
-  if (t.dtype == 1) prepare_row_of(l, reinterpret_cast<const bf16*>(t.x) + token * t.stride, out);
-  if (t.dtype == 2) prepare_row_of(l, reinterpret_cast<const fp16*>(t.x) + token * t.stride, out);
+  if (t.dtype == NOGEMM_X_FP32) prepare_row_of(l, reinterpret_cast<const float*>(t.x) + token * t.stride, out);
+  if (t.dtype == NOGEMM_X_BF16) prepare_row_of(l, reinterpret_cast<const bf16*>(t.x) + token * t.stride, out);
+  if (t.dtype == NOGEMM_X_FP16) prepare_row_of(l, reinterpret_cast<const fp16*>(t.x) + token * t.stride, out);
 }
 
 // A token's step and the NaN that a broken token must show: 0 for a finite token.

@@ -8,8 +8,8 @@
 // Word: float for fp32 weights, int32_t (a pair of 16-bit inputs) for fixed point; a block has `steps` words of input.
 #pragma once
 #include "hadamard_steps.h"
-#include "packed/lookup/format.h"
 #include "lookup_vec.h"
+#include "packed/lookup/format.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -47,9 +47,8 @@ NOGEMM_INLINE void tile_product(const typename S::Word* w, const float* scale, i
       for (int64_t at = o * steps * 4; at < (o + NO) * steps * 4; at += 64) prefetch(next + at);
     typename S::Acc acc[NO][NV];
     NOGEMM_UNROLL
-    for (int q = 0; q < NO; ++q)
-      NOGEMM_UNROLL
-      for (int v = 0; v < NV; ++v) acc[q][v] = S::none();
+    for (int q = 0; q < NO; ++q) NOGEMM_UNROLL
+    for (int v = 0; v < NV; ++v) acc[q][v] = S::none();
     for (int64_t i = 0; i < steps; ++i) {
       typename S::Acc x[NV];
       NOGEMM_UNROLL
@@ -63,10 +62,8 @@ NOGEMM_INLINE void tile_product(const typename S::Word* w, const float* scale, i
       }
     }
     NOGEMM_UNROLL
-    for (int q = 0; q < NO; ++q)
-      NOGEMM_UNROLL
-      for (int v = 0; v < NV; ++v)
-        store(out + (o + q) * NT + v * kLanes, S::finish(acc[q][v], set1(scale[o + q])));
+    for (int q = 0; q < NO; ++q) NOGEMM_UNROLL
+    for (int v = 0; v < NV; ++v) store(out + (o + q) * NT + v * kLanes, S::finish(acc[q][v], set1(scale[o + q])));
   }
 }
 
@@ -75,9 +72,8 @@ NOGEMM_INLINE void rows_pass(const typename S::Word* w, const float* scale, int6
                              const typename S::Word* in, int64_t in_stride, float* out, int64_t out_stride) {
   typename S::Acc acc[NTOK][NV];
   NOGEMM_UNROLL
-  for (int n = 0; n < NTOK; ++n)
-    NOGEMM_UNROLL
-    for (int v = 0; v < NV; ++v) acc[n][v] = S::none();
+  for (int n = 0; n < NTOK; ++n) NOGEMM_UNROLL
+  for (int v = 0; v < NV; ++v) acc[n][v] = S::none();
   for (int64_t i = 0; i < steps; ++i) {
     typename S::Acc wi[NV];
     NOGEMM_UNROLL
@@ -90,10 +86,8 @@ NOGEMM_INLINE void rows_pass(const typename S::Word* w, const float* scale, int6
     }
   }
   NOGEMM_UNROLL
-  for (int n = 0; n < NTOK; ++n)
-    NOGEMM_UNROLL
-    for (int v = 0; v < NV; ++v)
-      store(out + n * out_stride + v * kLanes, S::finish(acc[n][v], load(scale + v * kLanes)));
+  for (int n = 0; n < NTOK; ++n) NOGEMM_UNROLL
+  for (int v = 0; v < NV; ++v) store(out + n * out_stride + v * kLanes, S::finish(acc[n][v], load(scale + v * kLanes)));
 }
 
 // out[token][o] = scale[o] * sum_i w[i][o] in[token][i]
@@ -122,20 +116,17 @@ NOGEMM_INLINE void butterfly_pass(float* x, int64_t groups, int64_t span, I* lar
         NOGEMM_UNROLL
         for (int i = 0; i < R; ++i) a[i] = load(p + i * span);
         NOGEMM_UNROLL
-        for (int half = 1; half < R; half *= 2)
-          NOGEMM_UNROLL
-          for (int i = 0; i < R; ++i)
-            if (!(i & half)) {
-              const F sum = a[i] + a[i + half], difference = a[i] - a[i + half];
-              a[i] = sum;
-              a[i + half] = difference;
-            }
-        if constexpr (LEVELS > 0)
-          NOGEMM_UNROLL
-          for (int i = 0; i < R; ++i) store(p + i * span, a[i]);
-        if constexpr (MAX)
-          NOGEMM_UNROLL
-          for (int i = 0; i < R; ++i) largest[v] = max(largest[v], magnitude(a[i]));
+        for (int half = 1; half < R; half *= 2) NOGEMM_UNROLL
+        for (int i = 0; i < R; ++i)
+          if (!(i & half)) {
+            const F sum = a[i] + a[i + half], difference = a[i] - a[i + half];
+            a[i] = sum;
+            a[i + half] = difference;
+          }
+        if constexpr (LEVELS > 0) NOGEMM_UNROLL
+        for (int i = 0; i < R; ++i) store(p + i * span, a[i]);
+        if constexpr (MAX) NOGEMM_UNROLL
+        for (int i = 0; i < R; ++i) largest[v] = max(largest[v], magnitude(a[i]));
       }
     }
   }
@@ -164,9 +155,8 @@ template <int ORDER, int NV, bool MAX>
       order_step<ORDER>(a);
       NOGEMM_UNROLL
       for (int i = 0; i < ORDER; ++i) store(p + i * span, a[i]);
-      if constexpr (MAX)
-        NOGEMM_UNROLL
-        for (int i = 0; i < ORDER; ++i) largest[v] = max(largest[v], magnitude(a[i]));
+      if constexpr (MAX) NOGEMM_UNROLL
+      for (int i = 0; i < ORDER; ++i) largest[v] = max(largest[v], magnitude(a[i]));
     }
 }
 

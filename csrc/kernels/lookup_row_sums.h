@@ -76,17 +76,16 @@ NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t fir
   const I words[2] = {set1(first), set1(second)};
   const Bytes even = set_dwords(0x00ff00ff);
   NOGEMM_UNROLL
-  for (int v = 0; v < s.kVectors; v += 4)
+  for (int v = 0; v < s.kVectors; v += 4) NOGEMM_UNROLL
+  for (int r = 0; r < 2; ++r) {
+    const Bytes a = load_bytes(p[2 * r] + v / 4 * kBytes), b = load_bytes(p[2 * r + 1] + v / 4 * kBytes);
+    const Bytes pairs[2] = {unpack_low16(a, b), unpack_high16(a, b)};
     NOGEMM_UNROLL
-    for (int r = 0; r < 2; ++r) {
-      const Bytes a = load_bytes(p[2 * r] + v / 4 * kBytes), b = load_bytes(p[2 * r + 1] + v / 4 * kBytes);
-      const Bytes pairs[2] = {unpack_low16(a, b), unpack_high16(a, b)};
-      NOGEMM_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        s.sums[v + 2 * i] = dot_pairs(s.sums[v + 2 * i], I{bit_and(pairs[i], even)}, words[r]);
-        s.sums[v + 2 * i + 1] = dot_pairs(s.sums[v + 2 * i + 1], I{shift_right8(pairs[i])}, words[r]);
-      }
+    for (int i = 0; i < 2; ++i) {
+      s.sums[v + 2 * i] = dot_pairs(s.sums[v + 2 * i], I{bit_and(pairs[i], even)}, words[r]);
+      s.sums[v + 2 * i + 1] = dot_pairs(s.sums[v + 2 * i + 1], I{shift_right8(pairs[i])}, words[r]);
     }
+  }
 }
 
 template <int CH>
@@ -98,15 +97,13 @@ NOGEMM_INLINE void order_sums(RowSums<CH>& s) {
   constexpr int kParts = kChunk / kBytes;
   RowSums<CH> ordered;
   NOGEMM_UNROLL
-  for (int c = 0; c < CH; ++c)
-    NOGEMM_UNROLL
-    for (int part = 0; part < kParts; ++part)
-      NOGEMM_UNROLL
-      for (int i = 0; i < 2; ++i) {
-        const Bytes a = s.sums[4 * (c * kParts + part) + 2 * i].v, b = s.sums[4 * (c * kParts + part) + 2 * i + 1].v;
-        ordered.sums[(4 * c + 2 * i) * kParts + part] = {unpack_low32(a, b)};
-        ordered.sums[(4 * c + 2 * i + 1) * kParts + part] = {unpack_high32(a, b)};
-      }
+  for (int c = 0; c < CH; ++c) NOGEMM_UNROLL
+  for (int part = 0; part < kParts; ++part) NOGEMM_UNROLL
+  for (int i = 0; i < 2; ++i) {
+    const Bytes a = s.sums[4 * (c * kParts + part) + 2 * i].v, b = s.sums[4 * (c * kParts + part) + 2 * i + 1].v;
+    ordered.sums[(4 * c + 2 * i) * kParts + part] = {unpack_low32(a, b)};
+    ordered.sums[(4 * c + 2 * i + 1) * kParts + part] = {unpack_high32(a, b)};
+  }
   s = ordered;
 }
 
@@ -117,21 +114,20 @@ NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t fir
   const int16_t q[4] = {static_cast<int16_t>(first), static_cast<int16_t>(first >> 16), static_cast<int16_t>(second),
                         static_cast<int16_t>(second >> 16)};
   NOGEMM_UNROLL
-  for (int c = 0; c < CH; ++c)
+  for (int c = 0; c < CH; ++c) NOGEMM_UNROLL
+  for (int part = 0; part < 4; ++part) {
+    I* sums = s.sums + 16 * c + part;
     NOGEMM_UNROLL
-    for (int part = 0; part < 4; ++part) {
-      I* sums = s.sums + 16 * c + part;
-      NOGEMM_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const uint8x16_t bytes = vld1q_u8(p[r] + c * kChunk + 16 * part);
-        const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
-        const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
-        sums[0].v = vmlal_n_s16(sums[0].v, vget_low_s16(low), q[r]);
-        sums[4].v = vmlal_high_n_s16(sums[4].v, low, q[r]);
-        sums[8].v = vmlal_n_s16(sums[8].v, vget_low_s16(high), q[r]);
-        sums[12].v = vmlal_high_n_s16(sums[12].v, high, q[r]);
-      }
+    for (int r = 0; r < 4; ++r) {
+      const uint8x16_t bytes = vld1q_u8(p[r] + c * kChunk + 16 * part);
+      const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
+      const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
+      sums[0].v = vmlal_n_s16(sums[0].v, vget_low_s16(low), q[r]);
+      sums[4].v = vmlal_high_n_s16(sums[4].v, low, q[r]);
+      sums[8].v = vmlal_n_s16(sums[8].v, vget_low_s16(high), q[r]);
+      sums[12].v = vmlal_high_n_s16(sums[12].v, high, q[r]);
     }
+  }
 }
 
 template <int CH>

@@ -39,9 +39,7 @@ NOGEMM_INLINE I pack_pair(I lo, I hi) {
   return {_mm512_mask_blend_epi16(0xAAAAAAAAu, lo.v, _mm512_slli_epi32(hi.v, 16))};
 }
 NOGEMM_INLINE F gather(const float* base, I index) { return {_mm512_i32gather_ps(index.v, base, 4)}; }
-NOGEMM_INLINE I lane_index() {
-  return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
-}
+NOGEMM_INLINE I lane_index() { return {_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
 NOGEMM_INLINE I times(I a, int32_t b) { return {_mm512_mullo_epi32(a.v, _mm512_set1_epi32(b))}; }
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));

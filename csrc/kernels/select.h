@@ -97,8 +97,7 @@ static int32_t cutoff_of(const int32_t* keys, int64_t n, int64_t count, float gu
       middle = ordered(bits);
     } else if (bracketed && turn % 3 != 2) {
       const double a = unordered(static_cast<int32_t>(low)), b = unordered(static_cast<int32_t>(high));
-      const double share =
-          static_cast<double>(above_low - count) / static_cast<double>(above_low - above_high);
+      const double share = static_cast<double>(above_low - count) / static_cast<double>(above_low - above_high);
       const float between = static_cast<float>(a + (b - a) * (0.02 + 0.96 * share));
       int32_t bits;
       std::memcpy(&bits, &between, sizeof bits);
@@ -134,8 +133,7 @@ static int64_t select_top(float* keys, int64_t n, int64_t count, int32_t* chosen
     return n;
   }
   if (count <= 0) return 0;
-  const float guess =
-      order_keys(keys, n, normal_quantile(static_cast<double>(count) / static_cast<double>(n)));
+  const float guess = order_keys(keys, n, normal_quantile(static_cast<double>(count) / static_cast<double>(n)));
   const int32_t* order = reinterpret_cast<const int32_t*>(keys);
   const int32_t limit = cutoff_of(order, n, count, guess);
   int64_t equal = count - count_above(order, n, limit), found = 0;

@@ -8,8 +8,8 @@
 #pragma once
 #include "activation.h"
 #include "byte_words.h"
-#include "packed/neurons/format.h"
 #include "lookup_vec.h"
+#include "packed/neurons/format.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -191,8 +191,7 @@ NOGEMM_INLINE void sketch_sums(const uint8_t* group, int64_t steps, const int8_t
         }
         NOGEMM_UNROLL
         for (int t = 0; t < TOKENS; ++t) {
-          const Bytes front_q = word(q[t] + s * kStep),
-                      back_q = NIBBLES ? word(q[t] + s * kStep + 4) : front_q;
+          const Bytes front_q = word(q[t] + s * kStep), back_q = NIBBLES ? word(q[t] + s * kStep + 4) : front_q;
           NOGEMM_UNROLL
           for (int b = 0; b < kBlock; ++b) {
             if constexpr (TOKENS == 1) unpack(b);
@@ -255,15 +254,13 @@ static void sketch_group(const SketchRows& w, int64_t group, const SketchToken* 
     const F scale = set1(tokens[t].scale);
     for (int64_t r = 0; r < kSketchRows; r += kLanes) {
       const F sum = to_float(load(sums + t * kSketchRows + r) + offset);
-      store(tokens[t].scores + first + r,
-            sum * (scale * load(w.scale + first + r)) + load(w.bias + first + r));
+      store(tokens[t].scores + first + r, sum * (scale * load(w.scale + first + r)) + load(w.bias + first + r));
     }
   }
 }
 
 // Scores of the rows of groups [begin, end) for all tokens.
-static void sketch_rows(const SketchRows& w, int64_t begin, int64_t end, const SketchToken* tokens,
-                        int64_t count) {
+static void sketch_rows(const SketchRows& w, int64_t begin, int64_t end, const SketchToken* tokens, int64_t count) {
   for (int64_t g = begin; g < end; ++g) {
     int64_t t = 0;
     for (; t + kSketchTokens <= count; t += kSketchTokens) sketch_group<kSketchTokens>(w, g, tokens + t);

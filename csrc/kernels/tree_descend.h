@@ -33,8 +33,7 @@ NOGEMM_INLINE float row_dot(const T* row, const X* x, int64_t width) {
 
 template <class T>
 static void tree_descend(const TreeShape& s, const void* x_void, const void* rows_void, const void* bias_void,
-                         const void* threshold_void, void* z_void, int32_t* nodes, int64_t begin,
-                         int64_t end) {
+                         const void* threshold_void, void* z_void, int32_t* nodes, int64_t begin, int64_t end) {
   const T *x = static_cast<const T*>(x_void), *rows = static_cast<const T*>(rows_void);
   const T *bias = static_cast<const T*>(bias_void), *threshold = static_cast<const T*>(threshold_void);
   T* z_out = static_cast<T*>(z_void);
@@ -45,8 +44,7 @@ static void tree_descend(const TreeShape& s, const void* x_void, const void* row
       int64_t node[kTreeGroup] = {};
       for (int64_t level = 0; level < s.levels; ++level) {
         for (int64_t g = 0; g < count; ++g) {
-          const int64_t n = first + g, row = k * per_tree + node[g],
-                        at = (n * s.trees + k) * s.levels + level;
+          const int64_t n = first + g, row = k * per_tree + node[g], at = (n * s.trees + k) * s.levels + level;
           float z = row_dot(rows + row * s.width, x + n * s.width, s.width);
           if (bias != nullptr) z += to_float(bias[row]);
           const bool right = z > (threshold == nullptr ? 0.0f : to_float(threshold[row]));

@@ -1,7 +1,7 @@
 // The packed TreeFFN: a whole layer in one call.
 //
-//     y = bias + sum over visited nodes of act(z) out_row,   z = <in_row, x> + bias,   i <- 2 i + 1 + [z >
-//     threshold]
+//     y = bias + sum over visited nodes of act(z) out_row
+//     z = <in_row, x> + bias,   i <- 2 i + 1 + [z > threshold]
 //
 // A step waits for memory twice: for the row, and for the sum that says which row comes next. So a worker
 // walks several lanes, a lane being one token in one tree, in step: while one lane computes, the others' rows
@@ -12,10 +12,10 @@
 // of the sums. A token's arithmetic is the same whatever the cut and the group, so its result depends neither
 // on the threads nor on the batch.
 #pragma once
-#include "packed/tree/pack.h"
 #include "activation.h"
-#include "tree_descend.h"
 #include "packed/tree/format.h"
+#include "packed/tree/pack.h"
+#include "tree_descend.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -53,7 +53,8 @@ struct TreeCall {
   int64_t tokens;
   char* scratch;
   int64_t parts;
-  bool sum;  // false: stop after the paths, for profiles
+  bool sum;       // false: stop after the paths, for profiles
+  int32_t* rows;  // where the visited nodes' numbers go, [tokens][trees levels], or null
 };
 
 template <class T>
@@ -61,8 +62,7 @@ NOGEMM_INLINE void widen_row(const char* x, int64_t width, float* out) {
   const T* from = reinterpret_cast<const T*>(x);
   int64_t d = 0;
   for (; d + kLanes <= width; d += kLanes) store(out + d, load(from + d));
-  if (d < width)
-    store_part(out + d, load_part(from + d, static_cast<int>(width - d)), static_cast<int>(width - d));
+  if (d < width) store_part(out + d, load_part(from + d, static_cast<int>(width - d)), static_cast<int>(width - d));
 }
 
 NOGEMM_INLINE const float* token_floats(const TreeCall& c, int64_t n, float* own) {
@@ -76,18 +76,14 @@ NOGEMM_INLINE const float* token_floats(const TreeCall& c, int64_t n, float* own
   return own;
 }
 
-NOGEMM_INLINE const NodeHead& head_of(const char* record) {
-  return *reinterpret_cast<const NodeHead*>(record);
-}
+NOGEMM_INLINE const NodeHead& head_of(const char* record) { return *reinterpret_cast<const NodeHead*>(record); }
 
 // Lanes [begin, end) of a list of tokens: lane l is tree l % K of token l / K.
 template <class In>
-static void descend_lanes(const TreeCall& c, const float* const* x, char* scratch, int64_t begin,
-                          int64_t end) {
+static void descend_lanes(const TreeCall& c, const float* const* x, char* scratch, int64_t begin, int64_t end) {
   const TreeHeader& h = *c.h;
   const int64_t per_tree = (int64_t{1} << h.levels) - 1;
-  const int64_t in_bytes = kNodeHeadBytes + h.d * static_cast<int64_t>(sizeof(In)),
-                out_bytes = h.record - h.out_at;
+  const int64_t in_bytes = kNodeHeadBytes + h.d * static_cast<int64_t>(sizeof(In)), out_bytes = h.record - h.out_at;
   for (int64_t first = begin; first < end; first += kTreeGroup) {
     const int64_t count = end - first < kTreeGroup ? end - first : kTreeGroup;
     struct {
@@ -108,8 +104,7 @@ static void descend_lanes(const TreeCall& c, const float* const* x, char* scratc
         const char* record = lane[g].root + lane[g].node * h.record;
         prefetch_row(record + h.out_at, out_bytes);
         const NodeHead& head = head_of(record);
-        const float z =
-            row_dot(reinterpret_cast<const In*>(record + kNodeHeadBytes), lane[g].x, h.d) + head.bias;
+        const float z = row_dot(reinterpret_cast<const In*>(record + kNodeHeadBytes), lane[g].x, h.d) + head.bias;
         lane[g].record[level] = record;
         lane[g].z[level] = z;
         lane[g].node = 2 * lane[g].node + 1 + (z > head.threshold ? 1 : 0);
@@ -137,16 +132,14 @@ NOGEMM_INLINE void fire(const TreeCall& c, const TokenPlan& plan) {
   const int64_t visits = tree_visits(h);
   for (int64_t p = visits; p < pad_lanes(visits); ++p) plan.z[p] = 0.0f;
   const F poison = set1(plan.z[0] * 0.0f);
-  for (int64_t p = 0; p < visits; p += kLanes)
-    store(plan.z + p, activate(h.activation, load(plan.z + p)) + poison);
+  for (int64_t p = 0; p < visits; p += kLanes) store(plan.z + p, activate(h.activation, load(plan.z + p)) + poison);
   if (h.mode == NOGEMM_TREE_INT8) {
     for (int64_t p = 0; p < visits; ++p) plan.z[p] *= head_of(plan.record[p]).scale;
   }
 }
 
 template <int VECTORS, class Out, class Y>
-NOGEMM_INLINE void add_columns(const TreeHeader& h, const TokenPlan& plan, const float* bias, int64_t column,
-                               Y* y) {
+NOGEMM_INLINE void add_columns(const TreeHeader& h, const TokenPlan& plan, const float* bias, int64_t column, Y* y) {
   F sum[VECTORS];
   for (int v = 0; v < VECTORS; ++v) sum[v] = load(bias + column + v * kLanes);
   const int64_t visits = tree_visits(h);
@@ -179,14 +172,19 @@ static void add_rows(const TreeCall& c, const TokenPlan& plan, Y* y, int64_t beg
 }
 
 template <class Out>
-NOGEMM_INLINE void add_token(const TreeCall& c, const TokenPlan& plan, int64_t n, int64_t begin,
-                             int64_t end) {
+NOGEMM_INLINE void add_token(const TreeCall& c, const TokenPlan& plan, int64_t n, int64_t begin, int64_t end) {
   const int64_t at = n * c.h->d_out;
-  if (c.x_dtype == NOGEMM_X_FP32)
-    return add_rows<Out>(c, plan, reinterpret_cast<float*>(c.y) + at, begin, end);
-  if (c.x_dtype == NOGEMM_X_BF16)
-    return add_rows<Out>(c, plan, reinterpret_cast<bf16*>(c.y) + at, begin, end);
+  if (c.x_dtype == NOGEMM_X_FP32) return add_rows<Out>(c, plan, reinterpret_cast<float*>(c.y) + at, begin, end);
+  if (c.x_dtype == NOGEMM_X_BF16) return add_rows<Out>(c, plan, reinterpret_cast<bf16*>(c.y) + at, begin, end);
   return add_rows<Out>(c, plan, reinterpret_cast<fp16*>(c.y) + at, begin, end);
+}
+
+// Which nodes token n has visited; tree k's are numbered from k M on.
+NOGEMM_INLINE void tell_nodes(const TreeCall& c, const TokenPlan& plan, int64_t n) {
+  const TreeHeader& h = *c.h;
+  const int64_t count = h.trees * h.levels;
+  for (int64_t p = 0; p < count && c.rows != nullptr; ++p)
+    c.rows[n * count + p] = static_cast<int32_t>((plan.record[p] - c.base - h.nodes_at) / h.record);
 }
 
 // Many tokens: each worker takes a stretch of them.
@@ -207,6 +205,7 @@ static void tree_tokens(int64_t worker, void* arg) {
       }
     }
     descend_lanes<In>(c, x, scratch, 0, count * h.trees);
+    for (int64_t g = 0; g < count; ++g) tell_nodes(c, plan_at(h, scratch, g), first + g);
     for (int64_t g = 0; g < count && c.sum; ++g) {
       const TokenPlan plan = plan_at(h, scratch, g);
       visit_core<In>(c, x[g], plan, 0, h.core);
@@ -222,8 +221,7 @@ template <class In>
 static void shared_descent(int64_t worker, void* arg) {
   const TreeCall& c = *static_cast<const TreeCall*>(arg);
   const TreeHeader& h = *c.h;
-  const float* x =
-      token_floats(c, c.tokens, reinterpret_cast<float*>(c.scratch + (1 + worker) * group_bytes(h)));
+  const float* x = token_floats(c, c.tokens, reinterpret_cast<float*>(c.scratch + (1 + worker) * group_bytes(h)));
   descend_lanes<In>(c, &x, c.scratch, h.trees * worker / c.parts, h.trees * (worker + 1) / c.parts);
   visit_core<In>(c, x, plan_at(h, c.scratch, 0), h.core * worker / c.parts, h.core * (worker + 1) / c.parts);
 }
@@ -244,6 +242,7 @@ static void tree_run(TreeCall& c, const NogemmHost* host) {
     c.parts = work / kShareWork < host->threads ? work / kShareWork : host->threads;
     for (c.tokens = 0; c.tokens < tokens; ++c.tokens) {
       host->run(host->self, c.parts, shared_descent<In>, &c);
+      tell_nodes(c, plan_at(h, c.scratch, 0), c.tokens);
       if (!c.sum) continue;
       fire(c, plan_at(h, c.scratch, 0));
       host->run(host->self, c.parts, shared_sum<Out>, &c);
@@ -263,8 +262,8 @@ static int64_t tree_workspace(const TreeHeader* h, int64_t, int64_t threads) {
   return (1 + threads) * group_bytes(*h) + 64;
 }
 
-static void tree_call(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
-                      int64_t tokens, void* workspace, const NogemmHost* host, bool sum) {
+static void tree_call(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                      void* workspace, const NogemmHost* host, bool sum, int32_t* rows) {
   if (tokens == 0) return;
   TreeCall c{static_cast<const TreeHeader*>(packed),
              static_cast<const char*>(packed),
@@ -275,7 +274,8 @@ static void tree_call(const void* packed, const void* x, int64_t x_dtype, int64_
              tokens,
              static_cast<char*>(workspace),
              1,
-             sum};
+             sum,
+             rows};
   switch (c.h->mode) {
     case NOGEMM_TREE_FP32:
       return tree_run<float, float>(c, host);
@@ -286,15 +286,16 @@ static void tree_call(const void* packed, const void* x, int64_t x_dtype, int64_
   }
 }
 
-static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
-                         int64_t tokens, void* workspace, const NogemmHost* host) {
-  tree_call(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true);
+static void tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
+                         void* workspace, const NogemmHost* host) {
+  tree_call(packed, x, x_dtype, x_stride, y, tokens, workspace, host, true, nullptr);
 }
 
-// Paths alone (a core, which every token visits, belongs to the sum unless workers share one token).
-static void tree_paths(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int64_t tokens,
-                       void* workspace, const NogemmHost* host) {
-  tree_call(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false);
+// Paths alone, told in `rows` unless it is null (a core, which every token visits, belongs to the sum unless workers
+// share one token).
+static void tree_paths(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows,
+                       int64_t tokens, void* workspace, const NogemmHost* host) {
+  tree_call(packed, x, x_dtype, x_stride, nullptr, tokens, workspace, host, false, rows);
 }
 
 static constexpr TreeKernels tree_kernels() {

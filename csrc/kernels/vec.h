@@ -4,10 +4,11 @@
 // ODR trap).
 //
 //   F, I, M      a vector of kLanes floats, of kLanes int32, a mask of kLanes bits
-//   load/store   T = float, bf16, fp16 or int8 (load only) <-> F; *_part touch only the first n lanes (others
-//   read as 0) arithmetic   + - * /, fma(a,b,c) = a b + c, fnma = c - a b, min max abs, comparisons -> M,
-//   blend(m, a, b) = m ? a : b exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for
-//   NaN hsum         sum of the lanes in a fixed order
+//   load, store  T = float, bf16, fp16 or int8 (load only) <-> F; *_part touch only the first n lanes (others read as 0)
+//   arithmetic   + - * /, fma(a,b,c) = a b + c, fnma = c - a b, min max abs, comparisons -> M
+//   blend        blend(m, a, b) = m ? a : b
+//   exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for NaN
+//   hsum         sum of the lanes in a fixed order
 //
 // float <-> bf16 rounds to nearest even and keeps subnormals and NaN on every instruction set:
 // `vcvtneps2bf16` would flush subnormals, and results would then differ between instruction sets for no
@@ -49,8 +50,7 @@ NOGEMM_INLINE float to_float(int8_t x) { return static_cast<float>(x); }
 NOGEMM_INLINE float to_float(fp16 x) {
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
-  const uint32_t special =
-      rest >= 0x0f800000u ? 0x70000000u : 0u;  // infinity and NaN keep the all-ones exponent
+  const uint32_t special = rest >= 0x0f800000u ? 0x70000000u : 0u;  // infinity and NaN keep the all-ones exponent
   const float scaled = bits_to_float(rest) * 0x1p112f;
   return bits_to_float(sign | (special ? (rest | 0x7f800000u) : float_to_bits(scaled)));
 }
@@ -97,8 +97,7 @@ namespace nogemm::NOGEMM_NS {
 // survives because the final blend compares x, and because r is NaN.
 NOGEMM_INLINE F exp_neg(F x) {
   const F n = round_even(x * set1(1.44269504088896341f));
-  F r =
-      fnma(n, set1(0.693145751953125f), x);  // ln2 in two parts: the first has 15 bits, so n * part is exact
+  F r = fnma(n, set1(0.693145751953125f), x);  // ln2 in two parts: the first has 15 bits, so n * part is exact
   r = fnma(n, set1(1.42860682e-6f), r);
   F p = set1(1.0f / 5040);
   p = fma(p, r, set1(1.0f / 720));

@@ -21,13 +21,9 @@ NOGEMM_INLINE F zero() { return {_mm512_setzero_ps()}; }
 NOGEMM_INLINE F set1(float x) { return {_mm512_set1_ps(x)}; }
 NOGEMM_INLINE I set1(int32_t x) { return {_mm512_set1_epi32(x)}; }
 
-NOGEMM_INLINE __mmask16 first_lanes(int n) {
-  return static_cast<__mmask16>(n >= kLanes ? 0xffffu : (1u << n) - 1u);
-}
+NOGEMM_INLINE __mmask16 first_lanes(int n) { return static_cast<__mmask16>(n >= kLanes ? 0xffffu : (1u << n) - 1u); }
 
-NOGEMM_INLINE F widen(__m256i bf) {
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf), 16))};
-}
+NOGEMM_INLINE F widen(__m256i bf) { return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf), 16))}; }
 NOGEMM_INLINE F load(const float* p) { return {_mm512_loadu_ps(p)}; }
 NOGEMM_INLINE F load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 NOGEMM_INLINE F load(const fp16* p) {
@@ -50,25 +46,18 @@ NOGEMM_INLINE __m256i to_bf16(F a) {
   const __m512i u = _mm512_castps_si512(a.v);
   const __m512i high = _mm512_srli_epi32(u, 16);
   const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
-NOGEMM_INLINE __m256i to_fp16(F a) {
-  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
+NOGEMM_INLINE __m256i to_fp16(F a) { return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 NOGEMM_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
 NOGEMM_INLINE void store(bf16* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16(a)); }
 NOGEMM_INLINE void store(fp16* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_fp16(a)); }
 NOGEMM_INLINE void store(int32_t* p, I a) { _mm512_storeu_si512(p, a.v); }
 NOGEMM_INLINE void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a.v); }
-NOGEMM_INLINE void store_part(bf16* p, F a, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a));
-}
-NOGEMM_INLINE void store_part(fp16* p, F a, int n) {
-  _mm256_mask_storeu_epi16(p, first_lanes(n), to_fp16(a));
-}
+NOGEMM_INLINE void store_part(bf16* p, F a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16(a)); }
+NOGEMM_INLINE void store_part(fp16* p, F a, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_fp16(a)); }
 // Past the caches when the address allows: for results far larger than the caches.
 NOGEMM_INLINE void stream(float* p, F a) {
   if ((reinterpret_cast<uintptr_t>(p) & 63) == 0) {
@@ -93,9 +82,7 @@ NOGEMM_INLINE F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
 NOGEMM_INLINE F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
 NOGEMM_INLINE F abs(F a) { return {_mm512_abs_ps(a.v)}; }
 NOGEMM_INLINE F sqrt(F a) { return {_mm512_sqrt_ps(a.v)}; }
-NOGEMM_INLINE F round_even(F a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+NOGEMM_INLINE F round_even(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 NOGEMM_INLINE F with_sign(F magnitude, F sign) {
   const __m512 bit = _mm512_set1_ps(-0.0f);
   return {_mm512_or_ps(_mm512_andnot_ps(bit, magnitude.v), _mm512_and_ps(bit, sign.v))};

@@ -30,9 +30,7 @@ NOGEMM_INLINE uint8x8_t load_four_bytes(const void* p) {
 }
 
 NOGEMM_INLINE F load(const float* p) { return {vld1q_f32(p)}; }
-NOGEMM_INLINE F load(const bf16* p) {
-  return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&p->bits)), 16))};
-}
+NOGEMM_INLINE F load(const bf16* p) { return {vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(&p->bits)), 16))}; }
 NOGEMM_INLINE F load(const fp16* p) { return {vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)))}; }
 NOGEMM_INLINE F load(const int8_t* p) {
   const int16x8_t wide = vmovl_s8(vreinterpret_s8_u8(load_four_bytes(p)));
@@ -85,9 +83,7 @@ NOGEMM_INLINE F min(F a, F b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)
 NOGEMM_INLINE F abs(F a) { return {vabsq_f32(a.v)}; }
 NOGEMM_INLINE F sqrt(F a) { return {vsqrtq_f32(a.v)}; }
 NOGEMM_INLINE F round_even(F a) { return {vrndnq_f32(a.v)}; }
-NOGEMM_INLINE F with_sign(F magnitude, F sign) {
-  return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)};
-}
+NOGEMM_INLINE F with_sign(F magnitude, F sign) { return {vbslq_f32(vdupq_n_u32(0x80000000u), sign.v, magnitude.v)}; }
 
 NOGEMM_INLINE M gt(F a, F b) { return {vcgtq_f32(a.v, b.v)}; }
 NOGEMM_INLINE M lt(F a, F b) { return {vcltq_f32(a.v, b.v)}; }
@@ -123,9 +119,7 @@ NOGEMM_INLINE float hsum(F a) {
   return vgetq_lane_f32(vpaddq_f32(pairs, pairs), 0);
 }
 // Sum of the lanes of each of kLanes vectors, as one vector: pairs are added while they are transposed.
-NOGEMM_INLINE F hsum_each(const F* a) {
-  return {vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v))};
-}
+NOGEMM_INLINE F hsum_each(const F* a) { return {vpaddq_f32(vpaddq_f32(a[0].v, a[1].v), vpaddq_f32(a[2].v, a[3].v))}; }
 // Lane i swapped with lane i ^ STEP.
 template <int STEP>
 NOGEMM_INLINE F swap_lanes(F a) {

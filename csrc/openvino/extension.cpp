@@ -19,8 +19,8 @@
 #include <string>
 #include <vector>
 
-#include "packed/neurons/host.h"
 #include "packed/lookup/pack.h"
+#include "packed/neurons/host.h"
 #include "packed/tree/pack.h"
 #include "weights.h"
 
@@ -71,8 +71,7 @@ class Scratch {
 };
 
 void run_on_tbb(void*, int64_t workers, void (*body)(int64_t worker, void* arg), void* arg) {
-  tbb::parallel_for(
-      int64_t{0}, workers, int64_t{1}, [=](int64_t w) { body(w, arg); }, tbb::static_partitioner{});
+  tbb::parallel_for(int64_t{0}, workers, int64_t{1}, [=](int64_t w) { body(w, arg); }, tbb::static_partitioner{});
 }
 
 int64_t type_of(const ov::element::Type& type) {
@@ -171,5 +170,4 @@ class PackedFFN : public ov::op::Op {
 
 }  // namespace
 
-OPENVINO_CREATE_EXTENSIONS(
-    std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<PackedFFN>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<PackedFFN>>()}));

@@ -46,7 +46,8 @@ class Weights {
     if (known != copies.end()) {
       // An address may come back with another model's weights while the former node still lives.
       Copy copy = known->second.lock();
-      if (copy && stored_bytes(copy) == bytes && std::memcmp(copy.get(), source, static_cast<size_t>(bytes)) == 0) return copy;
+      if (copy && stored_bytes(copy) == bytes && std::memcmp(copy.get(), source, static_cast<size_t>(bytes)) == 0)
+        return copy;
     }
     Copy copy = make(source, bytes);
     copies[source] = copy;

@@ -73,7 +73,6 @@ int main(int argc, char** argv) {
     if (touched != 0) sink = sink + touch(layer);
   for (int64_t call = 0; call < calls; ++call)
     nogemm_phase_run(kind, phase, layers[static_cast<size_t>(call % copies)].at,
-                     static_cast<const float*>(tokens.at) + call * batch * d, y.data(), batch, workspace,
-                     &host);
+                     static_cast<const float*>(tokens.at) + call * batch * d, y.data(), batch, workspace, &host);
   return 0;
 }

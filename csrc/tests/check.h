@@ -49,8 +49,7 @@ inline uint16_t to_bf16(float f) {
   std::memcpy(&wide, &f, sizeof wide);
   const uint16_t down = static_cast<uint16_t>(wide >> 16);
   if (!std::isfinite(f)) return std::isnan(f) ? static_cast<uint16_t>(down | 0x40) : down;
-  const uint16_t up =
-      static_cast<uint16_t>(down + 1);  // away from zero; past the largest value it is infinity
+  const uint16_t up = static_cast<uint16_t>(down + 1);  // away from zero; past the largest value it is infinity
   const double gap = std::fabs(static_cast<double>(f)) - std::fabs(static_cast<double>(bf16_value(down)));
   const double step = std::ldexp(1.0, (down & 0x7f80) == 0 ? -133 : ((down >> 7) & 0xff) - 134);
   if (gap * 2 == step) return down & 1 ? up : down;

@@ -10,8 +10,7 @@ void dispatch_tests() {
   std::string best;
   for (int i = 0; nogemm_isa_supported(i) != nullptr; ++i) {
     best = nogemm_isa_supported(i);
-    expect(nogemm_set_isa(best.c_str()) == nullptr && best == nogemm_isa(),
-           "a supported level can be forced: " + best);
+    expect(nogemm_set_isa(best.c_str()) == nullptr && best == nogemm_isa(), "a supported level can be forced: " + best);
     expect(best == nogemm::kernels().name, "the table in force is the one named");
   }
 #if defined(__aarch64__)
@@ -39,8 +38,7 @@ double half_value(uint16_t bits) {
 double nearest_half(double v) {
   if (!std::isfinite(v)) return v;
   const int exponent = v == 0 ? 0 : std::ilogb(v);
-  const double step = std::ldexp(1.0, std::max(exponent, -14) - 10),
-               rounded = std::nearbyint(v / step) * step;
+  const double step = std::ldexp(1.0, std::max(exponent, -14) - 10), rounded = std::nearbyint(v / step) * step;
   return std::fabs(rounded) > 65504 ? std::copysign(INFINITY, v) : rounded;
 }
 bool same_number(double a, double b) {
@@ -72,8 +70,7 @@ void half_tests() {
   }
   k.write[nogemm::kF16](wide.data(), halves.data(), 1 << 16);
   wrong = 0;
-  for (size_t i = 0; i < halves.size(); ++i)
-    wrong += !same_number(half_value(halves[i]), nearest_half(wide[i]));
+  for (size_t i = 0; i < halves.size(); ++i) wrong += !same_number(half_value(halves[i]), nearest_half(wide[i]));
   expect(wrong == 0, text(wrong, " floats are written as wrong halves"));
 }
 
@@ -83,11 +80,9 @@ void row_tests() {
   std::mt19937 rng(4);
   for (const int64_t count : {0, 1, 3, 16, 37})
     for (const Dtype dtype : {nogemm::kF32, nogemm::kBF16, nogemm::kF16}) {
-      Buffer row = normal(rng, dtype == nogemm::kF32 ? nogemm::kF32 : nogemm::kBF16, count),
-             back(row.dtype(), count);
+      Buffer row = normal(rng, dtype == nogemm::kF32 ? nogemm::kF32 : nogemm::kBF16, count), back(row.dtype(), count);
       if (dtype == nogemm::kF16)  // few bits, exact in any format
-        for (int64_t i = 0; i < count; ++i)
-          row.as<uint16_t>()[i] = static_cast<uint16_t>(0x3c00 + 64 * (i % 9));
+        for (int64_t i = 0; i < count; ++i) row.as<uint16_t>()[i] = static_cast<uint16_t>(0x3c00 + 64 * (i % 9));
       Buffer wide(nogemm::kF32, count);
       k.read[dtype](row.data(), wide.as<float>(), count);
       k.write[dtype](wide.as<float>(), back.data(), count);
@@ -103,11 +98,10 @@ void roofline_tests() {
   const double fma = r.fma_f32(50);
   const int lanes = nogemm::kernels().lanes;
   expect(fma > 0 && std::fmod(fma, 100.0 * lanes) == 0 && r.fma_f32(100) == 2 * fma, "roofline: fma");
-  expect(r.dot_bf16(100) == 2 * r.dot_bf16(50) && r.dot_i8(100) == 2 * r.dot_i8(50),
-         "roofline: dot products");
+  expect(r.dot_bf16(100) == 2 * r.dot_bf16(50) && r.dot_i8(100) == 2 * r.dot_i8(50), "roofline: dot products");
   const std::vector<float> data(1000, 1.0f);
-  expect(r.load(data.data(), 1000, 3) == 3 * r.load(data.data(), 1000, 1) &&
-             r.load(data.data(), 1000, 1) <= 4000 && r.load(data.data(), 1000, 1) >= 4000 - 4 * 8 * lanes,
+  expect(r.load(data.data(), 1000, 3) == 3 * r.load(data.data(), 1000, 1) && r.load(data.data(), 1000, 1) <= 4000 &&
+             r.load(data.data(), 1000, 1) >= 4000 - 4 * 8 * lanes,
          "roofline: loads");
 }
 
@@ -138,8 +132,8 @@ void conversion_tests() {
     for (int64_t i = 0; i < width; ++i) {
       const uint16_t want = to_bf16(values[static_cast<size_t>(i)]), got = out.as<uint16_t>()[i];
       if (want == got) continue;
-      expect(false, text("bfloat16 of ", static_cast<double>(values[static_cast<size_t>(i)]), " is ",
-                         int{got}, ", should be ", int{want}));
+      expect(false, text("bfloat16 of ", static_cast<double>(values[static_cast<size_t>(i)]), " is ", int{got},
+                         ", should be ", int{want}));
       return;
     }
   }

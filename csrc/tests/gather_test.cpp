@@ -11,9 +11,8 @@ struct Case {
   int64_t tokens, tables, rows, width, k, group;
 };
 
-const Case kCases[] = {{1, 1, 2, 1, 1, 1},     {5, 3, 16, 33, 2, 2},   {40, 7, 8, 130, 1, 3},
-                       {9, 5, 4, 64, 4, 16},   {70, 2, 16, 200, 1, 1}, {3, 21, 5, 95, 2, 8},
-                       {25, 4, 32, 128, 1, 4}, {100, 3, 2, 17, 1, 2}};
+const Case kCases[] = {{1, 1, 2, 1, 1, 1},     {5, 3, 16, 33, 2, 2}, {40, 7, 8, 130, 1, 3},  {9, 5, 4, 64, 4, 16},
+                       {70, 2, 16, 200, 1, 1}, {3, 21, 5, 95, 2, 8}, {25, 4, 32, 128, 1, 4}, {100, 3, 2, 17, 1, 2}};
 
 struct Data {
   nogemm::GatherShape shape;
@@ -36,8 +35,8 @@ struct Data {
 };
 
 std::string name_of(const Case& c, Dtype dtype, Dtype rows) {
-  return text("gather N ", c.tokens, " T ", c.tables, " R ", c.rows, " D ", c.width, " k ", c.k, " dtypes ",
-              int{dtype}, " ", int{rows});
+  return text("gather N ", c.tokens, " T ", c.tables, " R ", c.rows, " D ", c.width, " k ", c.k, " dtypes ", int{dtype},
+              " ", int{rows});
 }
 
 void forward(const Case& c, Dtype dtype, Dtype rows, std::mt19937& rng) {
@@ -49,11 +48,8 @@ void forward(const Case& c, Dtype dtype, Dtype rows, std::mt19937& rng) {
   Buffer y(dtype, c.tokens * c.width);
   const int64_t half = c.tokens / 2;
   const float* scale = scaled ? d.row_scale.data() : nullptr;
-  int64_t wrong =
-      kernel.plan[dtype](d.shape, d.codes.data(), d.scores.data(), scale, plan.data(), half, c.tokens);
-  wrong = wrong < 0
-              ? kernel.plan[dtype](d.shape, d.codes.data(), d.scores.data(), scale, plan.data(), 0, half)
-              : wrong;
+  int64_t wrong = kernel.plan[dtype](d.shape, d.codes.data(), d.scores.data(), scale, plan.data(), half, c.tokens);
+  wrong = wrong < 0 ? kernel.plan[dtype](d.shape, d.codes.data(), d.scores.data(), scale, plan.data(), 0, half) : wrong;
   for (int64_t column = 0; column < c.width; column += kernel.slice) {
     kernel.forward[rows](d.shape, plan.data(), d.tables.data(), column, sums.data(), half, c.tokens);
     kernel.forward[rows](d.shape, plan.data(), d.tables.data(), column, sums.data(), 0, half);
@@ -84,8 +80,8 @@ void backward(const Case& c, Dtype dtype, Dtype rows, std::mt19937& rng) {
       by_token(pairs * static_cast<size_t>(c.tables));
   int64_t wrong = -1;
   for (int64_t t = 0; t < c.tables; ++t) {
-    wrong = std::max(wrong, kernel.bucket[dtype](d.shape, d.codes.data(), d.scores.data(), t, starts.data(),
-                                                 order.data()));
+    wrong =
+        std::max(wrong, kernel.bucket[dtype](d.shape, d.codes.data(), d.scores.data(), t, starts.data(), order.data()));
     for (int64_t column = 0; column < c.width; column += kernel.slice) {
       kernel.slice_grad[dtype](d.shape, grad.data(), column, sliced.data(), 0, c.tokens);
       kernel.backward[rows](d.shape, starts.data(), order.data(), sliced.data(), d.tables.data(), t, column,
@@ -121,12 +117,11 @@ void range_check(std::mt19937& rng) {
     d.codes[static_cast<size_t>(at)] = bad;
     std::vector<nogemm::GatherEntry> plan(d.codes.size()), order(static_cast<size_t>(c.tokens * c.k));
     std::vector<int32_t> starts(static_cast<size_t>(c.rows + 1));
-    expect(kernel.plan[nogemm::kF32](d.shape, d.codes.data(), d.scores.data(), nullptr, plan.data(), 0,
-                                     c.tokens) == at,
+    expect(kernel.plan[nogemm::kF32](d.shape, d.codes.data(), d.scores.data(), nullptr, plan.data(), 0, c.tokens) == at,
            "plan names the bad code");
     for (int64_t t = 0; t < c.tables; ++t)
-      expect(kernel.bucket[nogemm::kF32](d.shape, d.codes.data(), d.scores.data(), t, starts.data(),
-                                         order.data()) == (t == 2 ? at : -1),
+      expect(kernel.bucket[nogemm::kF32](d.shape, d.codes.data(), d.scores.data(), t, starts.data(), order.data()) ==
+                 (t == 2 ? at : -1),
              "bucket names the bad code");
   }
 }

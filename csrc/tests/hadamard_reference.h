@@ -4,7 +4,9 @@
 
 namespace hadamard_reference {
 
-inline int sylvester(int64_t i, int64_t j) { return __builtin_parityll(static_cast<unsigned long long>(i & j)) ? -1 : 1; }
+inline int sylvester(int64_t i, int64_t j) {
+  return __builtin_parityll(static_cast<unsigned long long>(i & j)) ? -1 : 1;
+}
 
 // Williamson's array for three, made symmetric: off the diagonal blocks H_4, on it -H_4 with one entry per row turned.
 inline int entry_12(int64_t i, int64_t j) {

@@ -65,11 +65,10 @@ void forward_and_backward(const Case& c, int k, bool gelu, Dtype dtype, bool bro
   std::vector<int32_t> codes(static_cast<size_t>(count * k));
   const nogemm::HashCodesKernels& kernel = nogemm::kernels().hash_codes;
   kernel.forward[dtype](z.data(), codes.data(), scores.data(), c.tokens, c.tables, c.bits, k, gelu);
-  kernel.backward[dtype](grad.data(), z.data(), codes.data(), grad_z.data(), c.tokens, c.tables, c.bits, k,
-                         gelu);
+  kernel.backward[dtype](grad.data(), z.data(), codes.data(), grad_z.data(), c.tokens, c.tables, c.bits, k, gelu);
 
-  const std::string what = text("hash_codes T ", c.tables, " K ", c.bits, " k ", k,
-                                gelu ? " gelu" : " sigmoid", " dtype ", int{dtype}, broken ? " broken" : "");
+  const std::string what = text("hash_codes T ", c.tables, " K ", c.bits, " k ", k, gelu ? " gelu" : " sigmoid",
+                                " dtype ", int{dtype}, broken ? " broken" : "");
   std::vector<Expected> want, want_grad(static_cast<size_t>(soft), Expected{0, 0});
   for (int64_t t = 0; t < count; ++t) {
     const int64_t at = t * c.bits;
@@ -84,13 +83,11 @@ void forward_and_backward(const Case& c, int k, bool gelu, Dtype dtype, bool bro
         continue;
       }
       const Set& set = sets[static_cast<size_t>(f)];
-      expect(code == (table.code ^ set.mask),
-             text(what, ": code of table ", t, " neighbour ", f, " is ", code));
+      expect(code == (table.code ^ set.mask), text(what, ": code of table ", t, " neighbour ", f, " is ", code));
       const double a = table.total - 2 * set.sum, p = table.p * std::exp(-2 * set.sum), g = grad[t * k + f];
       want.push_back({gelu ? a * p : p, (gelu ? (table.total + set.sum) * p : p) * (1 + table.total)});
       for (int j = 0; j < c.bits; ++j) {
-        const double s = code >> (c.bits - 1 - j) & 1 ? 1 : -1,
-                     slope = s - std::tanh(static_cast<double>(z[at + j]));
+        const double s = code >> (c.bits - 1 - j) & 1 ? 1 : -1, slope = s - std::tanh(static_cast<double>(z[at + j]));
         Expected& e = want_grad[static_cast<size_t>(at + j)];
         e.value += g * p * (gelu ? s + a * slope : slope);
         e.magnitude += std::fabs(g * p) * (2 + 2 * table.total) * (1 + table.total);

@@ -12,9 +12,7 @@ namespace {
 const nogemm::HireKernels& kernel() { return nogemm::kernels().hire; }
 size_t at(int64_t i) { return static_cast<size_t>(i); }
 nogemm::HireMode mode_of(Dtype dtype) {
-  return dtype == nogemm::kF32    ? nogemm::kHireF32
-         : dtype == nogemm::kBF16 ? nogemm::kHireBF16
-                                  : nogemm::kHireI8;
+  return dtype == nogemm::kF32 ? nogemm::kHireF32 : dtype == nogemm::kBF16 ? nogemm::kHireBF16 : nogemm::kHireI8;
 }
 
 // 64-byte aligned bytes, as packed buffers are.
@@ -30,23 +28,19 @@ std::vector<float> normals(std::mt19937& rng, int64_t count) {
 }
 
 // The layout of hire_format.h.
-std::vector<Line> lay_out(const std::vector<int>& codes, int64_t rows, int64_t width, int64_t steps,
-                          bool nibbles) {
+std::vector<Line> lay_out(const std::vector<int>& codes, int64_t rows, int64_t width, int64_t steps, bool nibbles) {
   const int64_t groups = (rows + nogemm::kSketchRows - 1) / nogemm::kSketchRows;
   // The kernel fetches ahead, but never reads, beyond the end.
   std::vector<Line> lines(at(groups * steps * 4));
   uint8_t* out = lines[0].bytes;
-  const auto code = [&](int64_t r, int64_t c) {
-    return r < rows && c < width ? codes[at(r * width + c)] : 0;
-  };
+  const auto code = [&](int64_t r, int64_t c) { return r < rows && c < width ? codes[at(r * width + c)] : 0; };
   for (int64_t g = 0; g < groups; ++g)
     for (int64_t s = 0; s < steps; ++s)
       for (int64_t r = 0; r < nogemm::kSketchRows; ++r)
         for (int64_t j = 0; j < 4; ++j, ++out) {
           const int64_t row = g * nogemm::kSketchRows + r;
-          *out = static_cast<uint8_t>(nibbles
-                                          ? (code(row, 8 * s + j) + 8) | ((code(row, 8 * s + 4 + j) + 8) << 4)
-                                          : code(row, 4 * s + j) + 128);
+          *out = static_cast<uint8_t>(nibbles ? (code(row, 8 * s + j) + 8) | ((code(row, 8 * s + 4 + j) + 8) << 4)
+                                              : code(row, 4 * s + j) + 128);
         }
   return lines;
 }
@@ -54,11 +48,10 @@ std::vector<Line> lay_out(const std::vector<int>& codes, int64_t rows, int64_t w
 // `extreme`: the largest and least numbers alone, so that a sum that were too narrow for its products would
 // overflow.
 void sketch(int64_t rows, int64_t width, int64_t count, bool nibbles, bool extreme, std::mt19937& rng) {
-  const std::string name = text("sketch F ", rows, " R ", width, " N ", count, nibbles ? " int4" : " int8",
-                                extreme ? " extreme" : "");
+  const std::string name =
+      text("sketch F ", rows, " R ", width, " N ", count, nibbles ? " int4" : " int8", extreme ? " extreme" : "");
   const int64_t columns = nibbles ? 8 : 4, steps = (width + columns - 1) / columns;
-  const int64_t groups = (rows + nogemm::kSketchRows - 1) / nogemm::kSketchRows,
-                padded = groups * nogemm::kSketchRows;
+  const int64_t groups = (rows + nogemm::kSketchRows - 1) / nogemm::kSketchRows, padded = groups * nogemm::kSketchRows;
   std::vector<int> codes(at(rows * width));
   for (int& c : codes) c = static_cast<int>(rng() % (nibbles ? 16u : 255u)) - (nibbles ? 8 : 127);
   std::vector<float> x = normals(rng, count * width);
@@ -86,8 +79,8 @@ void sketch(int64_t rows, int64_t width, int64_t count, bool nibbles, bool extre
     for (int64_t i = 0; i < width; ++i) most = std::max(most, std::fabs(x[at(n * width + i)]));
     bool rounded = std::fabs(t.scale - most / 127.0f) <= 1e-6f * most;
     for (int64_t i = 0; i < steps * columns; ++i)
-      rounded = rounded && (i < width ? std::fabs(own[i] * t.scale - x[at(n * width + i)]) <= 0.501f * t.scale
-                                      : own[i] == 0);
+      rounded =
+          rounded && (i < width ? std::fabs(own[i] * t.scale - x[at(n * width + i)]) <= 0.501f * t.scale : own[i] == 0);
     expect(rounded && t.sum == std::accumulate(own, own + width, 0), name + ": token");
   }
   const nogemm::SketchRows w{lines[0].bytes, scale.data(), bias.data(), steps, nibbles};
@@ -112,8 +105,7 @@ void broken_token() {
   std::vector<int8_t> codes(40, 99);
   int32_t sum = 5;
   const float scale = kernel().token(x.data(), 37, 40, codes.data(), &sum);
-  expect(scale == 0.0f && sum == 0 && std::count(codes.begin(), codes.end(), 0) == 40,
-         "a broken token gives zeros");
+  expect(scale == 0.0f && sum == 0 && std::count(codes.begin(), codes.end(), 0) == 40, "a broken token gives zeros");
 }
 
 void select(std::vector<float> keys, int64_t count, const std::string& name) {
@@ -235,8 +227,7 @@ void bundle_dots(Dtype dtype, int64_t list, int64_t width, std::mt19937& rng) {
   for (int64_t j = 0; j < list; ++j) {
     const int32_t i = index[at(j)];
     if (i < 0) continue;
-    for (int64_t c = 0; c < width; ++c)
-      want[at(j)].add(token[at(c)] * b.values[at(i * width + c)] * b.scale[at(i)]);
+    for (int64_t c = 0; c < width; ++c) want[at(j)].add(token[at(c)] * b.values[at(i * width + c)] * b.scale[at(i)]);
     want[at(j)].add(b.bias[at(i)]);
   }
   expect(matches(out, want, width + 2), name);
@@ -268,8 +259,7 @@ void hidden_weights(std::mt19937& rng) {
   const std::vector<int32_t> index = draw_list(rng, count, 30);
   for (const bool up_relu : {false, true}) {
     Buffer got(nogemm::kF32, count);
-    kernel().weights(NOGEMM_SILU, up_relu, gate.data(), up.data(), scale.data(), index.data(), count,
-                     got.as<float>());
+    kernel().weights(NOGEMM_SILU, up_relu, gate.data(), up.data(), scale.data(), index.data(), count, got.as<float>());
     std::vector<Expected> want(at(count));
     for (size_t j = 0; j < want.size(); ++j) {
       const double g = gate[j], u = up_relu ? std::max(up[j], 0.0f) : up[j];

@@ -17,8 +17,8 @@ inline Tolerance tolerance(int64_t mode) {
 }
 
 struct Verdict {
-  double error = 0;    // largest of a token
-  int64_t taken = 0;   // the other side of a jump was taken this often
+  double error = 0;   // largest of a token
+  int64_t taken = 0;  // the other side of a jump was taken this often
 };
 
 inline bool same_codes(const std::vector<Choice>& a, const std::vector<Choice>& b) {

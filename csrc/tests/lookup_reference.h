@@ -18,7 +18,7 @@ namespace lookup_reference {
 
 struct Shape {
   int64_t d, d_out, tables, bits;
-  int64_t block;        // 0: dense projection
+  int64_t block;  // 0: dense projection
   int64_t rounds = 4;
   int64_t neighbours = 1;
   int64_t score = NOGEMM_LOOKUP_GELU;
@@ -200,7 +200,8 @@ inline std::vector<Choice> choices(const Shape& s, const double* z) {
   return out;
 }
 
-inline void add_table(const Model& m, int64_t mode, int64_t table, const double* z, double sign, std::vector<double>& y) {
+inline void add_table(const Model& m, int64_t mode, int64_t table, const double* z, double sign,
+                      std::vector<double>& y) {
   for (const Choice& c : choices(m.shape, z)) {
     const std::vector<float> row = stored_row(m, mode, (table << m.shape.bits) + c.code);
     for (size_t i = 0; i < y.size(); ++i) y[i] += sign * c.score * row[i];

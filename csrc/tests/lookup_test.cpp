@@ -43,9 +43,10 @@ std::vector<T> forward(const Buffer& packed, const Shape& s, const T* x, int64_t
 
 std::string name_of(const Shape& s, int64_t mode, int64_t tokens) {
   char text[200];
-  std::snprintf(text, sizeof text, "d %d out %d tables %d bits %d block %d rounds %d k %d score %d mix %g norm %d mode %d N %d",
-                int(s.d), int(s.d_out), int(s.tables), int(s.bits), int(s.block), int(s.rounds), int(s.neighbours),
-                int(s.score), s.mix, int(s.norm), int(mode), int(tokens));
+  std::snprintf(text, sizeof text,
+                "d %d out %d tables %d bits %d block %d rounds %d k %d score %d mix %g norm %d mode %d N %d", int(s.d),
+                int(s.d_out), int(s.tables), int(s.bits), int(s.block), int(s.rounds), int(s.neighbours), int(s.score),
+                s.mix, int(s.norm), int(mode), int(tokens));
   return text;
 }
 
@@ -56,23 +57,23 @@ const Shape kShapes[] = {
     {5, 7, 11, 3, 8, 1, 4, 1, 0.7, true},
     {12, 65, 5, 4, 2, 3, 1, 0, 0.7, true},
     {20, 130, 7, 5, 4, 4, 2, 0, 1.0, true},
-    {48, 64, 21, 9, 16, 3, 1, 0, 0.7, true},     // repeats 3, tables straddle them
+    {48, 64, 21, 9, 16, 3, 1, 0, 0.7, true},  // repeats 3, tables straddle them
     {64, 200, 16, 8, 64, 4, 4, 0, 1.0, true},
     {100, 129, 19, 7, 32, 2, 2, 1, 0.7, false},  // padded, repeats 2
     {96, 33, 40, 6, 16, 4, 1, 1, 1.0, true},     // two of eight blocks are padding
     {300, 48, 9, 10, 8, 2, 1, 0, 1.0, true},     // 32 blocks of 16: five butterfly levels
     {37, 50, 6, 6, 0, 1, 1, 0, 1.0, true},       // dense
     {130, 128, 33, 4, 0, 1, 4, 0, 1.0, false},
-    {33, 96, 300, 2, 16, 2, 2, 0, 1.0, true},    // 600 lookups: more than one integer sum
+    {33, 96, 300, 2, 16, 2, 2, 0, 1.0, true},  // 600 lookups: more than one integer sum
     {16, 64, 2, 13, 4, 2, 1, 0, 1.0, true},
-    {48, 70, 21, 9, 1, 3, 1, 2, 1.0, true},        // constant scores
-    {20, 33, 14, 5, 1, 3, 1, 2, 1.0, false, 30},   // two columns of each repeat are left out
+    {48, 70, 21, 9, 1, 3, 1, 2, 1.0, true},       // constant scores
+    {20, 33, 14, 5, 1, 3, 1, 2, 1.0, false, 30},  // two columns of each repeat are left out
     {9, 17, 30, 3, 0, 1, 1, 2, 1.0, true},
-    {100, 40, 40, 7, 32, 2, 2, 0, 0.7, true, 90},  // and tables that straddle the repeats
-    {192, 33, 25, 8, 16, 3, 1, 0, 1.0, true, 0, 192},   // 12 blocks, repeats 2
-    {330, 20, 13, 6, 8, 2, 2, 1, 0.7, false, 0, 384},   // 24 blocks, merged and padded
-    {320, 35, 41, 8, 16, 2, 4, 0, 0.7, true, 0, 320},   // 20 blocks, repeats 2
-    {600, 24, 9, 5, 32, 2, 1, 2, 1.0, true, 30, 640},   // 20 blocks, one of them padding, two repeats
+    {100, 40, 40, 7, 32, 2, 2, 0, 0.7, true, 90},      // and tables that straddle the repeats
+    {192, 33, 25, 8, 16, 3, 1, 0, 1.0, true, 0, 192},  // 12 blocks, repeats 2
+    {330, 20, 13, 6, 8, 2, 2, 1, 0.7, false, 0, 384},  // 24 blocks, merged and padded
+    {320, 35, 41, 8, 16, 2, 4, 0, 0.7, true, 0, 320},  // 20 blocks, repeats 2
+    {600, 24, 9, 5, 32, 2, 1, 2, 1.0, true, 30, 640},  // 20 blocks, one of them padding, two repeats
 };
 
 std::vector<float> tokens_of(const Shape& s, int64_t tokens, uint64_t seed) {
@@ -107,7 +108,8 @@ void against_reference() {
         char text[100];
         std::snprintf(text, sizeof text, ": error %g, %d jumps", v.error, int(v.taken));
         const double most = (mode == 0 ? 0.002 : 0.03) * static_cast<double>(tokens * s.tables * s.bits) + 2;
-        expect(v.error <= tolerance(mode).relative && static_cast<double>(v.taken) <= most, name_of(s, mode, tokens) + text);
+        expect(v.error <= tolerance(mode).relative && static_cast<double>(v.taken) <= most,
+               name_of(s, mode, tokens) + text);
         const std::vector<float> one = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 1);
         const std::vector<float> three = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 3, true);
         expect(one == y && three == y, name_of(s, mode, tokens) + ": depends on the number of threads");
@@ -131,7 +133,8 @@ void same_integer_sums() {
         nogemm_set_isa(nogemm_isa_supported(i));
         const std::vector<float> y = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 2);
         if (i == 0) first = y;
-        expect(y == first, name_of(s, NOGEMM_LOOKUP_INT8, tokens) + ": integer sums differ from the first instruction set's");
+        expect(y == first,
+               name_of(s, NOGEMM_LOOKUP_INT8, tokens) + ": integer sums differ from the first instruction set's");
       }
     }
   }
@@ -157,7 +160,8 @@ void broken_tokens() {
         for (float bad : {NAN, INFINITY, -INFINITY}) {
           x[static_cast<size_t>(broken * s.d + s.d / 2)] = bad;
           const std::vector<float> y = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 2);
-          expect(all_nan(y.data() + broken * s.d_out, s.d_out), name_of(s, mode, tokens) + ": a broken token looks whole");
+          expect(all_nan(y.data() + broken * s.d_out, s.d_out),
+                 name_of(s, mode, tokens) + ": a broken token looks whole");
           bool others = true;
           for (int64_t n = 0; n < tokens; ++n)
             if (n != broken)
@@ -247,7 +251,7 @@ void refused() {
     const Buffer packed = pack(s, &error);
     return error != nullptr && nogemm_lookup_pack_size(&s) == -1;
   };
-  const auto with = [&good](int64_t NogemmLookupSpec::*field, int64_t value) {
+  const auto with = [&good](int64_t NogemmLookupSpec::* field, int64_t value) {
     NogemmLookupSpec s = good;
     s.*field = value;
     return s;
@@ -271,12 +275,15 @@ void refused() {
   int64_t d = 0, d_out = 0;
   expect(nogemm_lookup_check(packed.as<void>(), packed.bytes, &d, &d_out) == nullptr && d == 64 && d_out == 200,
          "a good buffer was refused");
-  expect(nogemm_lookup_check(packed.as<void>(), packed.bytes - 64, &d, &d_out) != nullptr, "a short buffer was accepted");
+  expect(nogemm_lookup_check(packed.as<void>(), packed.bytes - 64, &d, &d_out) != nullptr,
+         "a short buffer was accepted");
   expect(nogemm_lookup_check(packed.as<void>(), 8, &d, &d_out) != nullptr, "a stub was accepted");
-  expect(nogemm_lookup_check(packed.as<char>() + 8, packed.bytes - 8, &d, &d_out) != nullptr, "a shifted buffer was accepted");
+  expect(nogemm_lookup_check(packed.as<char>() + 8, packed.bytes - 8, &d, &d_out) != nullptr,
+         "a shifted buffer was accepted");
   for (int byte : {0, 9, 17, 40, 100}) {
     packed.as<char>()[byte] ^= 4;
-    expect(nogemm_lookup_check(packed.as<void>(), packed.bytes, &d, &d_out) != nullptr, "a damaged header was accepted");
+    expect(nogemm_lookup_check(packed.as<void>(), packed.bytes, &d, &d_out) != nullptr,
+           "a damaged header was accepted");
     packed.as<char>()[byte] ^= 4;
   }
 }

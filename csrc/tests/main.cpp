@@ -19,9 +19,8 @@ int race();
 
 namespace {
 
-void (*const kAll[])() = {conversion_tests, hadamard_tests,    block_product_tests, hash_codes_tests,
-                          gather_tests,     neuron_rows_tests, hire_tests,          tree_tests,
-                          phases_tests,     threads_tests};
+void (*const kAll[])() = {conversion_tests,  hadamard_tests, block_product_tests, hash_codes_tests, gather_tests,
+                          neuron_rows_tests, hire_tests,     tree_tests,          phases_tests,     threads_tests};
 void (*const kThreads[])() = {threads_tests};
 
 template <size_t N>

@@ -56,9 +56,8 @@ void dots_and_outer(const Case& c, Dtype dtype, std::mt19937& rng) {
   Buffer grad(dtype, c.rows * c.width), dots(nogemm::kF32, static_cast<int64_t>(d.token.size()));
   for (int64_t column = 0; column < c.width; column += k.slice) {
     const std::vector<float> sliced = cut(d.x, c.tokens, c.width, column);
-    const nogemm::NeuronPass pass{d.starts.data(),  d.token.data(), d.sorted.data(),
-                                  sliced.data(),    d.rows.data(),  grad.data(),
-                                  dots.as<float>(), c.width,        column};
+    const nogemm::NeuronPass pass{d.starts.data(), d.token.data(),   d.sorted.data(), sliced.data(), d.rows.data(),
+                                  grad.data(),     dots.as<float>(), c.width,         column};
     const int64_t half = c.rows / 2;
     for (const auto& range : {std::pair<int64_t, int64_t>{half, c.rows}, {0, half}}) {
       k.dots[dtype](pass, range.first, range.second);
@@ -87,16 +86,15 @@ void sums(const Case& c, Dtype dtype, std::mt19937& rng) {
   Buffer y(dtype, c.tokens * c.width);
   for (int64_t column = 0; column < c.width; column += k.slice) {
     const std::vector<float> sliced = cut(d.rows, c.rows, c.width, column);
-    const nogemm::NeuronSums pass{d.index.data(), d.weights.data(), sliced.data(), y.data(),
-                                  c.visits,       c.width,          column};
+    const nogemm::NeuronSums pass{d.index.data(), d.weights.data(), sliced.data(), y.data(), c.visits, c.width, column};
     k.sums[dtype](pass, c.tokens / 2, c.tokens);
     k.sums[dtype](pass, 0, c.tokens / 2);
   }
   std::vector<Expected> want(static_cast<size_t>(c.tokens * c.width));
   for (size_t i = 0; i < d.index.size(); ++i)
     for (int64_t column = 0; d.index[i] >= 0 && column < c.width; ++column)
-      want[i / static_cast<size_t>(c.visits) * static_cast<size_t>(c.width) + static_cast<size_t>(column)]
-          .add(static_cast<double>(d.weights[i]) * d.rows[d.index[i] * c.width + column]);
+      want[i / static_cast<size_t>(c.visits) * static_cast<size_t>(c.width) + static_cast<size_t>(column)].add(
+          static_cast<double>(d.weights[i]) * d.rows[d.index[i] * c.width + column]);
   const std::string name = text("neuron sums N ", c.tokens, " P ", c.visits, " D ", c.width);
   expect(matches(y, want, c.visits), name);
   control(y, want, c.visits, name);
@@ -112,15 +110,13 @@ void unions(int64_t tokens, int64_t tables, int64_t width, std::mt19937& rng) {
       for (int64_t f = 0; f < width; ++f) {
         bool hit = false;
         for (int64_t t = 0; t < tables; ++t)
-          hit = hit ||
-                codes[static_cast<size_t>(n * tables + t)] == neurons[static_cast<size_t>(t * width + f)];
+          hit = hit || codes[static_cast<size_t>(n * tables + t)] == neurons[static_cast<size_t>(t * width + f)];
         mask.push_back(hit ? 1 : 0);
       }
     return mask;
   };
   std::vector<uint8_t> mask(static_cast<size_t>(tokens * width + 1), 7);
-  nogemm::kernels().bucket_union(codes.data(), neurons.data(), tables, width, mask.data(), tokens / 2,
-                                 tokens);
+  nogemm::kernels().bucket_union(codes.data(), neurons.data(), tables, width, mask.data(), tokens / 2, tokens);
   nogemm::kernels().bucket_union(codes.data(), neurons.data(), tables, width, mask.data(), 0, tokens / 2);
   expect(mask.back() == 7, "bucket union wrote beyond its end");
   mask.pop_back();

@@ -10,8 +10,8 @@
 
 #include "check.h"
 #include "dispatch.h"
-#include "packed/neurons/run.h"
 #include "lookup_reference.h"
+#include "packed/neurons/run.h"
 #include "tree_reference.h"
 
 namespace {
@@ -55,10 +55,8 @@ void lookups() {
     const lookup_reference::Buffer packed = lookup_reference::pack(m.spec(mode), &error);
     compare(check::text("lookup, mode ", mode), 40, 72,
             [&](const float* x, float* y, int64_t tokens, const NogemmHost& host) {
-              const lookup_reference::Buffer scratch(
-                  nogemm_lookup_workspace(packed.as<void>(), tokens, host.threads));
-              nogemm_lookup_forward(packed.as<void>(), x, NOGEMM_X_FP32, 40, y, tokens, scratch.as<void>(),
-                                    &host);
+              const lookup_reference::Buffer scratch(nogemm_lookup_workspace(packed.as<void>(), tokens, host.threads));
+              nogemm_lookup_forward(packed.as<void>(), x, NOGEMM_X_FP32, 40, y, tokens, scratch.as<void>(), &host);
             });
   }
 }
@@ -66,15 +64,12 @@ void lookups() {
 void trees() {
   for (int64_t mode = 0; mode < 3; ++mode) {
     const char* error = nullptr;
-    const tree_reference::Model m =
-        tree_reference::make_model({40, 72, 3, 4, 2, NOGEMM_GELU, true, true}, 3);
+    const tree_reference::Model m = tree_reference::make_model({40, 72, 3, 4, 2, NOGEMM_GELU, true, true}, 3);
     const tree_reference::Buffer packed = tree_reference::pack(m.spec(mode), &error);
     compare(check::text("tree, mode ", mode), 40, 72,
             [&](const float* x, float* y, int64_t tokens, const NogemmHost& host) {
-              const tree_reference::Buffer scratch(
-                  nogemm_tree_workspace(packed.as<void>(), tokens, host.threads));
-              nogemm_tree_forward(packed.as<void>(), x, NOGEMM_X_FP32, 40, y, tokens, scratch.as<void>(),
-                                  &host);
+              const tree_reference::Buffer scratch(nogemm_tree_workspace(packed.as<void>(), tokens, host.threads));
+              nogemm_tree_forward(packed.as<void>(), x, NOGEMM_X_FP32, 40, y, tokens, scratch.as<void>(), &host);
             });
   }
 }
@@ -94,8 +89,7 @@ struct Hire {
     h.act = NOGEMM_RELU, h.key = NOGEMM_RELU, h.select = nogemm::kTopK;
     h.steps = kWidth / 4, h.group = 1, h.groups = kHidden;
     h.kept = sketched ? 20 : kHidden, h.candidates = sketched ? 30 : kHidden;
-    h.bundle_bytes = kinds * kWidth * 4, h.up_at = gated ? kWidth * 4 : 0,
-    h.down_at = (kinds - 1) * kWidth * 4;
+    h.bundle_bytes = kinds * kWidth * 4, h.up_at = gated ? kWidth * 4 : 0, h.down_at = (kinds - 1) * kWidth * 4;
     int64_t end = (static_cast<int64_t>(sizeof h) + 63) / 64 * 64;
     const auto add = [&end](int64_t bytes) {
       end += bytes;
@@ -130,8 +124,8 @@ void hires() {
                   const lookup_reference::Buffer scratch(nogemm::hire_workspace(*h, tokens, host.threads));
                   std::vector<uint8_t> mask(static_cast<size_t>(tokens * Hire::kHidden), 0);
                   for (size_t i = 0; i < mask.size(); i += 3) mask[i] = 1;
-                  nogemm::hire_forward(nogemm::kernels(), h, x, nogemm::kF32, masked ? mask.data() : nullptr,
-                                       y, tokens, scratch.as<void>(), host);
+                  nogemm::hire_forward(nogemm::kernels(), h, x, nogemm::kF32, masked ? mask.data() : nullptr, y, tokens,
+                                       scratch.as<void>(), host);
                 });
       }
 }

@@ -53,8 +53,7 @@ inline std::vector<float> normal(uint64_t seed, size_t count, float scale) {
   for (float& f : v) {
     const uint64_t bits = rng();
     float sum = 0;
-    for (int part = 0; part < 4; ++part)
-      sum += static_cast<float>((bits >> (16 * part)) & 0xffff) / 65536.0f - 0.5f;
+    for (int part = 0; part < 4; ++part) sum += static_cast<float>((bits >> (16 * part)) & 0xffff) / 65536.0f - 0.5f;
     f = scale * 1.7320508f * sum;
   }
   return v;
@@ -82,8 +81,7 @@ inline Model make_model(const Shape& s, uint64_t seed) {
 class Buffer {
  public:
   explicit Buffer(int64_t bytes)
-      : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64)), std::free),
-        bytes_(bytes) {}
+      : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64)), std::free), bytes_(bytes) {}
   template <class T>
   T* as() const {
     return static_cast<T*>(data_.get());
@@ -105,14 +103,13 @@ inline void run_in_turn(void*, int64_t workers, void (*body)(int64_t, void*), vo
   for (int64_t w = workers; w-- > 0;) body(w, arg);
 }
 
-inline std::vector<float> run(const Buffer& packed, const std::vector<float>& x, int64_t tokens,
-                              int64_t d_out, int64_t threads) {
+inline std::vector<float> run(const Buffer& packed, const std::vector<float>& x, int64_t tokens, int64_t d_out,
+                              int64_t threads) {
   const auto width = static_cast<int64_t>(x.size()) / (tokens > 0 ? tokens : 1);
   const NogemmHost host{threads, run_in_turn, nullptr};
   const Buffer workspace(nogemm_tree_workspace(packed.as<void>(), tokens, threads));
   std::vector<float> y(static_cast<size_t>(tokens * d_out), NAN);
-  nogemm_tree_forward(packed.as<void>(), x.data(), NOGEMM_X_FP32, width, y.data(), tokens,
-                      workspace.as<void>(), &host);
+  nogemm_tree_forward(packed.as<void>(), x.data(), NOGEMM_X_FP32, width, y.data(), tokens, workspace.as<void>(), &host);
   return y;
 }
 

@@ -9,15 +9,14 @@ using namespace tree_reference;
 namespace {
 
 const Shape kShapes[] = {
-    {1, 1, 1, 1, 0, NOGEMM_GELU, false, false},  {64, 64, 1, 7, 0, NOGEMM_GELU, true, false},
-    {37, 19, 3, 4, 2, NOGEMM_SILU, true, true},  {130, 33, 2, 3, 5, NOGEMM_RELU, false, true},
-    {24, 17, 2, 3, 1, NOGEMM_RELU2, true, true}, {24, 17, 2, 3, 1, NOGEMM_GELU_TANH, true, false},
-    {24, 17, 2, 3, 1, NOGEMM_QUICK_GELU, true, true},
-    {16, 200, 9, 2, 1, NOGEMM_GELU, true, true}, {768, 768, 40, 4, 0, NOGEMM_GELU, true, false}};
+    {1, 1, 1, 1, 0, NOGEMM_GELU, false, false},       {64, 64, 1, 7, 0, NOGEMM_GELU, true, false},
+    {37, 19, 3, 4, 2, NOGEMM_SILU, true, true},       {130, 33, 2, 3, 5, NOGEMM_RELU, false, true},
+    {24, 17, 2, 3, 1, NOGEMM_RELU2, true, true},      {24, 17, 2, 3, 1, NOGEMM_GELU_TANH, true, false},
+    {24, 17, 2, 3, 1, NOGEMM_QUICK_GELU, true, true}, {16, 200, 9, 2, 1, NOGEMM_GELU, true, true},
+    {768, 768, 40, 4, 0, NOGEMM_GELU, true, false}};
 
 std::string name_of(const Shape& s, int64_t mode) {
-  return check::text("tree d ", s.d, " ", s.d_out, " K ", s.trees, " L ", s.levels, " core ", s.core,
-                     " mode ", mode);
+  return check::text("tree d ", s.d, " ", s.d_out, " K ", s.trees, " L ", s.levels, " core ", s.core, " mode ", mode);
 }
 
 void packed(const Shape& s, int64_t mode) {
@@ -38,12 +37,10 @@ void packed(const Shape& s, int64_t mode) {
     broken.back() = NAN;
     const std::vector<float> clear(x.begin(), x.begin() + s.d);
     if (!answer(model, mode, clear.data()).close_call)
-      check::expect(compare(model, mode, x, wrong, tokens) == 1,
-                    name_of(s, mode) + ": control: a wrong output passed");
+      check::expect(compare(model, mode, x, wrong, tokens) == 1, name_of(s, mode) + ": control: a wrong output passed");
     const std::vector<float> last(x.end() - s.d, x.end());
     if (!answer(model, mode, last.data()).close_call)
-      check::expect(compare(model, mode, x, broken, tokens) == 1,
-                    name_of(s, mode) + ": control: a NaN passed");
+      check::expect(compare(model, mode, x, broken, tokens) == 1, name_of(s, mode) + ": control: a NaN passed");
   }
 }
 
@@ -52,9 +49,8 @@ void refusals() {
   const char* error = nullptr;
   const Buffer buffer = pack(model.spec(0), &error);
   int64_t d = 0, d_out = 0;
-  check::expect(
-      nogemm_tree_check(buffer.as<void>(), buffer.bytes(), &d, &d_out) == nullptr && d == 37 && d_out == 19,
-      "a packed tree is known again");
+  check::expect(nogemm_tree_check(buffer.as<void>(), buffer.bytes(), &d, &d_out) == nullptr && d == 37 && d_out == 19,
+                "a packed tree is known again");
   check::expect(nogemm_tree_check(buffer.as<void>(), buffer.bytes() - 1, &d, &d_out) != nullptr,
                 "a short buffer is refused");
   *buffer.as<char>() ^= 1;
@@ -74,8 +70,8 @@ void descent(nogemm::Dtype dtype, int64_t tokens, int64_t trees, int64_t levels,
   const int64_t per_tree = (int64_t{1} << levels) - 1, visits = tokens * trees * levels;
   check::Buffer x = check::normal(rng, dtype, tokens * width),
                 rows = check::normal(rng, dtype, trees * per_tree * width),
-                bias = check::normal(rng, dtype, trees * per_tree),
-                bar = check::normal(rng, dtype, trees * per_tree), z(dtype, visits);
+                bias = check::normal(rng, dtype, trees * per_tree), bar = check::normal(rng, dtype, trees * per_tree),
+                z(dtype, visits);
   std::vector<int32_t> nodes(static_cast<size_t>(visits) + 1, -7);
   const nogemm::TreeShape shape{tokens, trees, levels, width};
   for (const auto& range : {std::pair<int64_t, int64_t>{tokens / 2, tokens}, {0, tokens / 2}})

@@ -6,16 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nogemm.bench.flips import (
-    FlipCase,
-    compare_bits,
-    exact_bits,
-    flip_rate,
-    marked_leaves,
-    marked_tables,
-    read_bits,
-    run_flips_bench,
-)
+from nogemm.bench.flips import FlipCase, compare_bits, flip_rate, read_bits, run_flips_bench
 from nogemm.bench.report.tables import flips_table
 from nogemm.layers import LookupConfig, LookupFFN, TreeConfig, TreeFFN
 from nogemm.projections import BHConfig, DenseProjectionConfig
@@ -33,8 +24,12 @@ def build(config: LookupConfig | TreeConfig, d: int = 24) -> LookupFFN | TreeFFN
 
 
 def shares(layer: LookupFFN | TreeFFN, found: Tensor, x: Tensor) -> dict[str, float]:
-    values, bits = exact_bits(build_exact(layer), x.double())
-    return compare_bits(found, bits, values, path=isinstance(layer, TreeFFN))
+    values = build_exact(layer).decisions(x.double())
+    return compare_bits(found, values > 0, values, path=layer.in_turn)
+
+
+def bits_of(layer: LookupFFN | TreeFFN, dtype: str, x: Tensor, batch: int) -> Tensor:
+    return read_bits(layer, layer.pack(dtype), x, batch)
 
 
 def build_exact(layer: LookupFFN | TreeFFN) -> LookupFFN | TreeFFN:
@@ -53,7 +48,7 @@ def test_no_bit_flips_where_sums_are_exact_and_never_zero(isa: str, dtype: str, 
     assert layer.projection.bias is not None
     torch.nn.init.zeros_(layer.projection.bias)
     x = torch.randint(0, 4, (33, 15)) * 2.0 - 3.0  # fifteen odd numbers have an odd sum
-    found = shares(layer, read_bits(layer, dtype, x, batch), x)
+    found = shares(layer, bits_of(layer, dtype, x, batch), x)
     assert found["bits"] == 33 * 12
     assert (found["bits_differ"], found["tokens_differ"], found["widest"]) == (0, 0, 0)
 
@@ -63,18 +58,19 @@ def test_no_bit_flips_where_sums_are_exact_and_never_zero(isa: str, dtype: str, 
 )
 def test_what_is_read_is_what_was_decided(isa: str, config: LookupConfig | TreeConfig) -> None:
     layer, x = build(config), torch.randn(200, 24)
-    assert shares(layer, read_bits(layer, "fp32", x, 200), x)["tokens_differ"] <= 1 / 200
-    assert shares(layer, read_bits(layer, "int8", x, 7), x)["bits_differ"] < 0.03
+    assert shares(layer, bits_of(layer, "fp32", x, 200), x)["tokens_differ"] <= 1 / 200
+    assert shares(layer, bits_of(layer, "int8", x, 7), x)["bits_differ"] < 0.03
 
 
-def test_marked_layers_route_as_the_layer_does() -> None:
-    lookup, tree = build(SMALL), build(replace(TREE, branch="bias", core=3))
-    x = torch.randn(50, 24)
-    assert isinstance(lookup, LookupFFN)
-    assert isinstance(tree, TreeFFN)
-    assert torch.equal(marked_tables(lookup, 2, 9).codes_and_scores(x)[0], lookup.codes_and_scores(x)[0])
-    assert torch.equal(marked_leaves(tree).paths(x)[1], tree.paths(x)[1])
-    assert shares(tree, read_bits(tree, "fp32", x, 50), x)["tokens_differ"] <= 1 / 50
+@pytest.mark.parametrize("batch", [1, 3, 40, 1100])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_rows_are_those_of_the_unpacked_layer(isa: str, batch: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for config in (SMALL, replace(SMALL, neighbours=2), replace(TREE, branch="bias", core=3)):
+        layer, x = build(config), torch.randn(1100, 24)
+        rows = torch.cat([layer.pack("fp32").route(part).rows for part in x.split(batch)])
+        assert rows.dtype == torch.int32
+        assert float((rows != layer.route(x).rows).any(1).double().mean()) <= 2 / 1100
 
 
 @pytest.mark.parametrize("config", [SMALL, TREE], ids=lambda c: c.kind)
@@ -83,10 +79,10 @@ def test_another_router_would_be_noticed(config: LookupConfig | TreeConfig) -> N
     other.load_state_dict(layer.state_dict())
     weight = other.projection.weight if isinstance(other, LookupFFN) else other.weight_in
     weight.mul_(1 + 0.01 * torch.randn(weight.shape))
-    right = shares(layer, read_bits(layer, "fp32", x, 500), x)
-    wrong = shares(layer, read_bits(other, "fp32", x, 500), x)
+    right = shares(layer, bits_of(layer, "fp32", x, 500), x)
+    wrong = shares(layer, bits_of(other, "fp32", x, 500), x)
     assert wrong["bits_differ"] > max(1e-3, 20 * right["bits_differ"])
-    inverted = shares(layer, ~read_bits(layer, "fp32", x, 500), x)
+    inverted = shares(layer, ~bits_of(layer, "fp32", x, 500), x)
     assert inverted["bits_differ"] > 0.999
     assert inverted["tokens_differ"] == 1.0
 
@@ -101,27 +97,18 @@ def test_turns_after_the_first_other_one_do_not_count() -> None:
     assert compare_bits(found, exact, values, path=False)["bits_differ"] == pytest.approx(2 / 6)
 
 
-def test_a_row_that_cannot_be_told_is_refused() -> None:
-    layer = build(TREE)
-    assert isinstance(layer, TreeFFN)
-    for values in (layer.weight_in, layer.bias_in):
-        assert values is not None
-        values.zero_()
-    with pytest.raises(ArithmeticError, match="cannot be told"):
-        read_bits(layer, "fp32", torch.randn(20, 24), 20)
-
-
 @pytest.mark.parametrize("config", [SMALL, TREE, replace(TREE, activation="relu")], ids=["lookup", "tree", "relu"])
 def test_the_rate_alone_is_that_of_the_comparison(config: LookupConfig | TreeConfig) -> None:
     layer, x = build(config), torch.randn(4000, 24)
     for dtype in ("fp32", "int8"):
-        rate = flip_rate(layer, dtype, x, 1000)
-        assert rate == shares(layer, read_bits(layer, dtype, x, 1000), x)["bits_differ"]
+        rate = flip_rate(layer, layer.pack(dtype), x, 1000)
+        assert rate == shares(layer, bits_of(layer, dtype, x, 1000), x)["bits_differ"]
     assert rate, "16-bit routing flips none of sixteen thousand decisions"
 
 
 def test_a_tree_of_one_level_decides_nothing() -> None:
-    assert flip_rate(build(replace(TREE, depth=0)), "bf16", torch.randn(5, 24), 5) is None
+    layer = build(replace(TREE, depth=0))
+    assert flip_rate(layer, layer.pack("bf16"), torch.randn(5, 24), 5) is None
 
 
 def test_result_and_its_table() -> None:

@@ -13,7 +13,7 @@ import nogemm
 from nogemm.bench.contenders.layer import DenseStack, our_layer
 from nogemm.bench.engine.check import compare, token_errors
 from nogemm.bench.engine.pool import write_pool
-from nogemm.bench.engine.rounding import DYNAMIC_INT8, our_bound
+from nogemm.bench.engine.rounding import our_bound
 from nogemm.bench.methods import MethodsBenchArgs, measured_active, presets, run_methods_bench
 from nogemm.bench.papers.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
 from nogemm.bench.report.tables import methods_table
@@ -40,6 +40,7 @@ def result() -> dict[str, Any]:
     return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS), _min_rounds=1)
 
 
+@pytest.mark.slow
 def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
     names = {f"nogemm-{kind}" for kind in OURS} | {CHUNKED, "torch-fp32", "torch-int8", GATHER, BMM}
     assert {row["contender"] for row in result["rows"]} == names
@@ -52,6 +53,7 @@ def test_every_layer_is_verified_and_timed(result: dict[str, Any]) -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.slow
 def test_the_published_ratio_is_to_the_batched_dense_form(result: dict[str, Any]) -> None:
     for batch in (1, 16):
         rows = {row["contender"]: row for row in result["rows"] if row["batch"] == batch}
@@ -82,6 +84,7 @@ def test_a_wrong_form_is_not_timed(form: str, tmp_path: Any) -> None:
     assert not contender.verify()["verified"]
 
 
+@pytest.mark.slow
 def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
     entry = next(e for e in result["methods"] if e["method"] == "switch")
     layer = nogemm.layer_config(entry["config"]).build(32, hidden=64)
@@ -90,6 +93,7 @@ def test_costs_are_the_layers_own(result: dict[str, Any]) -> None:
     assert entry["parameters"] == layer.cost(1).parameters
 
 
+@pytest.mark.slow
 def test_computed_neurons_are_counted(result: dict[str, Any]) -> None:
     entries = {entry["contender"]: entry for entry in result["methods"]}
     with_counts = {"nogemm-slide", "nogemm-mongoose", CHUNKED}
@@ -127,6 +131,7 @@ def test_counts_by_hand() -> None:
     assert active["expected_flops"] == pytest.approx(hashing + 2.25 * (4 * 2))
 
 
+@pytest.mark.slow
 def test_results_without_counts_are_still_shown(result: dict[str, Any]) -> None:
     old = json.loads(json.dumps(result))
     for entry in old["methods"]:
@@ -136,6 +141,7 @@ def test_results_without_counts_are_still_shown(result: dict[str, Any]) -> None:
     assert all(len(row) == len(table.head) for row in table.rows)
 
 
+@pytest.mark.slow
 def test_the_table_and_the_report_show_every_layer(result: dict[str, Any], tmp_path: Any) -> None:
     table = methods_table(result)
     assert len(table.rows) == len(OURS) + 5
@@ -182,7 +188,7 @@ def test_every_layer_passes_its_check_in_low_precision(kind: str, dtype: str) ->
     layer, x = our_layer(settings), torch.randn(200, 64)
     exact = copy.deepcopy(layer).double()(x.double())
     errors = token_errors(layer.rounded(dtype)(x), exact)
-    bound = our_bound(dtype, errors, isinstance(layer, DYNAMIC_INT8))
+    bound = our_bound(dtype, errors, layer.dynamic_int8)
     y = layer.pack(dtype)(x)
     assert compare(y, exact, bound)["verified"]
     if kind != "no":

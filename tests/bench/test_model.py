@@ -36,6 +36,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
 SET = ("tables=4", "bits=3", "projection.block=8")
 
 
+@pytest.mark.slow
 def test_ours_the_dense_model_and_the_ceiling_share_a_table(dense: str) -> None:
     args = ModelBenchArgs(
         dense=dense,

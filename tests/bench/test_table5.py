@@ -64,6 +64,7 @@ def test_dense_layers_of_as_many_neurons_as_answer(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_small_part_is_timed_verified_and_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = table5.Layer(name="nogemm-tree-int8", method="tree", set=("depth=2",), dtype="int8")
     ours = (*table5.lookups(("tables=4", "bits=3", "projection.block=8"), "int8"), tree)

@@ -13,7 +13,7 @@ from transformers import AutoModel
 
 import nogemm
 from nogemm.bench.engine.check import Bound, compare
-from nogemm.bench.engine.rounding import DYNAMIC_INT8, check_packed
+from nogemm.bench.engine.rounding import check_packed
 from nogemm.bench.models import sample_texts
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.convert.sites import record_sites
@@ -110,7 +110,7 @@ def check_site(layer: FFN, twin: PackedFFN, x_ND: Tensor) -> None:
         return module(x_ND.to(dtype))
 
     def check(actual_ND: Tensor) -> dict[str, Any]:
-        if twin.dtype == "int8" and isinstance(layer, DYNAMIC_INT8):
+        if twin.dtype == "int8" and layer.dynamic_int8:
             return compare(actual_ND, answer(copy.deepcopy(layer).double(), torch.float64), OUTLIERS)
         return check_packed(layer, layer.rounded(twin.dtype), actual_ND, twin.dtype, answer)
 

@@ -51,7 +51,7 @@ def test_ties_go_to_the_first_expert_and_one_expert_may_take_all() -> None:
     torch.nn.init.zeros_(layer.router.weight)
     torch.nn.init.zeros_(layer.router.get_parameter("bias"))
     x = torch.randn(9, 16)
-    assert layer.route(x).expert_N.tolist() == [0] * 9
+    assert layer.routing(x).expert_N.tolist() == [0] * 9
     torch.testing.assert_close(layer(x), layer.experts[0](x) / 4)
 
 
@@ -62,13 +62,13 @@ def test_capacity_keeps_the_first_tokens() -> None:
     assert choose_experts(logits, None).kept_N.all()
     layer = nogemm.SwitchConfig(experts=2, capacity=0.5).build(8, hidden=8)
     x = torch.randn(16, 8)
-    kept = layer.route(x).kept_N
+    kept = layer.routing(x).kept_N
     assert int((~kept).sum()) > 0
     assert not layer(x)[~kept].any()  # overflow passes through the residual
-    assert layer.eval().route(x).kept_N.all()
+    assert layer.eval().routing(x).kept_N.all()
     limited = nogemm.SwitchConfig(experts=2, evaluation_capacity=0.5).build(8, hidden=8).eval().requires_grad_(False)
     torch.testing.assert_close(limited.pack()(x), limited(x))
-    assert not limited.route(x).kept_N.all()
+    assert not limited.routing(x).kept_N.all()
 
 
 def test_auxiliary_losses_by_hand() -> None:
@@ -91,7 +91,7 @@ def test_auxiliary_losses_join_every_gradient(training: bool) -> None:
     plain.load_state_dict(layer.state_dict())
     x = torch.randn(20, 12, dtype=torch.float64)
     layer(x).square().mean().backward()
-    routing = plain.route(x)
+    routing = plain.routing(x)
     (plain(x).square().mean() + 0.3 * routing.balance_loss + 0.2 * routing.z_loss).backward()
     for mine, explicit in zip(layer.parameters(), plain.parameters(), strict=True):
         assert mine.grad is not None
@@ -113,7 +113,7 @@ def test_balance_loss_evens_out_the_experts() -> None:
             optimiser.zero_grad()
             (0.0 * layer(x).sum()).backward()
             optimiser.step()
-        spread.append(int(torch.bincount(layer.route(x).expert_N, minlength=4).max()))
+        spread.append(int(torch.bincount(layer.routing(x).expert_N, minlength=4).max()))
     assert spread[1] < 256 < spread[0]
 
 
@@ -130,7 +130,7 @@ def test_upcycling_keeps_the_function() -> None:
     assert layer.fit_dense(source) == layer.fitted == "closed-form"
     error = (layer(x) - source(x)).norm() / source(x).norm()
     assert float(error.detach()) < 0.02
-    assert len(layer.route(x).expert_N.unique()) > 4  # experts can go their own ways
+    assert len(layer.routing(x).expert_N.unique()) > 4  # experts can go their own ways
     for config in (nogemm.SwitchConfig(hidden=32), nogemm.SwitchConfig(norm=True), nogemm.SwitchConfig(faithful=True)):
         assert config.build(24, hidden=64).fit_dense(source) == "random"
 

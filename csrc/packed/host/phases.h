@@ -12,8 +12,8 @@ enum { NOGEMM_KIND_LOOKUP = 0, NOGEMM_KIND_TREE = 1, NOGEMM_KIND_HIRE = 2 };
 enum { NOGEMM_PHASE_WHOLE = 0, NOGEMM_PHASE_FIRST = 1 };
 
 // Null if `packed` is a buffer of this kind that has this phase; gives its widths. Else what is wrong.
-NOGEMM_API const char* nogemm_phase_check(int64_t kind, int64_t phase, const void* packed,
-                                          int64_t packed_bytes, int64_t* d, int64_t* d_out);
+NOGEMM_API const char* nogemm_phase_check(int64_t kind, int64_t phase, const void* packed, int64_t packed_bytes,
+                                          int64_t* d, int64_t* d_out);
 
 // Scratch bytes of nogemm_phase_run.
 NOGEMM_API int64_t nogemm_phase_workspace(int64_t kind, const void* packed, int64_t tokens, int64_t threads);

@@ -17,37 +17,39 @@
 #pragma once
 #include <cstdint>
 
+#include "packed/lookup/pack.h"
+
 namespace nogemm {
 
 inline constexpr uint64_t kLookupMagic = 0x4b4f4f4c4d474e01ull;
 inline constexpr uint32_t kLookupVersion = 3;
-inline constexpr int kChunk = 64;    // columns per int8 interleave group
+inline constexpr int kChunk = 64;  // columns per int8 interleave group
 
 struct LookupHeader {
   uint64_t magic;
   uint64_t checksum;  // of the rest of the header
   uint32_t version;
-  int32_t mode;            // NOGEMM_LOOKUP_*
-  int32_t fixed_point;     // projection in 16-bit fixed point
+  int32_t mode;         // NOGEMM_LOOKUP_*
+  int32_t fixed_point;  // projection in 16-bit fixed point
   int32_t score;
   int32_t neighbours;
   int32_t d, d_out;
   int32_t tables, bits;
   int32_t rounds, repeats;
-  int32_t blocks;          // n = order 2^j
-  int32_t order;           // m
-  int32_t active_blocks;   // blocks of the first round that see anything but padding
-  int32_t block_in, block_out;      // multiples of 16
-  int32_t columns;         // columns of z per repeat
-  int32_t slices, last_slice;       // width of the last slice: slice() or 64
+  int32_t blocks;               // n = order 2^j
+  int32_t order;                // m
+  int32_t active_blocks;        // blocks of the first round that see anything but padding
+  int32_t block_in, block_out;  // multiples of 16
+  int32_t columns;              // columns of z per repeat
+  int32_t slices, last_slice;   // width of the last slice: slice() or 64
   int32_t norm, residual;
   float eps;
-  float keep;              // 1 - mix, the share of x in z
+  float keep;  // 1 - mix, the share of x in z
   float act_max;
-  int64_t gamma, beta;     // [in_width] fp32, zero behind d
+  int64_t gamma, beta;                       // [in_width] fp32, zero behind d
   int64_t weights, weight_scale, proj_bias;  // scale [repeat][round][n out]; bias [T K + 16 K], zero if none
   int64_t tables_at, row_scale;              // scale [T R], int8 only
-  int64_t out_bias;        // [slices slice()]
+  int64_t out_bias;                          // [slices slice()]
   int64_t bytes;
 
   // Inlined everywhere: this header is compiled for several instruction sets (see dtype.h).
@@ -56,7 +58,7 @@ struct LookupHeader {
   [[gnu::always_inline]] int64_t rows() const { return int64_t{1} << bits; }
   // Table columns per slice, at most 128: their fp32 accumulators fill 8 of 32 AVX-512 registers. fp32 rows are long enough
   // in 64: a group of tables that fits the L2 cache is then twice as many, so sums are kept and fetched half as often.
-  [[gnu::always_inline]] int64_t slice() const { return mode == 0 ? kChunk : 2 * kChunk; }
+  [[gnu::always_inline]] int64_t slice() const { return mode == NOGEMM_LOOKUP_FP32 ? kChunk : 2 * kChunk; }
   [[gnu::always_inline]] int64_t slice_width(int64_t s) const { return s + 1 == slices ? last_slice : slice(); }
   [[gnu::always_inline]] int64_t lookups() const { return static_cast<int64_t>(tables) * neighbours; }
 };

@@ -12,7 +12,6 @@
 namespace nogemm {
 namespace {
 
-
 bool power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 // Of each repeat.
@@ -59,9 +58,11 @@ int64_t lookup_element_bytes(int64_t mode) {
 }
 
 const char* lookup_check_spec(const NogemmLookupSpec& s) {
-  if (s.mode < 0 || s.mode > 2) return lookup_say("packed dtype %lld: must be 0 (fp32), 1 (bf16) or 2 (int8)", (long long)s.mode);
+  if (s.mode < 0 || s.mode > 2)
+    return lookup_say("packed dtype %lld: must be 0 (fp32), 1 (bf16) or 2 (int8)", (long long)s.mode);
   if (s.d < 1 || s.d > (1 << 20)) return lookup_say("d = %lld: must be 1 to %d", (long long)s.d, 1 << 20);
-  if (s.d_out < 1 || s.d_out > (1 << 20)) return lookup_say("d_out = %lld: must be 1 to %d", (long long)s.d_out, 1 << 20);
+  if (s.d_out < 1 || s.d_out > (1 << 20))
+    return lookup_say("d_out = %lld: must be 1 to %d", (long long)s.d_out, 1 << 20);
   if (s.bits < 1 || s.bits > 16) return lookup_say("bits = %lld: must be 1 to 16", (long long)s.bits);
   if (s.tables < 1 || (s.tables << s.bits) >= (int64_t{1} << 31))
     return lookup_say("tables = %lld: must be at least 1, and tables * 2^bits below 2^31", (long long)s.tables);
@@ -69,7 +70,7 @@ const char* lookup_check_spec(const NogemmLookupSpec& s) {
     return lookup_say("neighbours = %lld: the native kernel knows 1, 2 and 4", (long long)s.neighbours);
   if (s.neighbours > (int64_t{1} << s.bits))
     return lookup_say("neighbours = %lld: %lld bits give only %lld rows", (long long)s.neighbours, (long long)s.bits,
-               1ll << s.bits);
+                      1ll << s.bits);
   if (s.score < 0 || s.score > 2)
     return lookup_say("score %lld: must be 0 (gelu), 1 (sigmoid) or 2 (constant)", (long long)s.score);
   if (s.score == NOGEMM_LOOKUP_CONSTANT && s.neighbours != 1)
@@ -182,4 +183,9 @@ extern "C" int64_t nogemm_lookup_workspace(const void* packed, int64_t tokens, i
 extern "C" void nogemm_lookup_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
                                       int64_t tokens, void* workspace, const NogemmHost* host) {
   kernels().lookup.forward(packed, x, x_dtype, x_stride, y, tokens, workspace, host);
+}
+
+extern "C" void nogemm_lookup_route(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows,
+                                    int64_t tokens, void* workspace, const NogemmHost* host) {
+  nogemm::kernels().lookup.hash(packed, x, x_dtype, x_stride, rows, tokens, workspace, host);
 }

@@ -6,8 +6,8 @@
 #include <cstring>
 #include <vector>
 
-#include "packed/host/huge_pages.h"
 #include "kernels/dtype.h"
+#include "packed/host/huge_pages.h"
 #include "packed/lookup/layout.h"
 
 namespace nogemm {
@@ -47,7 +47,8 @@ void folded_block(const NogemmLookupSpec& s, const LookupHeader& h, int64_t repe
 
 void store_fixed(const LookupHeader& h, const std::vector<double>& block, int16_t* weights, float* scales) {
   const int64_t in = h.block_in, out = h.block_out;
-  const double most = std::floor(2147483647.0 / h.act_max) - static_cast<double>(in);  // rounding may add 1/2 per weight
+  const double most =
+      std::floor(2147483647.0 / h.act_max) - static_cast<double>(in);  // rounding may add 1/2 per weight
   for (int64_t o = 0; o < out; ++o) {
     double sum = 0, largest = 0;
     for (int64_t i = 0; i < in; ++i) {

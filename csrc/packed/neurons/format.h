@@ -22,16 +22,16 @@ inline constexpr int64_t kKeySigned = -1;  // a key that is the score itself; an
 struct HireHeader {
   int64_t magic, version, bytes;
   int64_t mode, d, d_out, hidden;
-  int64_t gated;                                          // 0: up and down; 1: gate, up and down
-  int64_t act;                                            // of the gate or of a plain layer's up, see packed/host/activations.h
-  int64_t up_relu;                                        // ReLU on the gated branch, too
-  int64_t key;                                            // kKeySigned, or an activation whose size ranks
-  int64_t select;                                         // HireSelect
-  int64_t nibbles;                                        // int4 codes
-  int64_t width;                                          // columns of the sketch: d, or the rank
-  int64_t steps;                                          // of 4 or 8 columns
+  int64_t gated;    // 0: up and down; 1: gate, up and down
+  int64_t act;      // of the gate or of a plain layer's up, see packed/host/activations.h
+  int64_t up_relu;  // ReLU on the gated branch, too
+  int64_t key;      // kKeySigned, or an activation whose size ranks
+  int64_t select;   // HireSelect
+  int64_t nibbles;  // int4 codes
+  int64_t width;    // columns of the sketch: d, or the rank
+  int64_t steps;    // of 4 or 8 columns
   int64_t group, groups, kept, candidates, always_count;  // counted in groups of neurons
-  int64_t bundle_bytes, up_at, down_at;  // of a bundle, and where in it the rows begin; gate at 0
+  int64_t bundle_bytes, up_at, down_at;                   // of a bundle, and where in it the rows begin; gate at 0
   int64_t sketch, sketch_scale, reduce, always, margin_error, margin_size;  // offsets; 0: absent
   int64_t bundles, scales, gate_bias, up_bias, out_bias;                    // scales [3][hidden], int8 only
   double keep_z, wide_z;  // statistical: standard deviations above the mean; -infinity keeps all

@@ -1,8 +1,8 @@
 #include "packed/neurons/host.h"
 
 #include "dispatch.h"
-#include "packed/neurons/run.h"
 #include "packed/host/huge_pages.h"
+#include "packed/neurons/run.h"
 
 using namespace nogemm;
 
@@ -11,8 +11,7 @@ static_assert(NOGEMM_X_FP32 == static_cast<int>(kF32) && NOGEMM_X_BF16 == static
 
 extern "C" void nogemm_hire_prepare(void* memory, int64_t bytes) { ask_for_huge_pages(memory, bytes); }
 
-extern "C" const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d,
-                                         int64_t* d_out) {
+extern "C" const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out) {
   if (const char* error = hire_check(packed, packed_bytes)) return error;
   *d = static_cast<const HireHeader*>(packed)->d;
   *d_out = static_cast<const HireHeader*>(packed)->d_out;

@@ -12,15 +12,14 @@ NOGEMM_API void nogemm_hire_prepare(void* memory, int64_t bytes);
 
 // Null if `packed` is a buffer made by pack_hire for this version; gives its widths. Looks at the header
 // alone.
-NOGEMM_API const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d,
-                                         int64_t* d_out);
+NOGEMM_API const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out);
 
 // Scratch bytes that nogemm_hire_forward needs for `tokens` tokens on `threads` threads.
 NOGEMM_API int64_t nogemm_hire_workspace(const void* packed, int64_t tokens, int64_t threads);
 
 // y[n, :] = HireFFN(x[n, :]), as nogemm_lookup_forward; x is contiguous, so x_stride is d.
-NOGEMM_API void nogemm_hire_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride,
-                                    void* y, int64_t tokens, void* workspace, const NogemmHost* host);
+NOGEMM_API void nogemm_hire_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                                    int64_t tokens, void* workspace, const NogemmHost* host);
 
 #ifdef __cplusplus
 }

@@ -38,8 +38,7 @@ void quantise(const Layer& l, TokenState& t) {
 
 void weigh(const Layer& l, TokenState& t) {
   const HireHeader& h = *l.h;
-  l.k->weights(h.act, h.up_relu != 0, t.exact, h.gated ? t.up : nullptr, l.scale(2), t.kept, t.kept_count,
-               t.weights);
+  l.k->weights(h.act, h.up_relu != 0, t.exact, h.gated ? t.up : nullptr, l.scale(2), t.kept, t.kept_count, t.weights);
 }
 
 struct Chunk {
@@ -90,14 +89,12 @@ void run_chunk(const Chunk& c, Phases& phases) {
     if (h.reduce != 0) {
       const int64_t per = (h.width + kDotPiece - 1) / kDotPiece;
       phases.run(1, n * per, [&](int64_t i) {
-        const int64_t begin = i % per * kDotPiece,
-                      end = begin + kDotPiece < h.width ? begin + kDotPiece : h.width;
+        const int64_t begin = i % per * kDotPiece, end = begin + kDotPiece < h.width ? begin + kDotPiece : h.width;
         reduce_rows(l, c.tokens[i / per], begin, end);
       });
       phases.run(2, n, [&](int64_t i) { quantise(l, c.tokens[i]); });
     }
-    const SketchRows rows{l.at<uint8_t>(h.sketch), l.at(h.sketch_scale), l.at(h.gate_bias), h.steps,
-                          h.nibbles != 0};
+    const SketchRows rows{l.at<uint8_t>(h.sketch), l.at(h.sketch_scale), l.at(h.gate_bias), h.steps, h.nibbles != 0};
     const int64_t groups = (h.hidden + kSketchRows - 1) / kSketchRows;
     SketchToken tokens[kTogether];
     for (int64_t i = 0; i < n; ++i) tokens[i] = c.tokens[i].sketch;
@@ -229,16 +226,16 @@ int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads
   return slots * kTogether * token_bytes(header);
 }
 
-void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
-                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, const uint8_t* mask,
+                  void* y, int64_t tokens, void* workspace, const NogemmHost& host) {
   Chunk whole = whole_call(table, packed, x, x_dtype);
   whole.y = static_cast<char*>(y);
   whole.mask = mask;
   run_call(whole, tokens, workspace, host);
 }
 
-void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept,
-                 uint8_t* chosen, int64_t tokens, void* workspace, const NogemmHost& host) {
+void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept, uint8_t* chosen,
+                 int64_t tokens, void* workspace, const NogemmHost& host) {
   Chunk whole = whole_call(table, packed, x, x_dtype);
   whole.chosen = chosen;
   whole.kept = kept;
@@ -247,8 +244,7 @@ void hire_choose(const KernelTable& table, const void* packed, const void* x, Dt
 
 const char* hire_check(const void* packed, int64_t bytes) {
   const auto* h = static_cast<const HireHeader*>(packed);
-  if (bytes < static_cast<int64_t>(sizeof(HireHeader)) || h->magic != kHireMagic)
-    return "not a packed HireFFN";
+  if (bytes < static_cast<int64_t>(sizeof(HireHeader)) || h->magic != kHireMagic) return "not a packed HireFFN";
   if (h->version != kHireVersion) return "a buffer of another version; pack the layer again";
   if (h->bytes != bytes || h->d < 1 || h->d_out < 1 || h->hidden < 1 || h->mode < 0 || h->mode > 2)
     return "a damaged buffer; pack the layer again";

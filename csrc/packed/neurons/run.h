@@ -14,12 +14,12 @@ int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads
 // any number of threads: every piece of work computes its own outputs alone. `workspace` is 64-byte aligned.
 // With a `mask` [tokens, hidden], the neurons that answer are those marked, and the layer must have no
 // sketch.
-void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype,
-                  const uint8_t* mask, void* y, int64_t tokens, void* workspace, const NogemmHost& host);
+void hire_forward(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, const uint8_t* mask,
+                  void* y, int64_t tokens, void* workspace, const NogemmHost& host);
 
 // The first half alone: marks in chosen [tokens, hidden] the neurons that hire_forward would compute exactly, or
 // (`kept`) those of them with which it would answer.
-void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept,
-                 uint8_t* chosen, int64_t tokens, void* workspace, const NogemmHost& host);
+void hire_choose(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype, bool kept, uint8_t* chosen,
+                 int64_t tokens, void* workspace, const NogemmHost& host);
 
 }  // namespace nogemm

@@ -54,15 +54,13 @@ struct Layer {
   const T* at(int64_t offset) const {
     return offset == 0 ? nullptr : reinterpret_cast<const T*>(base + offset);
   }
-  const float* scale(int64_t kind) const {
-    return h->scales == 0 ? nullptr : at(h->scales) + kind * h->hidden;
-  }
+  const float* scale(int64_t kind) const { return h->scales == 0 ? nullptr : at(h->scales) + kind * h->hidden; }
   // kind 0: the rows that select (gate, or a plain layer's up); 1: up; 2: down.
   BundleRows rows(int64_t kind) const {
     const int64_t where = kind == 2 ? h->down_at : kind == 1 ? h->up_at : 0;
     const int64_t bias = kind == 2 ? h->out_bias : kind == 1 ? h->up_bias : h->gate_bias;
-    return {base + h->bundles + where, h->bundle_bytes, kind == 2 ? h->d_out : h->d,
-            kind == 2 ? nullptr : scale(kind), at(bias)};
+    return {base + h->bundles + where, h->bundle_bytes, kind == 2 ? h->d_out : h->d, kind == 2 ? nullptr : scale(kind),
+            at(bias)};
   }
   bool all() const { return h->sketch == 0; }
 };

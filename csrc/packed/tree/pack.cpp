@@ -20,8 +20,7 @@ const char* check_spec(const NogemmTreeSpec& s) {
   if (s.activation < 0 || s.activation >= NOGEMM_ACTIVATIONS) return "unknown activation";
   if (s.d < 1 || s.d_out < 1 || s.trees < 1 || s.core < 0) return "widths and trees must be positive";
   if (s.levels < 1 || s.levels > 21) return "levels must be from 1 to 21";
-  if (s.in_rows == nullptr || s.out_rows == nullptr ||
-      (s.core > 0 && (s.core_in == nullptr || s.core_out == nullptr)))
+  if (s.in_rows == nullptr || s.out_rows == nullptr || (s.core > 0 && (s.core_in == nullptr || s.core_out == nullptr)))
     return "rows are missing";
   return nullptr;
 }
@@ -80,8 +79,7 @@ float store_int8(const float* row, int64_t width, char* to) {
   return largest / 127.0f;
 }
 
-void store_node(const TreeHeader& h, const float* in, float bias, float threshold, const float* out,
-                char* record) {
+void store_node(const TreeHeader& h, const float* in, float bias, float threshold, const float* out, char* record) {
   NodeHead head{bias, threshold, 1.0f};
   if (h.mode == NOGEMM_TREE_FP32) {
     std::memcpy(record + kNodeHeadBytes, in, static_cast<size_t>(h.d) * 4);
@@ -111,8 +109,7 @@ extern "C" const char* nogemm_tree_pack(const NogemmTreeSpec* spec, void* out, i
   auto* to = static_cast<char*>(out);
   ask_for_huge_pages(to, h.bytes);
   std::memset(to, 0, static_cast<size_t>(h.bytes));
-  if (spec->out_bias != nullptr)
-    std::memcpy(to + h.bias_at, spec->out_bias, static_cast<size_t>(h.d_out) * 4);
+  if (spec->out_bias != nullptr) std::memcpy(to + h.bias_at, spec->out_bias, static_cast<size_t>(h.d_out) * 4);
   const int64_t nodes = h.trees * ((int64_t{1} << h.levels) - 1);
   for (int64_t i = 0; i < nodes; ++i) {
     store_node(h, spec->in_rows + i * h.d, spec->bias ? spec->bias[i] : 0.0f,
@@ -127,11 +124,9 @@ extern "C" const char* nogemm_tree_pack(const NogemmTreeSpec* spec, void* out, i
   return nullptr;
 }
 
-extern "C" const char* nogemm_tree_check(const void* packed, int64_t packed_bytes, int64_t* d,
-                                         int64_t* d_out) {
+extern "C" const char* nogemm_tree_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out) {
   if (packed_bytes < static_cast<int64_t>(sizeof(TreeHeader)) ||
-      std::memcmp(packed, kTreeMagic, sizeof kTreeMagic) != 0 ||
-      reinterpret_cast<uintptr_t>(packed) % 64 != 0)
+      std::memcmp(packed, kTreeMagic, sizeof kTreeMagic) != 0 || reinterpret_cast<uintptr_t>(packed) % 64 != 0)
     return "not a packed TreeFFN";
   const auto* h = static_cast<const TreeHeader*>(packed);
   if (h->bytes != packed_bytes) return "not a packed TreeFFN: its size is wrong";
@@ -144,7 +139,12 @@ extern "C" int64_t nogemm_tree_workspace(const void* packed, int64_t tokens, int
   return kernels().tree.workspace(static_cast<const TreeHeader*>(packed), tokens, threads);
 }
 
-extern "C" void nogemm_tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride,
-                                    void* y, int64_t tokens, void* workspace, const NogemmHost* host) {
+extern "C" void nogemm_tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                                    int64_t tokens, void* workspace, const NogemmHost* host) {
   kernels().tree.forward(packed, x, x_dtype, x_stride, y, tokens, workspace, host);
+}
+
+extern "C" void nogemm_tree_route(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows,
+                                  int64_t tokens, void* workspace, const NogemmHost* host) {
+  nogemm::kernels().tree.paths(packed, x, x_dtype, x_stride, rows, tokens, workspace, host);
 }

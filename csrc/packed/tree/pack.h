@@ -41,15 +41,18 @@ NOGEMM_API int64_t nogemm_tree_pack_size(const NogemmTreeSpec* spec);
 NOGEMM_API const char* nogemm_tree_pack(const NogemmTreeSpec* spec, void* out, int64_t out_bytes);
 
 // Null if `packed` is a buffer made by nogemm_tree_pack for this version; gives its widths.
-NOGEMM_API const char* nogemm_tree_check(const void* packed, int64_t packed_bytes, int64_t* d,
-                                         int64_t* d_out);
+NOGEMM_API const char* nogemm_tree_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out);
 
 // Scratch bytes that nogemm_tree_forward needs for `tokens` tokens on `threads` threads.
 NOGEMM_API int64_t nogemm_tree_workspace(const void* packed, int64_t tokens, int64_t threads);
 
 // y[n, :] = TreeFFN(x[n, :]), as nogemm_lookup_forward.
-NOGEMM_API void nogemm_tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride,
-                                    void* y, int64_t tokens, void* workspace, const NogemmHost* host);
+NOGEMM_API void nogemm_tree_forward(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y,
+                                    int64_t tokens, void* workspace, const NogemmHost* host);
+
+// Which nodes the tokens visit: rows[n, k L + l] = k M + the node of level l of tree k, [tokens, K L].
+NOGEMM_API void nogemm_tree_route(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, int32_t* rows,
+                                  int64_t tokens, void* workspace, const NogemmHost* host);
 
 #ifdef __cplusplus
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Number
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ class Borrowed(nn.Module):
     def __init__(self, dense: DenseFFN) -> None:
         super().__init__()
         self._dense = (dense,)
+        self.site: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the dense layer's answer, [..., d_in] -> [..., d_out]."""

@@ -10,8 +10,8 @@ from torch import nn
 from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
-from nogemm.layers import FFN, PACK_DTYPES, PackedFFN
-from nogemm.layers._base import PATHS
+from nogemm.layers import FFN, PackedFFN
+from nogemm.layers._base import check_packing
 from nogemm.models.inner import inner_model
 
 
@@ -26,12 +26,12 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
     ones, and the unpacked weights are freed unless `keep`. Afterwards train(), backward and save_pretrained() raise.
 
     Args:
-        dtype: "fp32"; "bf16": rows and projection bf16; "int8": rows int8 with a scale per row, projection bf16.
+        dtype: "fp32"; "bf16": rows bfloat16; "int8": rows int8 with a scale per row; both with a projection in 16 bits.
         keep: keep the unpacked weights in memory, so that `unpack` can bring them back.
-        path: how layers of neurons (HireFFN, SLIDE, MONGOOSE, Switch) answer: "rows" reads the rows of the neurons that
-            a token needs, "dense" multiplies with all of them and masks, "auto" takes what is quicker on this machine
-            for the tokens at hand (`nogemm env` shows where it changes). The neurons are the same; sums are rounded
-            in another order.
+        path: how layers of neurons (HireFFN, SLIDE, MONGOOSE, Switch, LeafTree) answer: "rows" reads the rows of the
+            neurons that a token needs, "dense" multiplies with all of them and masks, "auto" takes what is quicker on
+            this machine for the tokens at hand (`nogemm env` shows where it changes; the first use measures it, about
+            a second). The neurons are the same; sums are rounded in another order.
     Raises:
         PackedError: training mode, or packed already.
         ConfigError: unknown dtype or path, or the model has no converted FFN.
@@ -77,10 +77,7 @@ def unpack(model: nn.Module) -> nn.Module:
 def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     """Refuse before the first layer is touched, so that a model is never half packed."""
     layers = installed(model)
-    if dtype not in PACK_DTYPES:
-        raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
-    if path not in PATHS:
-        raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
+    check_packing(dtype, path)
     if not layers:
         raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
     if any(isinstance(layer, PackedFFN) for layer in layers.values()):

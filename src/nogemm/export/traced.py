@@ -101,7 +101,7 @@ def host_model(model: nn.Module, dtype: str, input_names: tuple[str, ...]) -> Ho
             continue
         assert isinstance(layer, FFN)
         packed = layer.pack(dtype, path="rows")  # an operator knows no other
-        if not getattr(packed, "native", False):
+        if not packed.native:
             raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
         operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
         model.set_submodule(paths[id(layer)], operator)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from nogemm.config import LayerConfig
+from nogemm.config import LayerConfig, check_choice
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
 from nogemm.ops._threads import in_passing
@@ -46,10 +47,29 @@ def each_alone(answer: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
     return torch.where(finite_N1, answer(torch.where(finite_N1, x_ND, 0.0)), float("nan"))
 
 
+def check_packing(dtype: str, path: str) -> None:
+    """Raise ConfigError unless `pack` knows the precision and the path."""
+    check_choice("pack", "dtype", dtype, PACK_DTYPES)
+    check_choice("pack", "path", path, PATHS)
+
+
 def is_quantised(module: nn.Module) -> bool:
     """Tell whether torch's dynamic quantisation has replaced an nn.Linear inside: weights are behind a method then."""
     weights = (getattr(part, "weight", None) for part in module.modules())  # torch's parametrisations are modules
     return any(callable(weight) and not isinstance(weight, nn.Module) for weight in weights)
+
+
+@dataclass(frozen=True)
+class Route:
+    """What a router decides for each token: which rows of the store it reads, and how much of each.
+
+    Attributes:
+        rows: int [N, P], numbers of rows in the layer's store; negative entries are padding.
+        weights: [N, P], what each row is multiplied with; None where a packed kernel keeps them in a form of its own.
+    """
+
+    rows: Tensor
+    weights: Tensor | None
 
 
 class FFN(nn.Module, ABC):
@@ -63,9 +83,14 @@ class FFN(nn.Module, ABC):
         untrained: what the parameters were when `convert` left them random; None otherwise.
         row_sparse: whether gradients hold the visited rows alone, where a layer can do so.
         storage: how tables are stored, "fp32" or compressed; None for a layer without tables.
+        in_turn: whether a decision of the route depends on those before it.
+        shares_calls: whether a token's answer depends on the other tokens of its call.
+        dynamic_int8: whether its int8 form rounds activations too, with one step for a whole call.
     """
 
     row_sparse = False
+    dynamic_int8 = False
+    in_turn = False
     storage: str | None = None
 
     def __init__(self, config: LayerConfig, shape: FFNShape) -> None:
@@ -87,6 +112,28 @@ class FFN(nn.Module, ABC):
     @abstractmethod
     def tokens(self, x_ND: Tensor) -> Tensor:
         """Map [N, d_model] to [N, d_out]; x has the parameters' dtype."""
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> Route:
+        """Say which rows each token of x [..., d_model] reads, and how it weighs them: y = bias + sum of weight * row.
+
+        Raises:
+            ConfigError: the layer reads all its weights for every token.
+        """
+        x_ND = flatten_tokens(type(self).__name__, self.config, x, self.d_model)
+        return self.routes(x_ND.to(self.compute_dtype()))
+
+    def routes(self, x_ND: Tensor) -> Route:
+        """Route tokens [N, d_model] in the parameters' dtype."""
+        raise ConfigError(f"a {type(self).__name__} reads all its weights for every token: there is nothing to route")
+
+    def decisions(self, x_ND: Tensor) -> Tensor | None:
+        """Return the numbers whose signs decide the route, [N, T, K]; None where it does not hang on signs."""
+        return None
+
+    def decided(self, rows_NP: Tensor) -> Tensor:
+        """Read off a route's rows which of the `decisions` were positive, bool [N, T, K]."""
+        raise ConfigError(f"the rows of a {type(self).__name__} say no bits")
 
     @abstractmethod
     def cost(self, n_tokens: int = 1) -> Cost:
@@ -133,10 +180,29 @@ class FFN(nn.Module, ABC):
         """Turn compressed tables back into trainable parameters, in place."""
         raise ConfigError(f"decompress: a {type(self).__name__} has no tables")
 
+    @property
+    def shares_calls(self) -> bool:
+        return False
+
     def rounded(self, dtype: str) -> FFN:
         """Return a copy whose weights are rounded as `pack(dtype)` rounds them: its error is what packing may cost."""
         twin = copy.deepcopy(self)
         return twin if dtype == "fp32" else twin.to(torch.bfloat16)
+
+    def packed_share(self, dtype: str) -> float:
+        """Return the bytes of the packed form as a share of those of the `rounded` copy."""
+        return 1.0
+
+    def computes_in(self, dtype: str) -> str:
+        """Name what most of the arithmetic of the packed form is done in: "fp32", or "int16" where hashes are."""
+        return "fp32"
+
+    def fit_own_weights(self) -> None:
+        """Fit what follows from the layer's own weights alone, such as a low-rank sketch; nothing for most."""
+
+    def measured(self, x_ND: Tensor, n_tokens: int, dtype: str) -> dict[str, float]:
+        """Return what a bench says of calls of `n_tokens` besides their time, measured on x; nothing for most."""
+        return {}
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Start from the dense layer's weights where the method allows it; return and set `fitted`."""
@@ -157,10 +223,7 @@ class FFN(nn.Module, ABC):
             PackedError: in training mode.
             ConfigError: an unknown dtype or path.
         """
-        if path not in PATHS:
-            raise ConfigError(f"pack: path must be one of {', '.join(PATHS)}, got path={path!r}")
-        if dtype not in PACK_DTYPES:
-            raise ConfigError(f"pack: dtype must be one of {', '.join(PACK_DTYPES)}, got dtype={dtype!r}")
+        check_packing(dtype, path)
         if self.training:
             raise PackedError(f"pack: {type(self).__name__} is in training mode; call eval() first")
         if is_quantised(self):
@@ -240,6 +303,15 @@ class PackedFFN(nn.Module, ABC):
     @abstractmethod
     def tokens(self, x_ND: Tensor) -> Tensor:
         """Map [N, d_model] to [N, d_out] in x's dtype."""
+
+    @torch.no_grad()
+    def route(self, x: Tensor) -> Route:
+        """Say which rows each token of x [..., d_model] reads; see `FFN.route`."""
+        return self.routes(flatten_tokens(type(self).__name__, self.config, x, self.d_model))
+
+    def routes(self, x_ND: Tensor) -> Route:
+        """Route tokens [N, d_model]."""
+        raise ConfigError(f"a {type(self).__name__} reads all its weights for every token: there is nothing to route")
 
     def fix_path(self, path: str) -> None:
         """Take "rows" or "dense" for every call, or choose again ("auto")."""

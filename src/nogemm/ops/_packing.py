@@ -45,10 +45,27 @@ def aligned_buffer(size: int) -> Tensor:
     return memory[offset : offset + size]
 
 
+def through_int8(rows: Tensor) -> Tensor:
+    """Round to the values that int8 rows with a scale each can hold."""
+    steps, scale = quantise_rows(rows, "int8")
+    assert scale is not None
+    return steps * scale.unsqueeze(-1)
+
+
 def define_packed(name: str, *more: str) -> None:
     """Define a packed layer's op, native alone: (x [..., D], its buffer, d_out, more) -> y [..., d_out]."""
     LIBRARY.define(f"{name}({', '.join(('Tensor x', 'Tensor packed', 'int d_out', *more))}) -> Tensor")
     torch.library.register_fake(f"nogemm::{name}", _fake, lib=LIBRARY)
+
+
+def define_rows(name: str) -> None:
+    """Define what a packed layer reads, native alone: (x [..., D], its buffer, count) -> int32 [tokens, count]."""
+    LIBRARY.define(f"{name}(Tensor x, Tensor packed, int count) -> Tensor")
+    torch.library.register_fake(
+        f"nogemm::{name}",
+        lambda x, packed, count: x.new_empty((x.numel() // x.shape[-1], count), dtype=torch.int32),
+        lib=LIBRARY,
+    )
 
 
 def _fake(x: Tensor, packed: Tensor, d_out: int, *more: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nogemm.errors import ConfigError
 from nogemm.ops._library import native
-from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows
 from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
 
 _SCORES = ("gelu", "sigmoid", "constant")
@@ -115,6 +115,18 @@ def packed_lookup(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_lookup(x, packed, d_out)
 
 
+def packed_lookup_rows(x: Tensor, packed: Tensor, count: int) -> Tensor:
+    """Say which rows a packed LookupFFN reads, without reading them.
+
+    Args:
+        x, packed: as in `packed_lookup`.
+        count: T F, neighbours of all tables; must be the packed layer's.
+    Returns:
+        int32 [tokens, T F]; row `code` of table t has the number t R + code.
+    """
+    return torch.ops.nogemm.packed_lookup_rows(x, packed, count)
+
+
 def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
     """Fill the C structure; what it points into lives as long as `address`."""
     weight = weights.weight
@@ -148,3 +160,4 @@ def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
 
 
 define_packed("packed_lookup")
+define_rows("packed_lookup_rows")

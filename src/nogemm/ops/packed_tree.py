@@ -17,7 +17,7 @@ from torch import Tensor
 from nogemm.activations import NUMBERS, activation
 from nogemm.errors import ConfigError
 from nogemm.ops._library import native
-from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows
 from nogemm.ops.tree_descend import levels_of
 
 
@@ -114,4 +114,17 @@ def packed_tree(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
     return torch.ops.nogemm.packed_tree(x, packed, d_out)
 
 
+def packed_tree_rows(x: Tensor, packed: Tensor, count: int) -> Tensor:
+    """Say which nodes a packed TreeFFN visits.
+
+    Args:
+        x, packed: as in `packed_tree`.
+        count: K L, nodes of all paths; must be the packed layer's.
+    Returns:
+        int32 [tokens, K L]; node i of tree k has the number k M + i.
+    """
+    return torch.ops.nogemm.packed_tree_rows(x, packed, count)
+
+
 define_packed("packed_tree")
+define_rows("packed_tree_rows")

@@ -20,13 +20,9 @@ from nogemm.bench.engine.rounding import check_packed
 from nogemm.bench.flips import flip_rate
 from nogemm.config import layer_class, parse_set
 from nogemm.convert import converted
-from nogemm.layers import FFN, HireFFN, LookupFFN, TreeFFN, YosoFFN
-from nogemm.layers.dense.packed import PackedDense
-from nogemm.layers.hashed.layer import HashedNeurons
-from nogemm.layers.no.packed import PackedNo
-from nogemm.layers.shuffle.packed import PackedShuffle
+from nogemm.layers import FFN
+from nogemm.layers._base import PackedFFN
 from nogemm.models.loading import load_encoder
-from nogemm.ops import native_available
 
 # As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
 COPIES = 12
@@ -34,8 +30,6 @@ COPIED_BATCH = 8
 _CALIBRATION = 16
 _MEASURED = 256  # tokens whose recall is measured
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
-# A packed tree's rows against float32: in-rows stay in 16 bits when out-rows go to 8.
-TREE_BYTES = {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}
 
 
 class DenseStack(nn.Module):
@@ -148,7 +142,7 @@ class OurContender(LayerContender):
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         self.layer = our_layer(settings)
-        self.packed: list[nn.Module] = []
+        self.packed: list[PackedFFN] = []
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         dtype = self.settings["dtype"]
@@ -159,43 +153,29 @@ class OurContender(LayerContender):
         twin = self.layer.rounded(dtype)
         cost = twin.cost(self.batch)
         weight_bytes = sum(p.numel() * p.element_size() for p in (*twin.parameters(), *twin.buffers()))
-        # A tree's twin holds its rounded weights in float32.
-        share = TREE_BYTES[dtype] if isinstance(twin, TreeFFN) else 1.0
+        share = self.layer.packed_share(dtype)
         facts = {
             "layers": self.copies,
             "flops": cost.flops,
             "bytes_read": cost.bytes_read * share,
             "row_bytes": twin.row_bytes(self.batch) * share,
             "weight_bytes": weight_bytes * self.copies * share,
-            "computes_in": self._computes_in(),
+            "computes_in": self.layer.computes_in(dtype),
             "token_bytes": 4 * self.settings["d"],
-            "native": runs_native(self.packed[0]),
+            "native": self.packed[0].native,
         }
-        if isinstance(self.layer, HireFFN):
-            facts |= self._hire_facts(self.layer)
-        return facts | self._verify(twin)
-
-    def _computes_in(self) -> str:
-        """Name the peak that most of the arithmetic is held against: hashes in 16-bit integers, all else in floats."""
-        hashed = isinstance(self.layer, (LookupFFN, YosoFFN)) and self.settings["dtype"] != "fp32"
-        return "int16" if hashed else "fp32"
-
-    def _hire_facts(self, layer: HireFFN) -> dict[str, Any]:
-        """Return what the sketch finds, and the traffic: the twin holds rounded rows in float32."""
         assert self.pool is not None
-        report = layer.measure(self.pool.draw(_MEASURED))
-        itemsize = _ITEMSIZE[self.settings["dtype"]]
-        sketch, rows = layer.traffic(self.batch)
-        stored = sum(p.numel() for p in layer.parameters()) * itemsize + sketch
-        found = {"recall": report.recall, "energy": report.energy, "dense_energy": report.dense_energy}
-        return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored * self.copies}
+        own = self.layer.measured(self.pool.draw(_MEASURED), self.batch, dtype)
+        if "weight_bytes" in own:
+            own["weight_bytes"] *= self.copies
+        return facts | own | self._verify(twin)
 
-    def _pack(self) -> nn.Module:
+    def _pack(self) -> PackedFFN:
         return self.layer.pack(self.settings["dtype"], self.settings.get("path", "auto"))
 
     def _verify(self, twin: FFN) -> dict[str, Any]:
         # Tokens of a chunk share their neurons, so the reference must see calls as they were.
-        whole = isinstance(self.layer, HashedNeurons) and self.layer.chunk > 1
+        whole = self.layer.shares_calls
         rows = some_rows(self.batch)
         inputs, outputs = [], []
         for _ in range(1 if self.batch * self.copies >= 64 else -(-64 // (self.batch * self.copies))):
@@ -211,31 +191,20 @@ class OurContender(LayerContender):
 
         with torch.inference_mode():
             facts = check_packed(self.layer, twin, y_ND, self.settings["dtype"], answer)
-            if isinstance(twin, TreeFFN) and isinstance(self.layer, TreeFFN):
-                way = (self.layer.paths(x_ND)[1] != twin.paths(x_ND)[1]).any(-1).any(-1).double().mean()
+            if self.layer.in_turn:
+                way = (self.layer.route(x_ND).rows != twin.route(x_ND).rows).any(-1).double().mean()
                 facts |= {"other_way": float(way)}
         return facts | self._flips(x_ND)
 
     def _flips(self, x_ND: Tensor) -> dict[str, Any]:
         """Return how many of the decisions on these tokens rounding turns over; nothing where none are discrete."""
-        if not isinstance(self.layer, (LookupFFN, TreeFFN)):
+        if self.layer.decisions(x_ND[:1]) is None:
             return {}
-        return {"flip_rate": flip_rate(self.layer, self.settings["dtype"], x_ND, self.batch)}
+        return {"flip_rate": flip_rate(self.layer, self.packed[0], x_ND, self.batch)}
 
     def run(self, inputs: Any) -> Any:
         with torch.inference_mode():
             return [layer(x) for layer, x in zip(self.packed, inputs, strict=True)]
-
-
-def runs_native(packed: nn.Module) -> bool | None:
-    """Say whether a packed layer's compiled kernel runs, or PyTorch operators stand in for it (False).
-
-    None for layers that consist of torch's own kernels by design.
-    """
-    if isinstance(packed, (PackedDense, PackedNo, PackedShuffle)):
-        return None
-    stated = [part.native for part in packed.modules() if isinstance(getattr(part, "native", None), bool)]
-    return native_available() and all(stated)
 
 
 def our_layer(settings: dict[str, Any]) -> FFN:
@@ -245,8 +214,7 @@ def our_layer(settings: dict[str, Any]) -> FFN:
         torch.manual_seed(settings["seed"])
         gated = settings.get("gated", False)
         layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"], gated=gated)
-        if isinstance(layer, HireFFN):
-            layer.fit_sketch()
+        layer.fit_own_weights()
         return layer.eval().requires_grad_(False)
     layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
     return layers[settings["site"]].eval().requires_grad_(False)

@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench.engine.check import DENSE_BOUNDS, Bound, compare, token_errors
-from nogemm.layers import FFN, DenseFFN, LeafTreeFFN, ShuffleFFN, SwitchFFN, TreeFFN
-from nogemm.layers.hashed.layer import HashedNeurons
-from nogemm.ops._packing import quantise_rows
+from nogemm.layers import FFN
 
-DYNAMIC_INT8 = (DenseFFN, ShuffleFFN)
 # One token in a thousand (and one of any number) may go another way, where z is nearly at its threshold.
 TREE_BOUND = Bound(rms=0.2, token=1e-3, share=1e-3, outlier=3.0)
 
@@ -29,44 +26,18 @@ def check_packed(
 
     Args:
         layer: unpacked, in evaluation mode.
-        twin: the layer `rounded` to dtype.
+        twin: `layer.rounded(dtype)`.
         y_ND: what the packed layer gave.
         answer: gives the output of an unpacked layer, computed in a dtype, for the same tokens.
     Returns:
         see `nogemm.bench.engine.check.compare`.
     """
-    if dtype == "int8" and isinstance(layer, (HashedNeurons, LeafTreeFFN, SwitchFFN)):
-        twin = _round_neurons(copy.deepcopy(layer))
-    if isinstance(twin, TreeFFN):
+    if layer.in_turn:
         # Rounding sends some tokens another way altogether, so the rounded layer is what must be met.
         return compare(y_ND, answer(copy.deepcopy(twin).double(), torch.float64), TREE_BOUND)
     reference = answer(copy.deepcopy(layer).double(), torch.float64)
     rounded_errors = token_errors(answer(twin, torch.float32), reference)
-    return compare(y_ND, reference, our_bound(dtype, rounded_errors, isinstance(layer, DYNAMIC_INT8)))
-
-
-@torch.no_grad()
-def _round_neurons(layer: FFN) -> FFN:
-    """Round in-rows and out-rows, in place, to int8 with a scale per neuron, and a tree's nodes to bf16."""
-    for dense in layer.modules():
-        if isinstance(dense, DenseFFN):
-            for linear in (dense.gate, dense.up):
-                if linear is not None:
-                    linear.weight.copy_(_to_int8(linear.weight))
-            dense.down.weight.copy_(_to_int8(dense.down.weight.T).T)
-    if isinstance(layer, LeafTreeFFN):
-        layer.node.copy_(layer.node.bfloat16())
-        for rows in (layer.leaf_in, layer.leaf_out, layer.master_in, layer.master_out):
-            if rows is not None:
-                rows.copy_(_to_int8(rows))
-    return layer
-
-
-def _to_int8(rows: Tensor) -> Tensor:
-    """Round to the values that int8 rows with a scale each can hold."""
-    steps, scale = quantise_rows(rows, "int8")
-    assert scale is not None
-    return steps * scale.unsqueeze(-1)
+    return compare(y_ND, reference, our_bound(dtype, rounded_errors, layer.dynamic_int8))
 
 
 def our_bound(dtype: str, rounded_errors: Tensor, dynamic_int8: bool = False) -> Bound:

@@ -29,6 +29,7 @@ from nogemm.bench.papers.lsh_search import (
 )
 from nogemm.errors import ConfigError
 from nogemm.layers import HireConfig, MongooseConfig, SlideConfig
+from nogemm.layers.hire.config import SketchKind
 from nogemm.layers.mongoose.layer import MongooseFFN
 from nogemm.models.directory import PACKAGED
 from nogemm.running.partial import Keep
@@ -227,7 +228,9 @@ def _hash_row(case: Case, bits: int, tables: int, search: Search) -> dict[str, A
 def search_by_sketches(case: Case, args: LshBenchArgs) -> Iterator[dict[str, Any]]:
     """Search by the rankings of HiRE's sketches; low-rank ones are whitened by the training tokens."""
     top_NX = case.strongest(max(args.top))
-    for kind, rank in (("int8", None), ("int4", None), *(("low_rank", case.d // k) for k in (16, 8, 4))):
+    sketches: list[tuple[SketchKind, int | None]] = [("int8", None), ("int4", None)]
+    sketches += [("low_rank", case.d // k) for k in (16, 8, 4)]
+    for kind, rank in sketches:
         config = HireConfig(sketch=kind, rank=rank)
         layer = config.build(
             case.d,

@@ -28,6 +28,7 @@ from nogemm.bench.engine.measure import summary
 from nogemm.bench.engine.worker import Contender
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
+from nogemm.layers._base import PackedFFN
 from nogemm.layers.hire.packed import PackedHire
 from nogemm.layers.lookup.packed import PackedLookup
 from nogemm.layers.tree.packed import PackedTree
@@ -65,7 +66,7 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 def kind_of(packed: nn.Module) -> Kind | None:
     """Return a packed layer's kind; None if it is not one native call."""
-    if not getattr(packed, "native", False):
+    if not isinstance(packed, PackedFFN) or not packed.native:
         return None
     kind = KINDS.get(type(packed))
     if kind is not None and isinstance(packed, PackedHire) and not packed.sketched:

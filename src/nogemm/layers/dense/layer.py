@@ -5,15 +5,18 @@ Legend: N tokens, D width, F hidden width.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from nogemm.activations import ACTIVATIONS
 from nogemm.config import check_choice, layer_of
 from nogemm.cost import Cost
-from nogemm.layers._base import FFN, each_alone
+from nogemm.layers._base import FFN, Route, each_alone
 from nogemm.layers.dense.config import DenseConfig
 from nogemm.layers.dense.fit import forward_selection
+from nogemm.ops._packing import through_int8
 from nogemm.shape import FFNShape
 
 
@@ -27,8 +30,11 @@ class DenseFFN(FFN):
     Cost: 2 F (D + d_out) FLOP per token, plus 2 F D for the gate; every weight is read once per call.
     """
 
+    dynamic_int8 = True
+
     def __init__(self, config: DenseConfig, shape: FFNShape, *, bias: bool = True) -> None:
         super().__init__(config, shape)
+        self.config: DenseConfig = config
         self.hidden = shape.neurons(config.hidden)
         self.activation = config.activation or shape.activation
         check_choice("DenseFFN", "activation", self.activation, tuple(ACTIVATIONS))
@@ -69,6 +75,10 @@ class DenseFFN(FFN):
         if self.gate is None:
             return act(self.up(x_ND))
         return act(self.gate(x_ND)) * self.up(x_ND)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        """Name all neurons: a dense layer reads them for every token."""
+        return Route(torch.arange(self.hidden).expand(len(x_ND), -1), self.hidden_activations(x_ND))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         return each_alone(lambda x: self.down(self.hidden_activations(x)), x_ND)
@@ -127,6 +137,21 @@ class DenseFFN(FFN):
                 self.gate.bias.copy_(dense.gate.bias[chosen])
             self.down.weight.copy_(dense.down.weight[:, chosen])
             self.down.bias.copy_(dense.down.bias)
+
+
+LayerT = TypeVar("LayerT", bound=FFN)
+
+
+@torch.no_grad()
+def round_dense(layer: LayerT) -> LayerT:
+    """Round the in-rows and out-rows of all dense layers inside, in place, to int8 with a scale per neuron."""
+    for dense in layer.modules():
+        if isinstance(dense, DenseFFN):
+            for linear in (dense.gate, dense.up):
+                if linear is not None:
+                    linear.weight.copy_(through_int8(linear.weight))
+            dense.down.weight.copy_(through_int8(dense.down.weight.T).T)
+    return layer
 
 
 def stored_of(linear: nn.Module) -> list[Tensor]:

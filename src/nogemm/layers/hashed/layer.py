@@ -6,6 +6,7 @@ neurons.
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -15,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.cost import Cost
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers.dense.config import DenseConfig
-from nogemm.layers.dense.layer import DenseFFN, weights_of
+from nogemm.layers.dense.layer import DenseFFN, round_dense, weights_of
 from nogemm.layers.hashed.config import HashedConfig
+from nogemm.layers.hire.sketch import lists_of
 from nogemm.ops import bucket_union, hash_codes
 from nogemm.projections import Projection
 from nogemm.projections._padded import random_signs
@@ -79,6 +81,22 @@ class HashedNeurons(FFN):
         mask_NF = union_of_chunks(bucket_union(self.hashed(v_ND), self.neuron_codes().T), v_ND, self.chunk)
         first = self.neurons.up if self.neurons.gate is None else self.neurons.gate
         return with_best(mask_NF, v_ND, self.chunk, first) if self.falls_back else mask_NF
+
+    @property
+    def shares_calls(self) -> bool:
+        return self.chunk > 1
+
+    def rounded(self, dtype: str) -> FFN:
+        return super().rounded(dtype) if dtype != "int8" else round_dense(copy.deepcopy(self))
+
+    def packed_share(self, dtype: str) -> float:
+        return 0.25 if dtype == "int8" else 1.0
+
+    def routes(self, x_ND: Tensor) -> Route:
+        v_ND = x_ND if self.norm is None else self.norm(x_ND)
+        rows_NP = lists_of(self.retrieved(v_ND))
+        hidden_NF = self.neurons.hidden_activations(v_ND)
+        return Route(rows_NP, hidden_NF.gather(1, rows_NP.clamp_min(0).long()).masked_fill(rows_NP < 0, 0.0))
 
     def masked(self, v_ND: Tensor, mask_NF: Tensor) -> Tensor:
         """Compute all neurons and use those of the mask; a token that is not finite answers NaN."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.hardware.speeds import speeds
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
 from nogemm.layers.hashed.layer import HashedNeurons, hash_extended, union_of_chunks, with_best
+from nogemm.layers.hire.sketch import lists_of
 from nogemm.layers.neurons.store import NeuronStore
 from nogemm.ops import bucket_union
 
@@ -42,18 +43,27 @@ class PackedHashedNeurons(PackedFFN):
         )
         self.register_buffer("bias", layer.neurons.down.bias.detach().float().clone(), persistent=False)
         self.neurons = NeuronStore([layer.neurons], dtype)
+        self.native = self.neurons.native
 
     def fix_path(self, path: str) -> None:
         super().fix_path(path)
         if path == "auto":
             speeds()  # measured now, if it never was, and not within somebody's first call
 
+    def routes(self, x_ND: Tensor) -> Route:
+        x = x_ND.float()
+        return Route(lists_of(self._retrieved(x if self.norm is None else self.norm(x))), None)
+
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()
         v_ND = x if self.norm is None else self.norm(x)
+        y_ND = self.neurons(v_ND, self._retrieved(v_ND), self.path) + self.get_buffer("bias")
+        return y_ND.to(x_ND.dtype)
+
+    def _retrieved(self, v_ND: Tensor) -> Tensor:
         hashing = self.get_buffer("planes") if self.projection is None else self.projection
         codes_NT = hash_extended(v_ND, None, hashing, self.bits)
         mask_NF = union_of_chunks(bucket_union(codes_NT, self.get_buffer("codes")), v_ND, self.chunk)
         if self.fallback:
             mask_NF = with_best(mask_NF, v_ND, self.chunk, self.neurons.selector)
-        return (self.neurons(v_ND, mask_NF, self.path) + self.get_buffer("bias")).to(x_ND.dtype)
+        return mask_NF

@@ -19,14 +19,14 @@ from nogemm.activations import ACTIVATIONS, activation
 from nogemm.config import check_choice, check_int, layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.hire.config import RELU_TYPES, HireConfig
 from nogemm.layers.hire.fit import copy_dense, fit_data, fit_low_rank
 from nogemm.layers.hire.report import HireReport, measure_recall
 from nogemm.layers.hire.routing import Choice, choose
 from nogemm.layers.hire.sketch import Sketch, make_sketch, quantise_neurons
-from nogemm.ops import neurons_at_indices
+from nogemm.ops import neuron_dot, neurons_at_indices
 from nogemm.ops.sketch_and_select import SIGNED
 from nogemm.shape import FFNShape
 
@@ -140,6 +140,15 @@ class HireFFN(FFN):
         """Name the neurons that are computed exactly and those that answer, see `hire_select.choose`."""
         return choose(self, x_ND)
 
+    def routes(self, x_ND: Tensor) -> Route:
+        kept_NK = self.choose(x_ND).kept_NK
+        first, second = activations(self.activation)
+        weights_NK = first(neuron_dot(x_ND, kept_NK, *self.selector))
+        if self.gated:
+            up_NK = neuron_dot(x_ND, kept_NK, self.up, self.up_bias)
+            weights_NK = weights_NK * (up_NK if second is None else second(up_NK))
+        return Route(kept_NK, weights_NK.masked_fill(kept_NK < 0, 0.0))
+
     def tokens(self, x_ND: Tensor) -> Tensor:
         chosen = self.choose(x_ND)
         if torch.is_grad_enabled() and self.selector[0].requires_grad:
@@ -217,6 +226,18 @@ class HireFFN(FFN):
     def fit_sketch(self, x_ND: Tensor | None = None) -> None:
         """Fit a low-rank sketch to the weights as they are, whitened by activations x; others need no fit."""
         fit_low_rank(self, x_ND)
+
+    def fit_own_weights(self) -> None:
+        self.fit_sketch()
+
+    def measured(self, x_ND: Tensor, n_tokens: int, dtype: str) -> dict[str, float]:
+        """Say what the sketch finds, and how many bytes a call and the layer have: the twin holds float32 rows."""
+        report = self.measure(x_ND)
+        itemsize = {"fp32": 4, "bf16": 2, "int8": 1}[dtype]
+        sketch, rows = self.traffic(n_tokens)
+        stored = sum(p.numel() for p in self.parameters()) * itemsize + sketch
+        found = {"recall": report.recall, "energy": report.energy, "dense_energy": report.dense_energy}
+        return found | {"bytes_read": sketch + rows * itemsize, "weight_bytes": stored}
 
     def measure(self, x: Tensor) -> HireReport:
         """Compare what the sketch finds with what exact arithmetic would keep, on tokens x [..., D]."""

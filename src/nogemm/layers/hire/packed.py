@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
 from nogemm.layers.hire.layer import HireFFN, activations
-from nogemm.layers.hire.sketch import deviations
+from nogemm.layers.hire.sketch import deviations, lists_of
 from nogemm.layers.neurons.all import AllNeurons, dense_from, dense_us, rows_us
 from nogemm.ops import native_available
 from nogemm.ops.packed_hire import HireWeights, pack_hire, packed_hire, packed_hire_chosen
@@ -58,6 +58,11 @@ class PackedHire(PackedFFN):
             return rows_us(self.dtype, n, n * read)
 
         self.dense_from = dense_from(path, rows, lambda n: dense_us(self.dtype, n, self.hidden * (first + last)))
+
+    def routes(self, x_ND: Tensor) -> Route:
+        if not self.native:
+            return self.portable.route(x_ND)
+        return Route(lists_of(packed_hire_chosen(x_ND, self.get_buffer("packed"), self.hidden, kept=True)), None)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if not self.native:

@@ -7,6 +7,7 @@ packing in `leaf_tree_packed.py`.
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -16,12 +17,13 @@ from nogemm.activations import ACTIVATIONS, taken_over
 from nogemm.config import layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.layers._auxiliary import attach_loss
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers._scale import OUTPUT_STD, firing_energy
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.leaf_tree.config import LeafTreeConfig
 from nogemm.layers.leaf_tree.fit import fit_leaf_tree
 from nogemm.ops import tree_descend
+from nogemm.ops._packing import through_int8
 from nogemm.shape import FFNShape
 
 MASTER_START = 0.5  # the master leaf's gate starts at sigmoid(0.5)
@@ -125,6 +127,24 @@ class LeafTreeFFN(FFN):
         return y_NO
 
     # -- evaluation
+
+    @torch.no_grad()
+    def rounded(self, dtype: str) -> FFN:
+        if dtype != "int8":
+            return super().rounded(dtype)
+        twin = copy.deepcopy(self)
+        twin.node.copy_(twin.node.bfloat16())
+        for rows in (twin.leaf_in, twin.leaf_out, twin.master_in, twin.master_out):
+            if rows is not None:
+                rows.copy_(through_int8(rows))
+        return twin
+
+    def packed_share(self, dtype: str) -> float:
+        return 0.25 if dtype == "int8" else 1.0
+
+    def routes(self, x_ND: Tensor) -> Route:
+        leaf_N1 = self.leaves(x_ND).unsqueeze(1)
+        return Route(leaf_N1, torch.ones_like(leaf_N1, dtype=x_ND.dtype))
 
     def leaves(self, x_ND: Tensor) -> Tensor:
         """Return the leaf that each token reaches, int64 [N]; NaN goes left."""

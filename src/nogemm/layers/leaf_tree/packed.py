@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nogemm.cost import distinct_rows
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.leaf_tree.layer import LeafTreeFFN, by_leaf, poison, reached_leaves
 from nogemm.layers.neurons.all import dense_from, dense_us, rows_us
@@ -43,6 +43,7 @@ class PackedLeafTree(PackedFFN):
         self._keep("biases", biases_JO.clone())
         dense = DenseFFN.from_weights(up_FD, bias_F, down_FO.T, None, activation=layer.activation)
         self.neurons = NeuronStore([dense], dtype)
+        self.native = self.neurons.native
         self.total = len(bias_F)
 
     def _keep(self, name: str, value: Tensor) -> None:
@@ -61,6 +62,10 @@ class PackedLeafTree(PackedFFN):
             return hit * (each + _LEAF_US) + (dense_us(self.dtype, n, shared * numbers) if shared else 0.0)
 
         self.sorted_from = dense_from(path, named_us, sorted_us)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        leaf_N1 = reached_leaves(x_ND.float(), self.get_buffer("node"), self.get_buffer("node_bias")).unsqueeze(1)
+        return Route(leaf_N1, torch.ones_like(leaf_N1, dtype=torch.float32))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()

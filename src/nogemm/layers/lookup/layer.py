@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nogemm.config import check_choice, layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers._scale import OUTPUT_STD
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.lookup.config import LookupConfig
@@ -85,6 +85,19 @@ class LookupFFN(FFN):
         z_NM = self.projection(x_ND if self.norm is None else self.norm(x_ND))
         return hash_codes(z_NM, self.config.bits, self.config.neighbours, self.config.score == "gelu")
 
+    def routes(self, x_ND: Tensor) -> Route:
+        codes_NTF, scores_NTF = self.codes_and_scores(x_ND)
+        return Route(rows_of(codes_NTF, self.config.bits), scores_NTF.flatten(1))
+
+    def decisions(self, x_ND: Tensor) -> Tensor:
+        z_NM = self.projection(x_ND if self.norm is None else self.norm(x_ND))
+        return z_NM.unflatten(-1, (self.config.tables, self.config.bits))
+
+    def decided(self, rows_NP: Tensor) -> Tensor:
+        nearest_NT = rows_NP.unflatten(1, (self.config.tables, -1))[..., 0]
+        places_K = torch.arange(self.config.bits - 1, -1, -1)
+        return ((nearest_NT.unsqueeze(-1) >> places_K) & 1).bool()
+
     def tokens(self, x_ND: Tensor) -> Tensor:
         codes_NTF, scores_NTF = self.codes_and_scores(x_ND)
         y_ND = gather_accumulate(codes_NTF, scores_NTF, self.tables, self.row_scale)
@@ -127,6 +140,9 @@ class LookupFFN(FFN):
     def row_bytes(self, n_tokens: int) -> float:
         each = self.d_out * self.tables.element_size()
         return float(n_tokens) * self.config.tables * self.config.neighbours * each
+
+    def computes_in(self, dtype: str) -> str:
+        return "fp32" if dtype == "fp32" else "int16"
 
     def start_from_mean(self, mean_D: Tensor) -> None:
         with torch.no_grad():
@@ -191,6 +207,12 @@ _STORAGE = {"bf16": torch.bfloat16, "int8": torch.int8}
 
 def _unit_scale(config: LookupConfig) -> Tensor | None:
     return torch.ones(config.tables, 2**config.bits) if config.storage == "int8" else None
+
+
+def rows_of(codes_NTF: Tensor, bits: int) -> Tensor:
+    """Number the rows of all tables, int32 [N, T F]: row `code` of table t is t R + code."""
+    first_T1 = torch.arange(codes_NTF.shape[1], dtype=codes_NTF.dtype).unsqueeze(-1) << bits
+    return (codes_NTF + first_T1).flatten(1)
 
 
 @cache

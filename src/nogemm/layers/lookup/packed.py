@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nogemm.layers._base import PackedFFN, packed_of
-from nogemm.layers.lookup.layer import LookupFFN
+from nogemm.layers._base import PackedFFN, Route, packed_of
+from nogemm.layers.lookup.config import LookupConfig
+from nogemm.layers.lookup.layer import LookupFFN, rows_of
 from nogemm.ops import gather_accumulate, hash_codes, native_available
 from nogemm.ops._packing import quantise_rows
-from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup
+from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup, packed_lookup_rows
 from nogemm.projections import BHProjection, DenseProjection, DiagonalChain, Projection
 
 
@@ -28,6 +29,8 @@ class PackedLookup(PackedFFN):
     rounded weights run op by op: projection, codes, gather.
     """
 
+    config: LookupConfig
+
     def __init__(self, layer: LookupFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
         known = kernel_weight(layer.projection) is not None and has_packed_kernel(layer.config.neighbours)
@@ -36,6 +39,13 @@ class PackedLookup(PackedFFN):
             self.register_buffer("packed", pack_lookup(_weights(layer), dtype), persistent=False)
         else:
             self.portable = _PortableLookup(layer, dtype)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        if self.native:
+            count = self.config.tables * self.config.neighbours
+            return Route(packed_lookup_rows(x_ND, self.get_buffer("packed"), count), None)
+        codes_NTF, scores_NTF = self.portable.codes_and_scores(x_ND)
+        return Route(rows_of(codes_NTF, self.config.bits), scores_NTF.flatten(1))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if self.native:
@@ -109,9 +119,13 @@ class _PortableLookup(nn.Module):
                 self.norm.load_state_dict(layer.norm.state_dict())
         self.eval().requires_grad_(False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def codes_and_scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows that each token reads and their weights, both [N, T, F]."""
         x = x_ND.float()
         z_NM = self.projection(x if self.norm is None else self.norm(x))
-        codes, scores = hash_codes(z_NM, self.config.bits, self.config.neighbours, self.config.score == "gelu")
+        return hash_codes(z_NM, self.config.bits, self.config.neighbours, self.config.score == "gelu")
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        codes, scores = self.codes_and_scores(x_ND)
         y = gather_accumulate(codes, scores, self.get_buffer("tables"), self.row_scale)
         return (y if self.bias is None else y + self.bias).to(x_ND.dtype)

@@ -46,6 +46,8 @@ class ShuffleFFN(FFN):
     `faithful`, in the norm, which the baseline forgot, and in the initial scale.
     """
 
+    dynamic_int8 = True
+
     def __init__(self, config: ShuffleConfig, shape: FFNShape) -> None:
         super().__init__(config, shape)
         self.config: ShuffleConfig = config

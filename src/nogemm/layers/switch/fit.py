@@ -67,7 +67,7 @@ def carve(layer: SwitchFFN, dense: DenseFFN, x_ND: Tensor) -> bool:
         v_ND = x_ND if layer.norm is None else layer.norm(x_ND)
         if isinstance(layer.router, nn.Linear):
             _separate(layer.router, v_ND)
-        routing = layer.route(v_ND)
+        routing = layer.routing(v_ND)
         for index, expert in enumerate(experts):
             mine = routing.expert_N == index
             gate = routing.gate_N[mine].mean() if bool(mine.any()) else torch.ones(())

@@ -7,6 +7,7 @@ dense weights in `switch_fit.py`, packing in `switch_packed.py`.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -17,9 +18,9 @@ from nogemm.config import layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._auxiliary import PUBLISHED_DROPOUT, attach_loss, drop_input
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers.dense.config import DenseConfig
-from nogemm.layers.dense.layer import DenseFFN, stored_of
+from nogemm.layers.dense.layer import DenseFFN, round_dense, stored_of
 from nogemm.layers.switch.config import SwitchConfig
 from nogemm.layers.switch.fit import carve, upcycle
 from nogemm.layers.switch.routing import Routing, choose_experts, dispatch
@@ -38,7 +39,7 @@ class SwitchFFN(FFN):
         y = p_e expert_e(v)
 
     While a gradient is computed, balance_weight * balance loss + z_weight * z-loss is added to whatever is minimised,
-    so no trainer has to know of them; `route` returns both for those who set the weights to 0 and add them by hand.
+    so no trainer has to know of them; `routing` returns both for those who set the weights to 0 and add them by hand.
 
     | parameter | shape |
     |---|---|
@@ -83,14 +84,24 @@ class SwitchFFN(FFN):
         v_ND = x_ND if self.norm is None else self.norm(x_ND)
         if self.config.faithful:
             v_ND = v_ND * torch.empty_like(v_ND).uniform_(1.0 - JITTER, 1.0 + JITTER)
-        routing = self.route(v_ND)
+        routing = self.routing(v_ND)
         y_ND = dispatch(list(self.experts), routing, v_ND, self.d_out)
         if self.config.faithful:
             return x_ND + F.dropout(y_ND, PUBLISHED_DROPOUT, self.training)
         loss = self.config.balance_weight * routing.balance_loss + self.config.z_weight * routing.z_loss
         return attach_loss(y_ND, loss) if torch.is_grad_enabled() and loss.requires_grad else y_ND
 
-    def route(self, v_ND: Tensor) -> Routing:
+    def rounded(self, dtype: str) -> FFN:
+        return super().rounded(dtype) if dtype != "int8" else round_dense(copy.deepcopy(self))
+
+    def packed_share(self, dtype: str) -> float:
+        return 0.25 if dtype == "int8" else 1.0
+
+    def routes(self, x_ND: Tensor) -> Route:
+        routing = self.routing(x_ND if self.norm is None else self.norm(x_ND))
+        return routing.route()
+
+    def routing(self, v_ND: Tensor) -> Routing:
         """Choose experts for (normed) tokens; both losses are differentiable."""
         capacity = self.config.capacity if self.training else self.config.evaluation_capacity
         return choose_experts(self.router(v_ND), capacity)

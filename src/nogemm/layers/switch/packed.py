@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.cost import distinct_rows
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.neurons.all import dense_from, dense_us, rows_us
 from nogemm.layers.neurons.store import NeuronStore
@@ -40,6 +40,7 @@ class PackedSwitch(PackedFFN):
         experts = [expert for expert in layer.experts if isinstance(expert, DenseFFN)]
         self.hidden = layer.hidden
         self.neurons = NeuronStore(experts, dtype)
+        self.native = self.neurons.native
         none = torch.zeros(self.d_out)
         biases = [none if expert.down.bias is None else expert.down.bias.detach().float() for expert in experts]
         self.register_buffer("biases", torch.stack(biases), persistent=False)
@@ -54,6 +55,10 @@ class PackedSwitch(PackedFFN):
             return hit * dense_us(self.dtype, max(1, round(n / hit)), numbers)
 
         self.sorted_from = dense_from(path, lambda n: rows_us(self.dtype, n, n * numbers), sorted_us)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        x = x_ND.float()
+        return choose_experts(self.router(x if self.norm is None else self.norm(x)), self.capacity).route()
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         x = x_ND.float()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nogemm.layers._base import Route
+
 
 @dataclass(frozen=True, kw_only=True)
 class Routing:
@@ -30,6 +32,11 @@ class Routing:
     kept_N: Tensor
     balance_loss: Tensor
     z_loss: Tensor
+
+    def route(self) -> Route:
+        """Return the experts as rows; a token beyond its expert's capacity has none."""
+        expert_N1 = self.expert_N.masked_fill(~self.kept_N, -1).unsqueeze(1)
+        return Route(expert_N1, (self.gate_N * self.kept_N).unsqueeze(1))
 
 
 def choose_experts(logits_NE: Tensor, capacity: float | None) -> Routing:

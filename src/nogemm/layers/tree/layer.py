@@ -16,7 +16,7 @@ from nogemm.activations import ACTIVATIONS, taken_over
 from nogemm.config import layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.layers._auxiliary import attach_loss
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers._scale import OUTPUT_STD, firing_energy
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.tree.config import TreeConfig
@@ -91,6 +91,21 @@ class TreeFFN(FFN):
         for zero in (self.bias_in, self.threshold, self.core_in_bias, self.bias):
             if zero is not None:
                 nn.init.zeros_(zero)
+
+    in_turn = True
+
+    def routes(self, x_ND: Tensor) -> Route:
+        z_NKL, nodes_NKL = self.paths(x_ND)
+        return Route(nodes_NKL.flatten(1), ACTIVATIONS[self.activation](z_NKL).flatten(1))
+
+    def decisions(self, x_ND: Tensor) -> Tensor:
+        z_NKL, nodes_NKL = self.paths(x_ND)
+        bar = 0.0 if self.threshold is None else self.threshold.flatten()[nodes_NKL.long()]
+        return (z_NKL - bar)[..., :-1]  # a leaf decides nothing
+
+    def decided(self, rows_NP: Tensor) -> Tensor:
+        nodes_NKL = rows_NP.unflatten(1, (self.config.trees, self.levels)) % self.weight_in.shape[1]
+        return nodes_NKL[..., 1:] % 2 == 0  # heap order: right children have even numbers
 
     def paths(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return z at the visited nodes, [N, K, L], and their numbers k M + i, int32 [N, K, L]."""
@@ -182,6 +197,9 @@ class TreeFFN(FFN):
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the in-rows, an optimiser group of their own."""
         return [self.weight_in]
+
+    def packed_share(self, dtype: str) -> float:
+        return {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}[dtype]  # in-rows stay in 16 bits when out-rows go to 8
 
     def row_bytes(self, n_tokens: int) -> float:
         return float(n_tokens) * 4 * self.config.trees * self.levels * (self.d_model + self.d_out)

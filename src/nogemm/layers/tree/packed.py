@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
 from nogemm.layers.tree.layer import TreeFFN
 from nogemm.ops import native_available
-from nogemm.ops.packed_tree import TreeWeights, pack_tree
+from nogemm.ops.packed_tree import TreeWeights, pack_tree, packed_tree_rows
 
 # Looked up once, and not kept on the layer: an operator cannot be pickled.
 _PACKED_TREE = torch.ops.nogemm.packed_tree.default
@@ -28,6 +28,7 @@ class PackedTree(PackedFFN):
     def __init__(self, layer: TreeFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
         self.native = native_available()
+        self.visited = layer.config.trees * layer.levels
         if self.native:
             self.register_buffer("packed", pack_tree(_weights(layer), dtype), persistent=False)
         else:
@@ -43,6 +44,12 @@ class PackedTree(PackedFFN):
         ):
             return _PACKED_TREE(x, self._buffers["packed"], self.d_out)
         return super().forward(x)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        if not self.native:
+            return self.portable.route(x_ND)
+        known = x_ND if x_ND.dtype in _NATIVE_DTYPES else x_ND.float()
+        return Route(packed_tree_rows(known, self.get_buffer("packed"), self.visited), None)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if self.native:

@@ -18,8 +18,9 @@ from nogemm.config import (
 )
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
-from nogemm.layers._base import FFN
+from nogemm.layers._base import FFN, Route
 from nogemm.layers.dense.layer import DenseFFN
+from nogemm.layers.lookup.layer import rows_of
 from nogemm.layers.yoso.config import YosoConfig
 from nogemm.layers.yoso.fit import fit_neurons, fit_values
 from nogemm.ops import bucket_sum, gather_accumulate, hash_codes
@@ -89,6 +90,11 @@ class YosoFFN(FFN):
         nn.init.normal_(self.values, std=0.02)
         nn.init.normal_(self.bias, std=0.001)
         self.hash.reset_parameters("reference" if self.config.projection is None else "scaled")
+
+    def routes(self, x_ND: Tensor) -> Route:
+        codes_NT = self.codes(x_ND if self.norm is None else self.norm(x_ND), self.hash.weight)[0]
+        rows_NP = rows_of(codes_NT.unsqueeze(-1), self.config.bits)
+        return Route(rows_NP, torch.full(rows_NP.shape, 1.0 / self.config.hashes, dtype=x_ND.dtype))
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         q_ND = x_ND if self.norm is None else self.norm(x_ND)
@@ -168,6 +174,9 @@ class YosoFFN(FFN):
             rows * self.d_out * itemsize + (hashing.bytes_read + small * itemsize if n_tokens else 0.0),
             sum(p.numel() for p in self.parameters()),
         )
+
+    def computes_in(self, dtype: str) -> str:
+        return "fp32" if dtype == "fp32" else "int16"
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Take the dense neurons' directions, and for each the best multiple of its output (see `yoso_fit`)."""

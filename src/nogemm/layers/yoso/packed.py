@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._base import PackedFFN, Route, packed_of
+from nogemm.layers.lookup.layer import rows_of
 from nogemm.layers.lookup.packed import kernel_mix, kernel_weight
 from nogemm.layers.yoso.layer import YosoFFN, hash_vectors
 from nogemm.ops import bucket_sum, gather_accumulate, native_available
 from nogemm.ops._packing import quantise_rows
-from nogemm.ops.packed_lookup import LookupWeights, pack_lookup, packed_lookup
+from nogemm.ops.packed_lookup import LookupWeights, pack_lookup, packed_lookup, packed_lookup_rows
 
 
 @packed_of(YosoFFN)
@@ -36,7 +37,7 @@ class PackedYoso(PackedFFN):
 
     def __init__(self, layer: YosoFFN, dtype: str) -> None:
         super().__init__(layer, dtype)
-        self.unit = layer.unit
+        self.unit, self.hashes, self.bits = layer.unit, layer.config.hashes, layer.config.bits
         gain = None if layer.gain is None else layer.gain.detach().float().clone()
         self.register_buffer("gain", gain, persistent=False)
         self.register_buffer("bias", layer.bias.detach().float().clone(), persistent=False)
@@ -49,6 +50,11 @@ class PackedYoso(PackedFFN):
             self.register_buffer("packed", pack_lookup(_weights(layer, weight, bias), dtype), persistent=False)
         else:
             self.portable = _PortableYoso(layer, dtype)
+
+    def routes(self, x_ND: Tensor) -> Route:
+        if self.native:
+            return Route(packed_lookup_rows(x_ND, self.get_buffer("packed"), self.hashes), None)
+        return Route(rows_of(self.portable.codes(x_ND.float())[0].unsqueeze(-1), self.bits), None)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if self.native and self.finished:
@@ -106,8 +112,12 @@ class _PortableYoso(nn.Module):
         self.register_buffer("row_scale", scale, persistent=False)
         self.requires_grad_(False)
 
-    def forward(self, x_ND: Tensor) -> Tensor:
+    def codes(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the code of each token under each hash, [N, T], and which tokens are finite, [N, 1]."""
         q_ND = x_ND if self.norm is None else self.norm(x_ND)
-        codes_NT, finite_N1 = hash_vectors(self.hash, q_ND, self.hash.weight, self.groups, self.hashes, self.bits)
+        return hash_vectors(self.hash, q_ND, self.hash.weight, self.groups, self.hashes, self.bits)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        codes_NT, finite_N1 = self.codes(x_ND)
         scores = torch.where(finite_N1, 1.0 / self.hashes, float("nan")).expand(codes_NT.shape).unsqueeze(-1)
         return gather_accumulate(codes_NT.unsqueeze(-1), scores.contiguous(), self.get_buffer("tables"), self.row_scale)
