@@ -89,7 +89,9 @@ def test_a_token_alone_is_answered_as_in_company(isa: str, kind: str, dtype: str
     x = torch.randn(70, D)
     alone = torch.cat([packed(token.unsqueeze(0)) for token in x])
     # Dynamic int8 has one step for the activations of a call.
-    bound = 0.05 if dtype == "int8" and layer.dynamic_int8 else 1e-2 if dtype == "bf16" else 1e-5
+    # Int8 rows stand beside tokens of 16 bits where they are read one by one, beside float32 where all are multiplied.
+    bounds = {"fp32": 1e-5, "bf16": 1e-2, "int8": 0.05 if layer.dynamic_int8 else 1e-3}
+    bound = bounds[dtype]
     assert typical(alone, packed(x)) < bound
     assert typical(alone.roll(1, 0), packed(x)) > 10 * bound or kind == "no"
 
@@ -145,7 +147,7 @@ def test_packed_layers_are_for_evaluation(kind: str) -> None:
         copy.deepcopy(layer).train().pack()
     packed = layer.pack()
     assert isinstance(packed, PackedFFN)
-    assert not list(packed.state_dict())
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
     with pytest.raises(PackedError, match="evaluation only"):
         packed.train()
     x = torch.randn(3, D, requires_grad=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.errors import ConfigError, DtypeError, ShapeError
+from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, LookupFFN
 from nogemm.layers.lookup.fit import fit_tables
 from nogemm.testing.cases import LOOKUP_CASES, LookupCase
@@ -223,12 +223,6 @@ def test_compress_and_back(storage: str, error: float) -> None:
     assert layer.table_parameters()[0].requires_grad
 
 
-def test_optimiser_groups_cover_every_parameter_once() -> None:
-    layer = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(block=8)).build(8)
-    grouped = [p for group in layer.optimiser_groups().values() for p in group]
-    assert sorted(map(id, grouped)) == sorted(map(id, layer.parameters()))
-
-
 def test_not_finite_tokens_stay_alone() -> None:
     for case in LOOKUP_CASES:
         layer = build(case)
@@ -239,23 +233,3 @@ def test_not_finite_tokens_stay_alone() -> None:
         assert y[1].isnan().all(), case.name
         assert y[2].isnan().all(), case.name
         torch.testing.assert_close(y[[0, 3]], clean[[0, 3]])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_input_dtypes_and_shapes(dtype: torch.dtype) -> None:
-    layer = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(block=8)).build(8, 5).eval()
-    for shape in ((8,), (0, 8), (2, 0, 8), (2, 3, 8)):
-        y = layer(torch.randn(shape).to(dtype))
-        assert y.shape == (*shape[:-1], 5)
-        assert y.dtype == dtype
-    assert layer.to(dtype)(torch.randn(3, 8)).dtype == torch.float32
-
-
-def test_bad_input_is_named() -> None:
-    layer = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(block=8)).build(8)
-    with pytest.raises(ShapeError, match=r"LookupFFN: expected last dim 8, got x of shape \(2, 9\)"):
-        layer(torch.randn(2, 9))
-    with pytest.raises(DtypeError, match=r"floating-point x, got torch\.int64"):
-        layer(torch.ones(2, 8, dtype=torch.int64))
-    with pytest.raises(ConfigError, match="widths must be positive"):
-        nogemm.LookupConfig().build(0)

@@ -19,22 +19,51 @@ enum HireMode : int64_t { kHireF32 = 0, kHireBF16 = 1, kHireI8 = 2 };
 enum HireSelect : int64_t { kTopK = 0, kStatistical = 1, kActive = 2 };
 inline constexpr int64_t kKeySigned = -1;  // a key that is the score itself; any other is an activation
 
+// The header's fields in their order, eight bytes each: I(integer), D(double). The only list of them: Python asks for it.
+#define NOGEMM_HIRE_FIELDS(I, D)                                                       \
+  I(magic)                                                                             \
+  I(version)                                                                           \
+  I(bytes)                                                                             \
+  I(mode)                                                                              \
+  I(d)                                                                                 \
+  I(d_out)                                                                             \
+  I(hidden)                                                                            \
+  I(gated)   /* 0: up and down; 1: gate, up and down */                                \
+  I(act)     /* of the gate or of a plain layer's up, see packed/host/activations.h */ \
+  I(up_relu) /* ReLU on the gated branch, too */                                       \
+  I(key)     /* kKeySigned, or an activation whose size ranks */                       \
+  I(select)  /* HireSelect */                                                          \
+  I(nibbles) /* int4 codes */                                                          \
+  I(width)   /* columns of the sketch: d, or the rank */                               \
+  I(steps)   /* of 4 or 8 columns */                                                   \
+  I(group)                                                                             \
+  I(groups) /* this and the next three are counted in groups of neurons */             \
+  I(kept)                                                                              \
+  I(candidates)                                                                        \
+  I(always_count)                                                                      \
+  I(bundle_bytes) /* of a bundle, and where in it the rows begin; gate at 0 */         \
+  I(up_at)                                                                             \
+  I(down_at)                                                                           \
+  I(sketch) /* offsets from here on; 0: absent */                                      \
+  I(sketch_scale)                                                                      \
+  I(reduce)                                                                            \
+  I(always)                                                                            \
+  I(margin_error)                                                                      \
+  I(margin_size)                                                                       \
+  I(bundles)                                                                           \
+  I(scales) /* [3][hidden], int8 only */                                               \
+  I(gate_bias)                                                                         \
+  I(up_bias)                                                                           \
+  I(out_bias)                                                                          \
+  D(keep_z) /* statistical: standard deviations above the mean; -infinity keeps all */ \
+  D(wide_z)
+
 struct HireHeader {
-  int64_t magic, version, bytes;
-  int64_t mode, d, d_out, hidden;
-  int64_t gated;    // 0: up and down; 1: gate, up and down
-  int64_t act;      // of the gate or of a plain layer's up, see packed/host/activations.h
-  int64_t up_relu;  // ReLU on the gated branch, too
-  int64_t key;      // kKeySigned, or an activation whose size ranks
-  int64_t select;   // HireSelect
-  int64_t nibbles;  // int4 codes
-  int64_t width;    // columns of the sketch: d, or the rank
-  int64_t steps;    // of 4 or 8 columns
-  int64_t group, groups, kept, candidates, always_count;  // counted in groups of neurons
-  int64_t bundle_bytes, up_at, down_at;                   // of a bundle, and where in it the rows begin; gate at 0
-  int64_t sketch, sketch_scale, reduce, always, margin_error, margin_size;  // offsets; 0: absent
-  int64_t bundles, scales, gate_bias, up_bias, out_bias;                    // scales [3][hidden], int8 only
-  double keep_z, wide_z;  // statistical: standard deviations above the mean; -infinity keeps all
+#define NOGEMM_INTEGER(name) int64_t name;
+#define NOGEMM_DOUBLE(name) double name;
+  NOGEMM_HIRE_FIELDS(NOGEMM_INTEGER, NOGEMM_DOUBLE)
+#undef NOGEMM_INTEGER
+#undef NOGEMM_DOUBLE
 };
 
 // What kernels are given (kernels/sketch.h, kernels/bundles.h).

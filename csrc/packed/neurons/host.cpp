@@ -9,6 +9,14 @@ using namespace nogemm;
 static_assert(NOGEMM_X_FP32 == static_cast<int>(kF32) && NOGEMM_X_BF16 == static_cast<int>(kBF16) &&
               NOGEMM_X_FP16 == static_cast<int>(kF16));
 
+extern "C" const char* nogemm_hire_fields() {
+#define NOGEMM_INTEGER(name) "q" #name " "
+#define NOGEMM_DOUBLE(name) "d" #name " "
+  return NOGEMM_HIRE_FIELDS(NOGEMM_INTEGER, NOGEMM_DOUBLE);
+#undef NOGEMM_INTEGER
+#undef NOGEMM_DOUBLE
+}
+
 extern "C" void nogemm_hire_prepare(void* memory, int64_t bytes) { ask_for_huge_pages(memory, bytes); }
 
 extern "C" const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out) {

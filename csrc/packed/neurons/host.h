@@ -7,6 +7,9 @@
 extern "C" {
 #endif
 
+// The fields of the header in their order, each behind "q" (integer) or "d" (double), separated by spaces.
+NOGEMM_API const char* nogemm_hire_fields(void);
+
 // For memory that a buffer is about to be written to.
 NOGEMM_API void nogemm_hire_prepare(void* memory, int64_t bytes);
 

@@ -259,6 +259,13 @@ class _NoBackward(torch.autograd.Function):
         raise PackedError("packed layers have no gradient; train the unpacked model (pack with keep=True keeps it)")
 
 
+KERNEL_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+
+def _as_kernels_take(x_ND: Tensor) -> Tensor:
+    return x_ND if x_ND.dtype in KERNEL_DTYPES else x_ND.float()
+
+
 class PackedFFN(nn.Module, ABC):
     """A layer packed for evaluation: no training mode, no gradient, no place in a checkpoint.
 
@@ -292,22 +299,22 @@ class PackedFFN(nn.Module, ABC):
         self._kept = () if layer is None else (layer,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [..., d_model] to [..., d_out]; y has x's dtype."""
+        """Map [..., d_model] to [..., d_out]; y has x's dtype, though no more than float32's precision."""
         x_ND = flatten_tokens(type(self).__name__, self.config, x, self.d_model)
         with torch.no_grad():
-            y = self.tokens(x_ND).reshape(*x.shape[:-1], self.d_out)
+            y = self.tokens(_as_kernels_take(x_ND)).to(x.dtype).reshape(*x.shape[:-1], self.d_out)
         if torch.is_grad_enabled() and x.requires_grad:
             return _NoBackward.apply(y, x)  # type: ignore[no-any-return]
         return y
 
     @abstractmethod
     def tokens(self, x_ND: Tensor) -> Tensor:
-        """Map [N, d_model] to [N, d_out] in x's dtype."""
+        """Map [N, d_model] to [N, d_out] in x's dtype, one of KERNEL_DTYPES."""
 
     @torch.no_grad()
     def route(self, x: Tensor) -> Route:
         """Say which rows each token of x [..., d_model] reads; see `FFN.route`."""
-        return self.routes(flatten_tokens(type(self).__name__, self.config, x, self.d_model))
+        return self.routes(_as_kernels_take(flatten_tokens(type(self).__name__, self.config, x, self.d_model)))
 
     def routes(self, x_ND: Tensor) -> Route:
         """Route tokens [N, d_model]."""

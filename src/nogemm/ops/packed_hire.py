@@ -9,6 +9,7 @@ Legend: D width, E output width, F neurons, R width of the sketch.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 from dataclasses import dataclass
 
@@ -124,49 +125,71 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     padded = _up(hidden, _SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
     rows, scales = zip(*(_rows(m, dtype) for m in kinds), strict=True)
-    layout = _Layout(_up(struct.calcsize("<34q2d"), ALIGNMENT))
-    sketch = layout.add(None if w.codes is None else lay_out_sketch(w.codes, w.nibbles))
-    sketch_scale = layout.add(None if w.scale is None else _padded(w.scale, padded))
-    reduce = layout.add(None if w.reduce is None or w.codes is None else w.reduce.float())
+    layout = _Layout(_up(8 * len(_fields()), ALIGNMENT))
     static = 0 if w.always is None else w.always.numel()
-    always = layout.add(w.always.to(torch.int32) if w.always is not None and static else None)
-    error = layout.add(w.error) if w.select == "active" else 0
-    size = layout.add(w.size) if w.select == "active" else 0
-    select_bias = layout.add(_padded(w.up_bias if w.gate_bias is None else w.gate_bias, padded))
-    up_bias = layout.add(w.up_bias.detach().float())
-    out_bias = layout.add(w.bias.detach().float())
     stacked = [s for s in (scales[0], scales[-2], scales[-1]) if s is not None]
-    scale_at = layout.add(torch.stack(stacked) if stacked else None)
-    widths = [r.shape[1] for r in rows]
-    bundles = layout.end
-    total = bundles + hidden * sum(widths)
     codes_width = width if w.codes is None else w.codes.shape[1]
-    header = struct.pack(
-        "<31q2d",
-        *(_MAGIC, _VERSION, total, PACK_MODES[dtype], width, w.down.shape[1], hidden, int(w.gate is not None)),
-        *(NUMBERS[activation(w.activation).name], int(w.up_relu), KEYS[w.key], _SELECT.index(w.select)),
-        *(int(w.nibbles), codes_width, -(-codes_width // (8 if w.nibbles else 4)), w.group, -(-hidden // w.group)),
-        *(w.kept, w.candidates, static, sum(widths), widths[0] if w.gate is not None else 0),
-        *(sum(widths[:-1]), sketch, sketch_scale, reduce, always, error, size, bundles, scale_at),
-        *(w.keep_z, w.wide_z),
-    )
+    widths = [r.shape[1] for r in rows]
+    values: dict[str, float] = {
+        "magic": _MAGIC,
+        "version": _VERSION,
+        "mode": PACK_MODES[dtype],
+        "d": width,
+        "d_out": w.down.shape[1],
+        "hidden": hidden,
+        "gated": w.gate is not None,
+        "act": NUMBERS[activation(w.activation).name],
+        "up_relu": w.up_relu,
+        "key": KEYS[w.key],
+        "select": _SELECT.index(w.select),
+        "nibbles": w.nibbles,
+        "width": codes_width,
+        "steps": -(-codes_width // (8 if w.nibbles else 4)),
+        "group": w.group,
+        "groups": -(-hidden // w.group),
+        "kept": w.kept,
+        "candidates": w.candidates,
+        "always_count": static,
+        "bundle_bytes": sum(widths),
+        "up_at": widths[0] if w.gate is not None else 0,
+        "down_at": sum(widths[:-1]),
+        "sketch": layout.add(None if w.codes is None else lay_out_sketch(w.codes, w.nibbles)),
+        "sketch_scale": layout.add(None if w.scale is None else _padded(w.scale, padded)),
+        "reduce": layout.add(None if w.reduce is None or w.codes is None else w.reduce.float()),
+        "always": layout.add(w.always.to(torch.int32) if w.always is not None and static else None),
+        "margin_error": layout.add(w.error) if w.select == "active" else 0,
+        "margin_size": layout.add(w.size) if w.select == "active" else 0,
+        "gate_bias": layout.add(_padded(w.up_bias if w.gate_bias is None else w.gate_bias, padded)),
+        "up_bias": layout.add(w.up_bias.detach().float()),
+        "out_bias": layout.add(w.bias.detach().float()),
+        "scales": layout.add(torch.stack(stacked) if stacked else None),
+        "keep_z": w.keep_z,
+        "wide_z": w.wide_z,
+    }
+    total = layout.end + hidden * sum(widths)
+    values |= {"bundles": layout.end, "bytes": total}
     buffer = aligned_buffer(total)
     library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
     library.nogemm_hire_prepare(buffer.data_ptr(), total)
-    _write(header, (select_bias, up_bias, out_bias), layout, torch.cat(rows, dim=1), bundles, buffer)
+    _write(values, layout, torch.cat(rows, dim=1), buffer)
     return buffer
 
 
-def _write(
-    header: bytes, biases: tuple[int, int, int], layout: _Layout, bundle_rows: Tensor, bundles: int, buffer: Tensor
-) -> None:
+@functools.cache
+def _fields() -> dict[str, str]:
+    """Return {name: "q" or "d"} of the header's fields, integers and doubles, in the kernel's order."""
+    library = native()
+    library.nogemm_hire_fields.restype = ctypes.c_char_p
+    return {word[1:]: word[0] for word in library.nogemm_hire_fields().decode().split()}
+
+
+def _write(values: dict[str, float], layout: _Layout, bundle_rows: Tensor, buffer: Tensor) -> None:
     buffer.zero_()
-    doubles = struct.calcsize("<2d")
-    words = header[:-doubles] + struct.pack("<3q", *biases) + header[-doubles:]
-    buffer[: len(words)] = torch.frombuffer(bytearray(words), dtype=torch.uint8)
-    for start, values in layout.sections:
-        buffer[start : start + values.numel()] = values
-    buffer[bundles : bundles + bundle_rows.numel()] = bundle_rows.flatten()
+    header = b"".join(struct.pack(f"<{kind}", values[name]) for name, kind in _fields().items())
+    buffer[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+    for start, section in layout.sections:
+        buffer[start : start + section.numel()] = section
+    buffer[layout.end : layout.end + bundle_rows.numel()] = bundle_rows.flatten()
 
 
 def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
@@ -187,15 +210,15 @@ def packed_hire(x: Tensor, packed: Tensor, d_out: int) -> Tensor:
 
 def packed_rows(packed: Tensor) -> dict[str, tuple[Tensor, Tensor | None]]:
     """View the rows in a buffer of `pack_hire`: "gate" (if gated), "up", "down", each [F, width], and their scales."""
-    h = packed[: 34 * 8].view(torch.int64).tolist()
-    mode, width, d_out, hidden, gated = h[3:8]
-    stride, up_at, down_at, bundles, scales = h[20], h[21], h[22], h[29], h[30]
+    h = dict(zip(_fields(), packed[: 8 * len(_fields())].view(torch.int64).tolist(), strict=True))
+    width, d_out, hidden, stride = h["d"], h["d_out"], h["hidden"], h["bundle_bytes"]
+    mode, bundles, scales = h["mode"], h["bundles"], h["scales"]
     dtype = (torch.float32, torch.bfloat16, torch.int8)[mode]
     rows = packed[bundles : bundles + hidden * stride].view(hidden, stride)
-    kinds = (("gate", 0, width), ("up", up_at, width), ("down", down_at, d_out))
+    kinds = (("gate", 0, width), ("up", h["up_at"], width), ("down", h["down_at"], d_out))
     found: dict[str, tuple[Tensor, Tensor | None]] = {}
     for place, (name, at, columns) in enumerate(kinds):
-        if name == "gate" and not gated:
+        if name == "gate" and not h["gated"]:
             continue
         scale = packed[scales + place * hidden * 4 :][: hidden * 4].view(torch.float32) if mode == 2 else None
         found[name] = rows[:, at : at + columns * dtype.itemsize].view(dtype), scale

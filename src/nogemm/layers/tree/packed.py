@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nogemm.layers._base import PackedFFN, Route, packed_of
+from nogemm.layers._base import KERNEL_DTYPES, PackedFFN, Route, packed_of
 from nogemm.layers.tree.layer import TreeFFN
 from nogemm.ops import native_available
 from nogemm.ops.packed_tree import TreeWeights, pack_tree, packed_tree_rows
 
 # Looked up once, and not kept on the layer: an operator cannot be pickled.
 _PACKED_TREE = torch.ops.nogemm.packed_tree.default
-_NATIVE_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
 
 @packed_of(TreeFFN)
@@ -36,25 +35,18 @@ class PackedTree(PackedFFN):
 
     def forward(self, x: Tensor) -> Tensor:
         # Most of a small call is Python: what is ready for the kernel goes there without another look.
-        if (
-            self.native
-            and x.dtype in _NATIVE_DTYPES
-            and x.shape[-1:] == (self.d_model,)
-            and not torch.is_grad_enabled()
-        ):
+        if self.native and x.dtype in KERNEL_DTYPES and x.shape[-1:] == (self.d_model,) and not torch.is_grad_enabled():
             return _PACKED_TREE(x, self._buffers["packed"], self.d_out)
         return super().forward(x)
 
     def routes(self, x_ND: Tensor) -> Route:
         if not self.native:
             return self.portable.route(x_ND)
-        known = x_ND if x_ND.dtype in _NATIVE_DTYPES else x_ND.float()
-        return Route(packed_tree_rows(known, self.get_buffer("packed"), self.visited), None)
+        return Route(packed_tree_rows(x_ND, self.get_buffer("packed"), self.visited), None)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if self.native:
-            known = x_ND if x_ND.dtype in _NATIVE_DTYPES else x_ND.float()
-            return _PACKED_TREE(known, self._buffers["packed"], self.d_out).to(x_ND.dtype)
+            return _PACKED_TREE(x_ND, self._buffers["packed"], self.d_out)
         return self.portable(x_ND)
 
 
