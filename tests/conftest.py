@@ -12,6 +12,7 @@ import torch
 
 from nogemm import ops
 from nogemm.bench import peers
+from nogemm.bench.engine.measure import trial_runs
 from nogemm.hardware.speeds import Speeds, use_speeds
 
 # A run that a shell starts in the background inherits that Ctrl-C is ignored; tests send it to themselves.
@@ -52,6 +53,13 @@ def _same_state_for_every_test() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _runs_are_trials() -> Iterator[None]:
+    """Let benches run a round or two: what they do is tested, not the machine."""
+    with trial_runs():
+        yield
 
 
 @pytest.fixture(autouse=True)

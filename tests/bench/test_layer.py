@@ -54,7 +54,7 @@ TINY: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     args = LayerBenchArgs(**TINY, against=("torch-fp32", "torch-int8"), cache=("fresh", "warm"))
-    return run_layer_bench(args, _min_rounds=2)
+    return run_layer_bench(args)
 
 
 @pytest.mark.parametrize("engine", ["torch-fp32", "onnxruntime-fp32", "openvino-f32"])
@@ -109,7 +109,7 @@ def test_batch_one_goes_through_twelve_copies_when_fresh(result: dict[str, Any])
 def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pytest.CaptureFixture[str]) -> None:
     fields = ("tables=128", "bits=6", "projection.block=8")
     tiny: dict[str, Any] = TINY | {"batch": (300,), "dtype": "fp32,int8", "set": fields}
-    lookup = run_layer_bench(LayerBenchArgs(**tiny, against=("torch-fp32",)), _min_rounds=2)
+    lookup = run_layer_bench(LayerBenchArgs(**tiny, against=("torch-fp32",)))
     found = {row["contender"]: row.get("flip_rate", "none") for row in lookup["rows"]}
     assert found["torch-fp32"] == "none"
     assert 0 <= found["nogemm-fp32"] < found["nogemm-int8"] < 0.01
@@ -120,11 +120,11 @@ def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pyt
     assert number(found["nogemm-int8"], 2) in page
 
     tiny |= {"method": "tree", "set": ("depth=6", "trees=8"), "activation": "relu", "dtype": "int8", "against": ()}
-    (row,) = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)["rows"]
+    (row,) = run_layer_bench(LayerBenchArgs(**tiny))["rows"]
     assert row["verified"] is True
     assert 0 < row["flip_rate"] < 0.01
     tiny |= {"method": "dense", "set": ()}
-    (row,) = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)["rows"]
+    (row,) = run_layer_bench(LayerBenchArgs(**tiny))["rows"]
     assert "flip_rate" not in row
     bench_cli._print_rows({"machine_line": "", "rows": [row]}, ("batch",), "us", 1.0)
     assert "flip rate" not in capsys.readouterr().out
@@ -147,7 +147,7 @@ def test_a_layer_without_its_kernel_says_so(
 
     monkeypatch.setenv("NOGEMM_DISABLE_NATIVE", "1")  # for the worker; this process has loaded the kernels
     tiny: dict[str, Any] = TINY | {"batch": (16,), "against": ()}
-    without = run_layer_bench(LayerBenchArgs(**tiny), _min_rounds=2)
+    without = run_layer_bench(LayerBenchArgs(**tiny))
     (row,) = without["rows"]
     assert row["native"] is False
     assert row["verified"] is True
@@ -190,7 +190,7 @@ def test_a_contender_with_wrong_output_has_no_time(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(bench, "_specs", specs)
     tiny: dict[str, Any] = TINY | {"batch": (16,), "against": ("torch-fp32",)}
     args = LayerBenchArgs(**tiny)
-    rows = {row["contender"]: row for row in run_layer_bench(args, _min_rounds=2)["rows"]}
+    rows = {row["contender"]: row for row in run_layer_bench(args)["rows"]}
     assert rows[target]["verified"] is False
     assert "does not match the reference" in rows[target]["error"]
     assert all(row["ratio"] is None for row in rows.values() if row is rows[target] or fake == "SwappedTables")

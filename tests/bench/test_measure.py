@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nogemm.bench.engine import measure as engine
 from nogemm.bench.engine.measure import Plan, Spec, add_ratios, measure, summary
 from nogemm.bench.engine.worker import time_calls
 
@@ -96,7 +97,8 @@ def test_a_silent_worker_is_ended(tmp_path: Path) -> None:
     assert row["error"] == "no answer within 1 s"
 
 
-def test_few_rounds_are_refused() -> None:
+def test_few_rounds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_TRIALS", [])  # as outside of tests
     with pytest.raises(ValueError, match="at least 7 rounds"):
         measure([], [], Plan(threads=1, rounds=6))
 

@@ -37,7 +37,7 @@ CHUNKED = "nogemm-slide-chunk128"
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS), _min_rounds=1)
+    return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS))
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def profiled(**change: Any) -> dict[str, Any]:
     counters, counts = change.pop("counters", "none"), change.pop("counts", None)
     args = ProfileArgs(layer=LayerBenchArgs(**(TINY | change)), counters=counters, counts=counts)
-    return run_profile(args, _min_rounds=2)
+    return run_profile(args)
 
 
 @pytest.mark.usefixtures("quick")

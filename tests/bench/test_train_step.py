@@ -33,7 +33,7 @@ def contender(folder: Path, kind: str) -> StepContender:
 
 
 def test_rows_of_both_sides_in_one_run() -> None:
-    result = run_train_step(TrainStepArgs(**TINY, threads=1, rounds=2), _min_rounds=2)
+    result = run_train_step(TrainStepArgs(**TINY, threads=1, rounds=2))
     rows = json.loads(json.dumps(result))["rows"]
     assert [(row["codes"], row["contender"]) for row in rows] == [
         (codes, name) for codes in ("uniform", "skewed") for name in ("nogemm", "dense-fused", "dense-foreach")

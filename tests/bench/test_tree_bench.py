@@ -37,7 +37,7 @@ def test_layer_rows_are_verified_and_rated() -> None:
         method="tree", d=32, hidden=63, dtype="int8,bf16,fp32", batch=(1, 16), against=("torch-fp32",),
         seconds=0.01, pool_cap_bytes=1 << 20, **SMALL,
     )  # fmt: skip
-    rows = run_layer_bench(args, _min_rounds=2)["rows"]
+    rows = run_layer_bench(args)["rows"]
     assert len(rows) == 4 * 2
     for row in rows:
         assert row["verified"] is True, row
@@ -47,7 +47,7 @@ def test_layer_rows_are_verified_and_rated() -> None:
 
 
 def test_training_steps_of_all_forms_are_verified() -> None:
-    result = run_train_step(TrainStepArgs(method="tree", d=16, tokens=64, **SMALL), _min_rounds=2)
+    result = run_train_step(TrainStepArgs(method="tree", d=16, tokens=64, **SMALL))
     names = ("nogemm", "nogemm-rows", "masked-fused", "masked-foreach")
     assert [row["contender"] for row in result["rows"]] == [*names, *names]
     for row in result["rows"]:

@@ -72,7 +72,6 @@ def run_layer_bench(
     *,
     note: Callable[[str], None] | None = None,
     keep: Keep | None = None,
-    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time our packed layer and its dense contenders; `keep` gets the result as it grows.
 
@@ -113,7 +112,7 @@ def run_layer_bench(
         codes = "uniform" if args.checkpoint is None else "trained"
         cases = [{"batch": b, "cache": cache, "codes": codes} for cache in args.cache for b in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
-        rows = measure(_specs(args, pool), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
+        rows = measure(_specs(args, pool), cases, plan, note=note, keep=kept)
     return finished(rows)
 
 

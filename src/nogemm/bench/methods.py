@@ -67,7 +67,6 @@ def run_methods_bench(
     *,
     note: Callable[[str], None] | None = None,
     keep: Keep | None = None,
-    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time one layer of every method, packed, on fresh tokens and random weights.
 
@@ -110,7 +109,7 @@ def run_methods_bench(
         cases = [{"batch": batch, "cache": "fresh"} for batch in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
         specs = _specs(args, chosen, pool)
-        return finished(measure(specs, cases, plan, note=note, keep=kept, _min_rounds=_min_rounds))
+        return finished(measure(specs, cases, plan, note=note, keep=kept))
 
 
 def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:

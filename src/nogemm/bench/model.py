@@ -82,7 +82,6 @@ def run_model_bench(
     *,
     note: Callable[[str], None] | None = None,
     keep: Keep | None = None,
-    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time the packed model, plain, compiled and exported, its dense contenders, and smaller dense models.
 
@@ -123,7 +122,7 @@ def run_model_bench(
         if keep is not None:
             keep(finished(rows))
 
-    return finished(measure(_specs(args), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds))
+    return finished(measure(_specs(args), cases, plan, note=note, keep=kept))
 
 
 def _checked(args: ModelBenchArgs) -> ModelBenchArgs:

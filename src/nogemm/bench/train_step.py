@@ -89,7 +89,6 @@ def run_train_step(
     *,
     note: Callable[[str], None] | None = None,
     keep: Keep | None = None,
-    _min_rounds: int = MIN_ROUNDS,
 ) -> dict[str, Any]:
     """Verify and time training steps, ours with fused AdamW, the dense layer's with fused and with foreach AdamW.
 
@@ -127,7 +126,7 @@ def run_train_step(
             write_pool(pool, 8 * args.tokens, args.d, seed=args.seed + 1, source_ND=_source(args, codes))
             cases.append({"tokens": args.tokens, "codes": codes})
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=0.0)
-        rows = measure(_specs(args, folder), cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
+        rows = measure(_specs(args, folder), cases, plan, note=note, keep=kept)
     return finished(rows)
 
 

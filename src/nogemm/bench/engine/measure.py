@@ -15,7 +15,8 @@ Reading order: Spec and Plan, `measure`, its table; a worker is spoken to in `wo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,19 @@ class Plan:
     seconds_in_all: float = float("inf")
 
 
+_TRIALS: list[None] = []
+
+
+@contextmanager
+def trial_runs() -> Iterator[None]:
+    """Within the block, let runs have fewer rounds than a median can be trusted after: their rows say how many."""
+    _TRIALS.append(None)
+    try:
+        yield
+    finally:
+        _TRIALS.pop()
+
+
 def measure(
     specs: Sequence[Spec],
     cases: Sequence[dict[str, Any]],
@@ -78,7 +92,6 @@ def measure(
     *,
     note: Note | None = None,
     keep: KeepRows | None = None,
-    _min_rounds: int = MIN_ROUNDS,
 ) -> list[dict[str, Any]]:
     """Verify and time every contender on every case.
 
@@ -90,14 +103,12 @@ def measure(
     Returns:
         One row per case and contender, in that order: {"contender", **case, "verified", ...facts the contender gave}
         and, only if verified, "us_median", "us_p10", "us_p90", "calls"; otherwise "error", "missing" or "skipped".
-        "rounds" where time ran out before all of them.
+        "rounds" where time ran out before all of them, and in trial runs.
     Raises:
         ValueError: fewer than seven rounds.
     """
-    if plan.rounds < _min_rounds:
-        raise ValueError(
-            f"at least {_min_rounds} rounds are needed for a median that can be trusted, got {plan.rounds}"
-        )
+    if plan.rounds < MIN_ROUNDS and not _TRIALS:
+        raise ValueError(f"at least {MIN_ROUNDS} rounds are needed for a median that can be trusted, got {plan.rounds}")
     table = _Table(specs, cases, plan, note or (lambda line: None), keep or (lambda rows: None))
     workers: dict[str, WorkerProcess] = {}
     try:
@@ -201,7 +212,7 @@ class _Table:
             self.say(f"{_label(self.cases[number])} round {turn + 1} of {self.plan.rounds}")
             self._keep(self.rows())
         for name in ready:
-            if rows[name]["rounds"] == self.plan.rounds:
+            if rows[name]["rounds"] == self.plan.rounds >= MIN_ROUNDS:
                 del rows[name]["rounds"]
 
     def _turn(self, row: dict[str, Any], worker: WorkerProcess, times: list[float]) -> None:

@@ -62,7 +62,6 @@ def project(
     roofline: Roofline,
     pool: Path,
     note: Note,
-    _min_rounds: int,
 ) -> dict[str, Any]:
     """Time the variants, fit the model, and run the scenarios at every batch.
 
@@ -79,7 +78,7 @@ def project(
     measured: list[tuple[str, LookupShape, float]] = []
     for variant in variants(layer, built):
         note(f"timing {' '.join(variant.set)} {variant.dtype}")
-        measured += [(phase, s, us) for phase, s, us in _phases(variant, pool, _min_rounds)]
+        measured += [(phase, s, us) for phase, s, us in _phases(variant, pool)]
     model = fit_model(measured, machine)
     known = {(phase, s): us for phase, s, us in measured}
     scenarios = []
@@ -160,7 +159,7 @@ def shape_of(layer: LayerBenchArgs, built: LookupFFN, batch: int) -> LookupShape
     )
 
 
-def _phases(layer: LayerBenchArgs, pool: Path, _min_rounds: int) -> list[tuple[str, LookupShape, float]]:
+def _phases(layer: LayerBenchArgs, pool: Path) -> list[tuple[str, LookupShape, float]]:
     """Time hash and kernel of one variant at every batch."""
     built = check_projectable(layer)
     settings = {**vars(layer), "set": list(layer.set), "pool": str(pool), "events": False}
@@ -168,7 +167,7 @@ def _phases(layer: LayerBenchArgs, pool: Path, _min_rounds: int) -> list[tuple[s
     specs = [Spec(name=name, factory=job, settings=settings | {"phase": phase}) for name, phase in _PHASES]
     plan = Plan(threads=layer.threads, rounds=layer.rounds, seconds=layer.seconds)
     cases = [{"batch": batch, "cache": "fresh"} for batch in layer.batch]
-    timed = measure(specs, cases, plan, _min_rounds=_min_rounds)
+    timed = measure(specs, cases, plan)
     found = []
     for batch in layer.batch:
         us = {row["contender"]: row.get("us_median") for row in timed if row["batch"] == batch}

@@ -18,7 +18,7 @@ from typing import Any
 
 from nogemm.bench import peers
 from nogemm.bench.contenders.layer import our_layer
-from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, measure
+from nogemm.bench.engine.measure import Plan, Spec, measure
 from nogemm.bench.engine.pool import pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
 from nogemm.bench.layer import LayerBenchArgs, checked, token_source
@@ -61,9 +61,7 @@ class ProfileArgs:
     project: bool = False
 
 
-def run_profile(
-    args: ProfileArgs, *, note: Note | None = None, keep: Keep | None = None, _min_rounds: int = MIN_ROUNDS
-) -> dict[str, Any]:
+def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | None = None) -> dict[str, Any]:
     """Time a packed layer by phases, count its events, and hold both against the machine; `keep` gets it in steps.
 
     Returns:
@@ -119,11 +117,11 @@ def run_profile(
         specs = profile_specs(layer, ours, pool, packed, events=chosen.name == "perf")
         plan = Plan(threads=layer.threads, rounds=layer.rounds, seconds=layer.seconds)
         cases = [{"batch": batch, "cache": "fresh"} for batch in layer.batch]
-        timed = measure(specs, cases, plan, note=note, keep=kept, _min_rounds=_min_rounds)
+        timed = measure(specs, cases, plan, note=note, keep=kept)
         projection = None
         if args.project and roofline is not None:
             rows = phase_rows(timed, ours, names, {}, roofline, {"source": None, "why_not": ""})
-            projection = project(layer, rows, roofline, pool, say, _min_rounds)
+            projection = project(layer, rows, roofline, pool, say)
             kept(timed, projection)
     if chosen.name == "perf":
         counted, how = _events(timed, ours, known), {"source": "perf", "why_not": "", "threads": layer.threads}
