@@ -15,6 +15,7 @@ from nogemm.bench import peers
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
+from nogemm.bench.engine.row import Row
 from nogemm.bench.models import site_inputs
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
@@ -96,13 +97,13 @@ def run_layer_bench(
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
     head |= {"roofline": None if roofline is None else roofline.to_dict(), "pool": size.to_dict()}
 
-    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def finished(rows: list[Row]) -> dict[str, Any]:
         add_ratios(rows, ours, _KEYS)
         for row in rows:
             _add_rates(row, roofline, args)
         return head | {"rows": rows}
 
-    def kept(rows: list[dict[str, Any]]) -> None:
+    def kept(rows: list[Row]) -> None:
         if keep is not None:
             keep(finished(rows))
 
@@ -157,7 +158,7 @@ def token_source(args: LayerBenchArgs) -> Any:
     return site_inputs(Path(args.checkpoint), args.site, seed=args.seed)
 
 
-def _add_rates(row: dict[str, Any], roofline: Roofline | None, args: LayerBenchArgs) -> None:
+def _add_rates(row: Row, roofline: Roofline | None, args: LayerBenchArgs) -> None:
     """Turn work and time into rates, and hold them against the roofline."""
     us = row.get("us_median")
     rates = ("us_per_token", "gflops", "gb_per_s", "roofline_fraction", "bound")

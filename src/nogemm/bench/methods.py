@@ -18,6 +18,7 @@ from nogemm.bench.contenders.layer import our_layer
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import DTYPES, origin
+from nogemm.bench.engine.row import Row
 from nogemm.bench.papers.fff_gather import BMM, GATHER
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
@@ -90,7 +91,7 @@ def run_methods_bench(
     size = pool_size(args.d, largest_call=max(args.batch) * 2, cap_bytes=args.pool_cap_bytes)
     head |= {"pool": size.to_dict(), "methods": methods}
 
-    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def finished(rows: list[Row]) -> dict[str, Any]:
         for row in rows:
             row |= {name: row.get(name) for name in _TIMES}
         for row in rows:
@@ -99,7 +100,7 @@ def run_methods_bench(
                 row["published_ratio"] = _ratio(row, rows, BMM)
         return head | {"rows": rows}
 
-    def kept(rows: list[dict[str, Any]]) -> None:
+    def kept(rows: list[Row]) -> None:
         if keep is not None:
             keep(finished(rows))
 
@@ -215,7 +216,7 @@ def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, .
     return specs
 
 
-def _ratio(row: dict[str, Any], rows: Sequence[dict[str, Any]], to: str) -> float | None:
+def _ratio(row: Row, rows: Sequence[Row], to: str) -> float | None:
     same = (r for r in rows if r["contender"] == to and r["batch"] == row["batch"])
     reference = next(same, {}).get("us_median")
     own = row["us_median"]

@@ -9,6 +9,7 @@ from typing import Any
 from nogemm.bench import peers
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.result import origin, our_names
+from nogemm.bench.engine.row import Row
 from nogemm.bench.models import is_published_shape
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
@@ -109,7 +110,7 @@ def run_model_bench(
         seconds_in_all=args.seconds_in_all or float("inf"),
     )
 
-    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def finished(rows: list[Row]) -> dict[str, Any]:
         add_ratios(rows, ours, _KEYS)
         for row in rows:
             row["trained"] = _is_trained(row["contender"], args)
@@ -118,7 +119,7 @@ def run_model_bench(
             row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
         return head | {"rows": rows}
 
-    def kept(rows: list[dict[str, Any]]) -> None:
+    def kept(rows: list[Row]) -> None:
         if keep is not None:
             keep(finished(rows))
 

@@ -34,6 +34,7 @@ from nogemm.bench.engine.check import Bound, compare
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.pool import TokenPool, write_pool
 from nogemm.bench.engine.result import origin
+from nogemm.bench.engine.row import Row
 from nogemm.bench.models import site_inputs
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
@@ -111,11 +112,11 @@ def run_train_step(
     args = args if args.checkpoint is None else replace(args, codes=("trained",))
     head = origin(asdict(args))
 
-    def finished(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def finished(rows: list[Row]) -> dict[str, Any]:
         add_ratios(rows, OURS, ("tokens", "codes"))
         return head | {"rows": rows}
 
-    def kept(rows: list[dict[str, Any]]) -> None:
+    def kept(rows: list[Row]) -> None:
         if keep is not None:
             keep(finished(rows))
 

@@ -14,19 +14,21 @@ Reading order: Spec and Plan, `measure`, its table; a worker is spoken to in `wo
 
 from __future__ import annotations
 
+import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
+from nogemm.bench.engine.row import Row
 from nogemm.bench.engine.worker_process import WorkerProcess
 
 MIN_ROUNDS = 7
 Note = Callable[[str], None]
-KeepRows = Callable[[list[dict[str, Any]]], None]
+KeepRows = Callable[[list[Row]], None]
 NOT_REACHED = "not reached"
 OUT_OF_TIME = "out of time"
 _PREPARING = 0.6  # of all the time: contenders that are not ready by then are left out of the first case, and of all
@@ -92,7 +94,7 @@ def measure(
     *,
     note: Note | None = None,
     keep: KeepRows | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Verify and time every contender on every case.
 
     Args:
@@ -135,18 +137,18 @@ def summary(us: Sequence[float]) -> dict[str, float]:
     return {"us_median": float(median), "us_p10": float(p10), "us_p90": float(p90)}
 
 
-def add_ratios(rows: Sequence[dict[str, Any]], ours: str, keys: Sequence[str]) -> None:
+def add_ratios(rows: Sequence[Row], ours: str, keys: Sequence[str]) -> None:
     """Give each timed row ratio = its median / ours, of the same case and run (above 1: ours is faster).
 
     `keys` name the case; a row without a time, or beside an unverified row of ours, gets None.
     """
     base = {
-        tuple(row[key] for key in keys): row["us_median"]
+        _case(row, keys): row["us_median"]
         for row in rows
         if row["contender"] == ours and row.get("us_median") is not None
     }
     for row in rows:
-        mine = base.get(tuple(row[key] for key in keys))
+        mine = base.get(_case(row, keys))
         time = row.get("us_median")
         row["ratio"] = time / mine if mine and time is not None else None
 
@@ -158,10 +160,13 @@ class _Table:
         self, specs: Sequence[Spec], cases: Sequence[dict[str, Any]], plan: Plan, say: Note, keep: KeepRows
     ) -> None:
         self.cases, self.plan, self.say, self._keep = cases, plan, say, keep
-        self.cells: list[dict[str, dict[str, Any]]] = [
+        self.cells: list[dict[str, Row]] = [
             {
-                spec.name: {"contender": spec.name, **case, "verified": False}
-                | ({"skipped": NOT_REACHED} if spec.missing is None else {"missing": spec.missing})
+                spec.name: cast(
+                    "Row",
+                    {"contender": spec.name, **case, "verified": False}
+                    | ({"skipped": NOT_REACHED} if spec.missing is None else {"missing": spec.missing}),
+                )
                 for spec in specs
             }
             for case in cases
@@ -169,9 +174,9 @@ class _Table:
         self._late: set[str] = set()
         self._start = time.monotonic()
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """Return copies of the rows, case by case."""
-        return [dict(row) for cells in self.cells for row in cells.values()]
+        return [copy.copy(row) for cells in self.cells for row in cells.values()]
 
     def prepare(self, number: int, workers: dict[str, WorkerProcess]) -> None:
         """Build and verify every contender for a case."""
@@ -191,7 +196,7 @@ class _Table:
             self.say(f"{label} {name}: preparing")
             answer = worker.ask({"do": "prepare", "case": self.cases[number]})
             del row["skipped"]
-            row |= answer
+            row.update(cast("Row", answer))
             self.say(f"{label} {name}: {_verdict(row)}")
             self._keep(self._unfinished(number))
 
@@ -208,17 +213,18 @@ class _Table:
                 if "error" in rows[name] or "skipped" in rows[name]:
                     ready.remove(name)
             for name in ready:
-                rows[name] |= summary(times[name]) | {"calls": len(times[name]), "rounds": turn + 1}
+                figures = summary(times[name]) | {"calls": len(times[name]), "rounds": turn + 1}
+                rows[name].update(cast("Row", figures))
             self.say(f"{_label(self.cases[number])} round {turn + 1} of {self.plan.rounds}")
             self._keep(self.rows())
         for name in ready:
             if rows[name]["rounds"] == self.plan.rounds >= MIN_ROUNDS:
                 del rows[name]["rounds"]
 
-    def _turn(self, row: dict[str, Any], worker: WorkerProcess, times: list[float]) -> None:
+    def _turn(self, row: Row, worker: WorkerProcess, times: list[float]) -> None:
         answer = worker.ask({"do": "time", "seconds": self.plan.seconds, "max_calls": self.plan.max_calls})
         if "us" not in answer:
-            row |= answer | {"verified": False}
+            row.update(cast("Row", answer | {"verified": False}))
         else:
             times += answer["us"]
             call = max(answer["us"]) * row.get("layers", 1) * 1e-6
@@ -228,7 +234,7 @@ class _Table:
         for figure in ("us_median", "us_p10", "us_p90", "calls", "rounds"):  # of the rounds before
             row.pop(figure, None)
 
-    def _unfinished(self, number: int) -> list[dict[str, Any]]:
+    def _unfinished(self, number: int) -> list[Row]:
         """Return the rows while a case is prepared: its verified ones have no time yet."""
         rows = self.rows()
         case = self.cases[number]
@@ -242,9 +248,14 @@ class _Table:
         return (time.monotonic() - self._start) / self.plan.seconds_in_all
 
 
+def _case(row: Row, keys: Sequence[str]) -> tuple[Any, ...]:
+    values: Mapping[str, Any] = row
+    return tuple(values[key] for key in keys)
+
+
 def _label(case: dict[str, Any]) -> str:
     return " ".join(f"{key} {value}" for key, value in case.items())
 
 
-def _verdict(row: dict[str, Any]) -> str:
+def _verdict(row: Row) -> str:
     return "verified" if row["verified"] else f"refused: {row.get('error', 'no reason given')}"
