@@ -113,7 +113,7 @@ def run_imports(tree: ast.Module, known: set[str]) -> list[tuple[set[str], int, 
     return found
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+def circles(graph: dict[str, set[str]]) -> list[tuple[str, ...]]:
     """Return the groups of modules that reach each other."""
 
     def reached(start: str) -> set[str]:

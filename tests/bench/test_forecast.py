@@ -123,7 +123,7 @@ def test_a_projection_holds_model_points_and_scenarios(monkeypatch: pytest.Monke
     layer = LayerBenchArgs(d=32, set=("tables=16", "bits=3", "projection.block=32"), batch=(1, 64), threads=1)
     rows = [{"contender": "torch-fp32", "phase": "whole", "batch": 64, "us_median": 6400.0}]
     machine = Roofline(threads=1, gflops={"fp32": 100.0}, gb_per_s={"L1": 400.0, "L2": 100.0, "memory": 10.0})
-    found = forecast_figure.project(layer, rows, machine, tmp_path, lambda line: None, 2)
+    found = forecast_figure.project(layer, rows, machine, tmp_path, lambda line: None)
     assert len(seen) == len(set(seen)) == 5
     assert len(found["model"]["points"]) == 2 * 2 * 5
     assert set(found["model"]["errors_left_out"]) == {"hash", "gather"}

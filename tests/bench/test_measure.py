@@ -10,6 +10,7 @@ import pytest
 
 from nogemm.bench.engine import measure as engine
 from nogemm.bench.engine.measure import Plan, Spec, add_ratios, measure, summary
+from nogemm.bench.engine.row import Row
 from nogemm.bench.engine.worker import time_calls
 
 HERE = Path(__file__).parent
@@ -26,7 +27,7 @@ def fake(name: str, kind: str, log: Path, **settings: Any) -> Spec:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, dict[str, Any]], list[str]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Row], list[str]]:
     log = tmp_path_factory.mktemp("measure") / "log"
     specs = [
         fake("ours", "Sleeper", log),
@@ -108,7 +109,7 @@ def test_summary_is_median_and_tenths() -> None:
 
 
 def test_ratios_compare_within_a_case_only() -> None:
-    rows: list[dict[str, Any]] = [
+    rows: list[Row] = [
         {"contender": "ours", "batch": 1, "us_median": 2.0},
         {"contender": "peer", "batch": 1, "us_median": 6.0},
         {"contender": "ours", "batch": 8},

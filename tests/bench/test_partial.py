@@ -6,12 +6,12 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 from benchmark_scripts import load
 
 from nogemm.bench.engine.measure import NOT_REACHED, OUT_OF_TIME, Plan, Spec, measure
+from nogemm.bench.engine.row import Row
 from nogemm.bench.report.write import write_report
 from nogemm.running.partial import RUNNING, Record, Terminated, recording, sigterm_interrupts
 
@@ -30,7 +30,7 @@ def sleepers(tmp_path: Path, *names: str) -> list[Spec]:
 
 
 def test_rows_are_handed_out_as_they_come(tmp_path: Path) -> None:
-    seen: list[list[dict[str, Any]]] = []
+    seen: list[list[Row]] = []
     plan = Plan(threads=1, seconds=0.001, max_calls=1)
     specs = [*sleepers(tmp_path, "ours", "peer"), Spec(name="absent", factory="no:No", missing="pip install absent")]
     rows = measure(specs, CASES, plan, keep=seen.append)
@@ -94,7 +94,7 @@ def test_a_failure_keeps_what_was_measured_and_is_raised(tmp_path: Path) -> None
 
 
 def test_sigterm_ends_the_workers_too(tmp_path: Path) -> None:
-    def stop(rows: list[dict[str, Any]]) -> None:
+    def stop(rows: list[Row]) -> None:
         if "us_median" in rows[0]:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -212,7 +212,7 @@ def test_narrow_layers_are_simulated_where_their_kernel_stops(
 ) -> None:
     """Valgrind itself runs in tests/extra; here it answers with counts made up."""
     monkeypatch.setattr(bench, "choose_source", lambda wanted: bench.Source("cachegrind", ""))
-    monkeypatch.setattr(bench.profile_counting, "count_program", lambda: Path("count_calls"))
+    monkeypatch.setattr(bench.counting, "count_program", lambda: Path("count_calls"))
     asked: list[list[str]] = []
 
     def simulate(commands: Sequence[Callable[[bool], Sequence[str]]], g: Any) -> list[Counts]:
@@ -220,7 +220,7 @@ def test_narrow_layers_are_simulated_where_their_kernel_stops(
         asked.append(words[1:3])
         return [COUNTS.scaled(1.0), COUNTS.scaled(3.0 if words[2] == "0" else 2.0)]
 
-    monkeypatch.setattr(bench.profile_counting, "simulate", simulate)
+    monkeypatch.setattr(bench.counting, "simulate", simulate)
     result = profiled(counters="cachegrind", method=method, set=fields, dtype=dtype, hidden=64, batch=(16,), against=())
     assert {row["phase"] for row in result["rows"] if row["counted"]} == counted
     assert {row["phase"] for row in result["energy"]["rows"]} == counted
@@ -238,8 +238,8 @@ def test_narrow_layers_are_simulated_where_their_kernel_stops(
 @pytest.mark.usefixtures("quick")
 def test_counts_of_an_earlier_result_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "choose_source", lambda wanted: bench.Source("cachegrind", ""))
-    monkeypatch.setattr(bench.profile_counting, "simulate_phases", _no_simulation)
-    monkeypatch.setattr(bench.profile_counting, "simulate_dense", _no_simulation)
+    monkeypatch.setattr(bench.counting, "simulate_phases", _no_simulation)
+    monkeypatch.setattr(bench.counting, "simulate_dense", _no_simulation)
     keys = [("nogemm-fp32", phase) for phase in ("kernel", "hash", "gather")] + [("dense-numpy-fp32", "kernel")]
     counts = [
         {"contender": name, "phase": phase, "batch": batch, **COUNTS.to_dict()}

@@ -78,4 +78,4 @@ def test_every_wrong_key_and_shape_is_named() -> None:
         with pytest.raises(nogemm.CheckpointError, match=re.escape(words)):
             nogemm.importers.ultrafastbert(state, trees=trees)
     with pytest.raises(nogemm.ConfigError, match="activation must be one of"):
-        nogemm.importers.ultrafastbert(good, trees=2, activation="tanh")
+        nogemm.importers.ultrafastbert(good, trees=2, activation="tanh")  # type: ignore[arg-type]

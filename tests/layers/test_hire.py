@@ -246,7 +246,7 @@ def test_the_sketch_follows_an_optimiser_that_leaves_no_trace() -> None:
 
 
 @pytest.mark.parametrize("select", ["topk", "statistical", "active"])
-def test_odd_tokens(select: str) -> None:
+def test_odd_tokens(select: Any) -> None:
     layer = build(HireConfig(keep=0.1, select=select), "relu", False)
     x = torch.randn(8, 40)
     clean = layer(x)

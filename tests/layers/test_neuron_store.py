@@ -1,5 +1,7 @@
 """NeuronStore: named neurons, all at once, and a part of them agree, natively and in plain PyTorch."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ from nogemm.testing.compare import check_equal
 CLOSE = {"fp32": 2e-6, "bf16": 2e-6, "int8": 3e-4}
 
 
-def build(gated: bool, activation: str = "gelu") -> list[DenseFFN]:
+def build(gated: bool, activation: Any = "gelu") -> list[DenseFFN]:
     config = DenseConfig(hidden=37, activation=activation)
     layers = [
         config.build(19, 23, hidden=37, activation=activation, gated=gated).eval().requires_grad_(False)

@@ -257,7 +257,10 @@ def test_lower_precision_models_run(config: ProjectionConfig) -> None:
         (lambda: nogemm.AcdcConfig(depth=0), "AcdcConfig: depth must be an integer at least 1, got depth=0"),
         (lambda: nogemm.HadamardChainConfig(depth=1.5), "depth=1.5"),  # type: ignore[arg-type]
         (lambda: nogemm.LowRankConfig(rank=0), "rank=0"),
-        (lambda: nogemm.BHConfig(pad="none"), "BHConfig: pad must be one of power_of_two, hadamard, got pad='none'"),
+        (
+            lambda: nogemm.BHConfig(pad="none"),  # type: ignore[arg-type]
+            "BHConfig: pad must be one of power_of_two, hadamard, got pad='none'",
+        ),
         (
             lambda: nogemm.BHConfig(pad="hadamard").build(20, 20),
             r"padded width 32 \(d_in=20 padded with pad='hadamard'",

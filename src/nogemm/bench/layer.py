@@ -15,7 +15,7 @@ from nogemm.bench import peers
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
-from nogemm.bench.engine.row import Row
+from nogemm.bench.engine.row import Row, fill
 from nogemm.bench.models import site_inputs
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
@@ -162,7 +162,7 @@ def _add_rates(row: Row, roofline: Roofline | None, args: LayerBenchArgs) -> Non
     """Turn work and time into rates, and hold them against the roofline."""
     us = row.get("us_median")
     rates = ("us_per_token", "gflops", "gb_per_s", "roofline_fraction", "bound")
-    row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error", *rates)}
+    fill(row, ("us_median", "us_p10", "us_p90", "max_error", *rates))
     if us is None:
         return
     row["us_per_token"] = us / row["batch"]
@@ -177,7 +177,7 @@ def _add_rates(row: Row, roofline: Roofline | None, args: LayerBenchArgs) -> Non
         bytes_from["memory"] = bytes_from.get("memory", 0.0) + row["batch"] * row["token_bytes"]
     known = {level: size for level, size in bytes_from.items() if level in roofline.gb_per_s}
     least, bound = roofline.bound(compute, known)
-    row |= {"roofline_fraction": least / us, "bound": bound}
+    row["roofline_fraction"], row["bound"] = least / us, bound
 
 
 def weight_level(weight_bytes: float, found: Sequence[dict[str, Any]] | None = None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from nogemm.bench import peers
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.result import origin, our_names
-from nogemm.bench.engine.row import Row
+from nogemm.bench.engine.row import Row, fill
 from nogemm.bench.models import is_published_shape
 from nogemm.config import layer_class, parse_set
 from nogemm.errors import ConfigError
@@ -115,7 +115,7 @@ def run_model_bench(
         for row in rows:
             row["trained"] = _is_trained(row["contender"], args)
             us = row.get("us_median")
-            row |= {name: row.get(name) for name in ("us_median", "us_p10", "us_p90", "max_error")}
+            fill(row, ("us_median", "us_p10", "us_p90", "max_error"))
             row["us_per_token"] = None if us is None else us / (row["batch"] * row["length"])
         return head | {"rows": rows}
 

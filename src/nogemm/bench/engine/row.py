@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from collections.abc import Iterable
+from typing import Any, TypedDict, cast
 
 
 class Row(TypedDict, total=False):
@@ -40,12 +41,12 @@ class Row(TypedDict, total=False):
     codes: str
     phase: str
     verified: bool
-    max_error: float
+    max_error: float | None
     rms_error: float
-    us_median: float
-    us_p10: float
-    us_p90: float
-    us_per_token: float
+    us_median: float | None
+    us_p10: float | None
+    us_p90: float | None
+    us_per_token: float | None
     calls: int
     rounds: int
     ratio: float | None
@@ -59,10 +60,10 @@ class Row(TypedDict, total=False):
     row_bytes: float
     weight_bytes: float
     token_bytes: float
-    gflops: float
-    gb_per_s: float
-    roofline_fraction: float
-    bound: str
+    gflops: float | None
+    gb_per_s: float | None
+    roofline_fraction: float | None
+    bound: str | None
     computes_in: str
     native: bool | None
     flip_rate: float | None
@@ -76,3 +77,10 @@ class Row(TypedDict, total=False):
     trained: bool
     parts: dict[str, float]
     events: dict[str, float]
+
+
+def fill(row: Row, names: Iterable[str]) -> None:
+    """Give a row None for those of the named fields that it lacks, so that all rows of a table have them."""
+    values = cast("dict[str, Any]", row)
+    for name in names:
+        values.setdefault(name, None)

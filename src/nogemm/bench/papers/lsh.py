@@ -229,7 +229,8 @@ def search_by_sketches(case: Case, args: LshBenchArgs) -> Iterator[dict[str, Any
     """Search by the rankings of HiRE's sketches; low-rank ones are whitened by the training tokens."""
     top_NX = case.strongest(max(args.top))
     sketches: list[tuple[SketchKind, int | None]] = [("int8", None), ("int4", None)]
-    sketches += [("low_rank", case.d // k) for k in (16, 8, 4)]
+    for k in (16, 8, 4):
+        sketches.append(("low_rank", case.d // k))
     for kind, rank in sketches:
         config = HireConfig(sketch=kind, rank=rank)
         layer = config.build(

@@ -21,6 +21,7 @@ from nogemm.bench.contenders.layer import our_layer
 from nogemm.bench.engine.measure import Plan, Spec, measure
 from nogemm.bench.engine.pool import pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
+from nogemm.bench.engine.row import Row
 from nogemm.bench.layer import LayerBenchArgs, checked, token_source
 from nogemm.bench.papers.energy import CLAIMED_L1_HITS, constants, energy_rows
 from nogemm.bench.papers.forecast_figure import check_projectable, project
@@ -95,7 +96,7 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | Non
     }
 
     def finished(
-        timed: list[dict[str, Any]], counted: Mapping[Key, Counts], how: dict[str, Any], projection: Any
+        timed: list[Row], counted: Mapping[Key, Counts], how: dict[str, Any], projection: Any
     ) -> dict[str, Any]:
         rows = phase_rows(timed, ours, names, counted, roofline, how)
         return head | {
@@ -107,7 +108,7 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | Non
             "projection": projection,
         }
 
-    def kept(timed: list[dict[str, Any]], projection: Any = None) -> None:
+    def kept(timed: list[Row], projection: Any = None) -> None:
         if keep is not None:
             keep(finished(timed, {}, {"source": None, "why_not": "not reached"}, projection))
 

@@ -1,8 +1,7 @@
 """HireFFN: a cheap sketch names candidate neurons, only those are computed, and the strongest few answer.
 
 Legend: N tokens, D width, F neurons, E output width, K neurons per token, G groups of g, R width of the sketch.
-Reading order: `HireConfig`, `HireFFN.tokens`, `choose`; the sketch is in `hire_sketch.py`, fits in
-`hire_fit.py`, cost in `hire_cost.py`, packing in `hire_packed.py`.
+Reading order: `HireFFN.tokens`, `choose`; the sketch is in `sketch.py`, the choice in `routing.py`.
 """
 
 from __future__ import annotations
@@ -137,7 +136,7 @@ class HireFFN(FFN):
         return self._cached[1]
 
     def choose(self, x_ND: Tensor) -> Choice:
-        """Name the neurons that are computed exactly and those that answer, see `hire_select.choose`."""
+        """Name the neurons that are computed exactly and those that answer, see `routing.choose`."""
         return choose(self, x_ND)
 
     def routes(self, x_ND: Tensor) -> Route:
@@ -218,7 +217,7 @@ class HireFFN(FFN):
         return self.fitted
 
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
-        """Copy the dense layer; fit sketch, static units and output bias to activations x (see `hire_fit`)."""
+        """Copy the dense layer; fit sketch, static units and output bias to activations x (see `fit.py`)."""
         if self.fit_dense(dense) != "random":
             fit_data(self, dense, x_ND)
         return self.fitted

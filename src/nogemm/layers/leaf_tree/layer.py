@@ -1,8 +1,7 @@
 """LeafTreeFFN: a soft binary tree chooses a small MLP, its leaf; in evaluation a token computes one leaf only.
 
 Legend: N tokens, D width, O output width, J = 2^depth leaves, W neurons per leaf, M = J - 1 nodes in heap order.
-Reading order: `LeafTreeConfig`, `LeafTreeFFN.mixture`, `LeafTreeFFN.hard`, `cost`; fitting is in `leaf_tree_fit.py`,
-packing in `leaf_tree_packed.py`.
+Reading order: `LeafTreeFFN.mixture`, `LeafTreeFFN.hard`, `cost`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """LookupFFN: hash the token, read one row of each table, add the rows up.
 
 Legend: N tokens, D width, T tables, K bits per table, R = 2^K rows per table, M = T K soft code bits, F neighbours.
-Reading order: `LookupConfig`, `LookupFFN.tokens`, `reset_parameters`, `cost`; fitting is in `lookup_fit.py`, packing in
-`lookup_packed.py`.
+Reading order: `LookupFFN.tokens`, `reset_parameters`, `cost`.
 """
 
 from __future__ import annotations

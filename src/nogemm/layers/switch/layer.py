@@ -1,8 +1,7 @@
 """Switch: a linear router sends each token to one of a few dense experts.
 
 Legend: N tokens, D width, E experts, F hidden width of an expert.
-Reading order: `SwitchConfig`, `SwitchFFN.tokens`, `route`; who gets which token is in `switch_routing.py`, the fit from
-dense weights in `switch_fit.py`, packing in `switch_packed.py`.
+Reading order: `SwitchFFN.tokens`, `routing`; who gets which token is in `routing.py`.
 """
 
 from __future__ import annotations
@@ -131,13 +130,13 @@ class SwitchFFN(FFN):
         return self.router.weights() if isinstance(self.router, Projection) else [self.router.get_parameter("weight")]
 
     def fit_dense(self, dense: DenseFFN) -> str:
-        """Start every expert as a copy of the dense layer, if the widths are equal (see `switch_fit`)."""
+        """Start every expert as a copy of the dense layer, if the widths are equal (see `fit.py`)."""
         if not self.config.faithful and upcycle(self, dense):
             self.fitted = "closed-form"
         return self.fitted
 
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
-        """Cluster the tokens and give each cluster the neurons that matter to it (see `switch_fit`)."""
+        """Cluster the tokens and give each cluster the neurons that matter to it (see `fit.py`)."""
         if not self.config.faithful and carve(self, dense, x_ND):
             self.fitted = "closed-form"
         return self.fitted

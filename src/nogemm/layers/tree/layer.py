@@ -1,8 +1,7 @@
 """TreeFFN: walk the token down binary trees of neurons; only the neurons on its way are computed.
 
 Legend: N tokens, D width, K trees, L = depth + 1 levels, M = 2^L - 1 nodes per tree in heap order, P = K L visited.
-Reading order: `TreeConfig`, `TreeFFN.tokens`, `reset_parameters`, `cost`; what helps training is in `tree_routing.py`,
-fitting in `tree_fit.py`, packing in `tree_packed.py`.
+Reading order: `TreeFFN.tokens`, `reset_parameters`, `cost`; what helps training is in `routing.py`.
 """
 
 from __future__ import annotations

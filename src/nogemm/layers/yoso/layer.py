@@ -1,7 +1,7 @@
 """YOSO as a feed-forward layer: neurons are hashed, their values summed per bucket, and a token reads its buckets.
 
 Legend: N tokens, D width, F neurons, T hashes (tables), K bits per hash, R = 2^K rows per table.
-Reading order: `YosoConfig`, `YosoFFN.tokens`, `expected`, `hashed`; the fits from dense weights are in `yoso_fit.py`.
+Reading order: `YosoFFN.tokens`, `expected`, `hashed`.
 """
 
 from __future__ import annotations
@@ -179,13 +179,13 @@ class YosoFFN(FFN):
         return "fp32" if dtype == "fp32" else "int16"
 
     def fit_dense(self, dense: DenseFFN) -> str:
-        """Take the dense neurons' directions, and for each the best multiple of its output (see `yoso_fit`)."""
+        """Take the dense neurons' directions, and for each the best multiple of its output (see `fit.py`)."""
         if not self.unit and fit_neurons(self, dense):
             self.fitted = "closed-form"
         return self.fitted
 
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
-        """Take the dense neurons' directions and solve for all values at once (see `yoso_fit`)."""
+        """Take the dense neurons' directions and solve for all values at once (see `fit.py`)."""
         if not self.unit:
             fit_values(self, dense, x_ND)
             self.fitted = "closed-form"
