@@ -172,6 +172,25 @@ def test_kernels_know_no_torch():
     assert knowing == []
 
 
+INSTRUCTION_SETS = re.compile(
+    r"#\s*(?:if|elif).*(?:__AVX|__ARM|__aarch64__|__x86_64__|NOGEMM_FORCE_SCALAR)|_mm\d*_|\bv[a-z]+q_\w+\("
+)
+
+
+def test_kernels_know_no_instruction_set():
+    files = [path for path in ROOT.glob("csrc/kernels/*.h") if not path.name.startswith("vec")]
+    assert files
+    knowing = [path.name for path in files if INSTRUCTION_SETS.search(path.read_text(encoding="utf-8"))]
+    assert knowing == []
+
+
+@pytest.mark.parametrize(
+    "line", ["#if defined(__AVX512VNNI__)", "# elif defined(__ARM_NEON)", "y = _mm256_add_ps(a, b);"]
+)
+def test_the_check_of_instruction_sets_can_fail(line):
+    assert INSTRUCTION_SETS.search(line)
+
+
 def test_import_is_silent_and_lean():
     heavy = ["datasets", "matplotlib", "rich", "sentence_transformers", "transformers", "typer"]
     done = run_python(f"import sys, nogemm; print([name for name in {heavy} if name in sys.modules])")

@@ -94,7 +94,7 @@ void top_indices(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = std::move(chosen).to_stack();
 }
 
-// int8 codes [F, D] to the layout of hire_format.h, sketch group by sketch group.
+// int8 codes [F, D] to the layout of packed/neurons/format.h, sketch group by sketch group.
 void lay_out(const int8_t* codes, int64_t hidden, int64_t width, int64_t steps, uint8_t* out, int64_t begin,
              int64_t end) {
   for (int64_t g = begin; g < end; ++g) {

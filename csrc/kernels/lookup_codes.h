@@ -4,8 +4,8 @@
 // u_j = |z_j|, A = sum u, P = prod 1 / (1 + exp(-2 u_j)). The code's bit j (most significant first) is z_j > 0. The
 // neighbour that flips the bits F has weight P exp(-2 sum_F u) and, for the gelu score, A - 2 sum_F u in front.
 #pragma once
-#include "lookup_vec.h"
 #include "packed/lookup/format.h"
+#include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
 

@@ -3,7 +3,8 @@
 // The accumulators of a slice stay in registers over all lookups of a pass. A pass is one token and all its lookups, or,
 // in large batches, a group of tables whose slice fits the L2 cache: then sums wait in memory between groups.
 #pragma once
-#include "lookup_row_sums.h"
+#include "lookup_scores.h"
+#include "vec_bytes.h"
 
 namespace nogemm::NOGEMM_NS {
 

@@ -8,8 +8,8 @@
 // Word: float for fp32 weights, int32_t (a pair of 16-bit inputs) for fixed point; a block has `steps` words of input.
 #pragma once
 #include "hadamard_steps.h"
-#include "lookup_vec.h"
 #include "packed/lookup/format.h"
+#include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
 

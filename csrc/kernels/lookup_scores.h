@@ -3,11 +3,12 @@
 // A piece of `width` tokens keeps [lookup][token]: row indices (table * R + code) and scores. With int8 rows the score times
 // the row's scale becomes a 16-bit integer q in the token's own step. Four lookups' q are two 32-bit words: two 16-bit
 // numbers each, or with VNNI, where bytes are multiplied, the high and the low byte of all four (q = 256 high + low, both
-// signed). lookup_row_sums.h adds four rows at a time, exactly. Rows are stored plus 128, so 128 sum q must be taken off
+// signed). RowSums (vec_bytes.h) adds four rows at a time, exactly. Rows are stored plus 128, so 128 sum q must be taken off
 // again: `excess`. The scale of q keeps 127 sum |q| below 2^31, so the whole sum is exact in 32 bits, in any order and on
 // every instruction set.
 #pragma once
 #include "lookup_codes.h"
+#include "vec_bytes.h"
 
 namespace nogemm::NOGEMM_NS {
 
@@ -44,41 +45,6 @@ NOGEMM_INLINE Lookups place_lookups(const LookupHeader& h, int64_t width, char* 
   l.step = l.score + (l.count + 4) * width + 32;
   return l;
 }
-
-// Four lookups' q as two words; the q of kLanes lookups of one token as the words of its memory.
-#if defined(__AVX512VNNI__) && !defined(NOGEMM_FORCE_SCALAR)
-NOGEMM_INLINE I low_byte(I q) { return {_mm512_srai_epi32(_mm512_slli_epi32(q.v, 24), 24)}; }
-NOGEMM_INLINE I high_byte(I q, I low) { return {_mm512_srai_epi32(_mm512_sub_epi32(q.v, low.v), 8)}; }
-NOGEMM_INLINE I join_bytes(const I* b) {
-  const __m512i mask = _mm512_set1_epi32(255);
-  const __m512i b0 = _mm512_and_si512(b[0].v, mask), b1 = _mm512_slli_epi32(_mm512_and_si512(b[1].v, mask), 8);
-  const __m512i b2 = _mm512_slli_epi32(_mm512_and_si512(b[2].v, mask), 16), b3 = _mm512_slli_epi32(b[3].v, 24);
-  return {_mm512_or_si512(_mm512_or_si512(b0, b1), _mm512_or_si512(b2, b3))};
-}
-NOGEMM_INLINE void join_scores(const I* q, I* words) {
-  I low[4], high[4];
-  NOGEMM_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    low[i] = low_byte(q[i]);
-    high[i] = high_byte(q[i], low[i]);
-  }
-  words[0] = join_bytes(high);
-  words[1] = join_bytes(low);
-}
-NOGEMM_INLINE void store_scores(int16_t* words, I q) {
-  const I low = low_byte(q);
-  const __m128i highs = _mm512_cvtepi32_epi8(high_byte(q, low).v), lows = _mm512_cvtepi32_epi8(low.v);
-  auto* to = reinterpret_cast<__m128i*>(words);
-  _mm_storeu_si128(to, _mm_unpacklo_epi32(highs, lows));
-  _mm_storeu_si128(to + 1, _mm_unpackhi_epi32(highs, lows));
-}
-#else
-NOGEMM_INLINE void join_scores(const I* q, I* words) {
-  words[0] = pack_pair(q[0], q[1]);
-  words[1] = pack_pair(q[2], q[3]);
-}
-NOGEMM_INLINE void store_scores(int16_t* words, I q) { store_narrow(words, q); }
-#endif
 
 // scores [count][width] of a tile, times the scales of their rows -> integer scores. Scaled here, not where the codes
 // arise: the scales lie far apart in memory, and a short loop has more of them under way.

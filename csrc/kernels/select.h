@@ -5,7 +5,7 @@
 // keys left in it are sorted. A count is one pass over a row that lies in the first- or second-level cache,
 // so half a dozen of them cost less than one pass that fills a histogram.
 #pragma once
-#include "lookup_vec.h"
+#include "vec.h"
 
 namespace nogemm::NOGEMM_NS {
 

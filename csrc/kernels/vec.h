@@ -9,6 +9,12 @@
 //   blend        blend(m, a, b) = m ? a : b
 //   exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for NaN
 //   hsum         sum of the lanes in a fixed order
+//   dot_pairs(acc, a, b)   acc + a.lo b.lo + a.hi b.hi, where every 32-bit lane holds two signed 16-bit numbers
+//   pack_pair(lo, hi)      two vectors of small integers into one vector of such pairs
+//   magnitude(x)           |x| as its bits: ordered like the numbers, NaN and infinity above all (max() may drop a NaN)
+//   transpose(p, stride, out, out_stride)   kLanes x kLanes 32-bit words: "a token a row" to "a token a lane"
+//
+// vec_bytes.h has the words for sums of products of bytes, vec_peak.h those that measure an instruction set.
 //
 // float <-> bf16 rounds to nearest even and keeps subnormals and NaN on every instruction set:
 // `vcvtneps2bf16` would flush subnormals, and results would then differ between instruction sets for no
@@ -26,6 +32,8 @@
 
 #define NOGEMM_INLINE [[gnu::always_inline]] static inline
 #define NOGEMM_RESTRICT __restrict__
+// Unrolled before the compiler decides where arrays live: accumulators then stay in registers.
+#define NOGEMM_UNROLL _Pragma("GCC unroll 16")
 
 namespace nogemm::NOGEMM_NS {
 
@@ -84,7 +92,6 @@ NOGEMM_INLINE void from_float(float x, fp16& out) {
 #elif defined(__AVX2__) && !defined(NOGEMM_FORCE_SCALAR)
 #include "vec_avx2.h"
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(NOGEMM_FORCE_SCALAR)
-#define NOGEMM_NEON
 #include "vec_neon.h"
 #else
 #include "vec_scalar.h"
@@ -109,6 +116,9 @@ NOGEMM_INLINE F exp_neg(F x) {
   p = fma(p, r, set1(1.0f));
   return blend(lt(x, set1(-87.3f)), zero(), scale_exponent(p, n));
 }
+
+NOGEMM_INLINE I load_word(const int32_t* p) { return set1(*p); }
+NOGEMM_INLINE I magnitude(F a) { return as_int(a) & set1(INT32_MAX); }
 
 NOGEMM_INLINE void prefetch_row(const void* row, int64_t bytes) {
   for (int64_t b = 0; b < bytes; b += 64) prefetch(static_cast<const char*>(row) + b);

@@ -146,4 +146,84 @@ NOGEMM_INLINE F swap_lanes(F a) {
 NOGEMM_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 NOGEMM_INLINE void prefetch_l2(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// 16-bit pairs, indexed loads, the transposition of words.
+NOGEMM_INLINE I dot_pairs(I acc, I a, I b) {
+  // By hand: gcc 12 copies the accumulator before and after the intrinsic, which doubles the time of the inner loop.
+  asm("vpaddd %1, %0, %0" : "+x"(acc.v) : "x"(_mm256_madd_epi16(a.v, b.v)));
+  return acc;
+}
+NOGEMM_INLINE I to_int(F a) { return {_mm256_cvtps_epi32(a.v)}; }
+NOGEMM_INLINE I as_int(F a) { return {_mm256_castps_si256(a.v)}; }
+NOGEMM_INLINE F as_float(I a) { return {_mm256_castsi256_ps(a.v)}; }
+NOGEMM_INLINE I max(I a, I b) { return {_mm256_max_epi32(a.v, b.v)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {_mm256_slli_epi32(a.v, BITS)};
+}
+NOGEMM_INLINE I shift_right16(I a) { return {_mm256_srai_epi32(a.v, 16)}; }
+NOGEMM_INLINE I pack_pair(I lo, I hi) { return {_mm256_blend_epi16(lo.v, _mm256_slli_epi32(hi.v, 16), 0xAA)}; }
+NOGEMM_INLINE F gather(const float* base, I index) { return {_mm256_i32gather_ps(base, index.v, 4)}; }
+NOGEMM_INLINE I lane_index() { return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)}; }
+NOGEMM_INLINE I times(I a, int32_t b) { return {_mm256_mullo_epi32(a.v, _mm256_set1_epi32(b))}; }
+NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
+  const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+NOGEMM_INLINE int32_t hmax(I a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xB1)));
+}
+
+NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int64_t out_stride) {
+  __m256i a[8], b[8];
+  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i * stride));
+  for (int i = 0; i < 8; i += 2) {
+    b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + c * out_stride),
+                        _mm256_permute2x128_si256(a[c], a[4 + c], 0x20));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (4 + c) * out_stride),
+                        _mm256_permute2x128_si256(a[c], a[4 + c], 0x31));
+  }
+}
+
+// Bytes, for vec_bytes_pairs.h.
+using Bytes = __m256i;
+NOGEMM_INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+NOGEMM_INLINE Bytes zero_bytes() { return _mm256_setzero_si256(); }
+NOGEMM_INLINE Bytes set_bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
+NOGEMM_INLINE Bytes set_words(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }
+NOGEMM_INLINE Bytes set_dwords(int32_t x) { return _mm256_set1_epi32(x); }
+NOGEMM_INLINE Bytes bit_and(Bytes a, Bytes b) { return _mm256_and_si256(a, b); }
+NOGEMM_INLINE Bytes bit_xor(Bytes a, Bytes b) { return _mm256_xor_si256(a, b); }
+NOGEMM_INLINE Bytes shift_right4(Bytes a) { return _mm256_srli_epi16(a, 4); }
+NOGEMM_INLINE Bytes shift_right8(Bytes a) { return _mm256_srli_epi16(a, 8); }
+NOGEMM_INLINE Bytes unpack_low16(Bytes a, Bytes b) { return _mm256_unpacklo_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_high16(Bytes a, Bytes b) { return _mm256_unpackhi_epi16(a, b); }
+NOGEMM_INLINE Bytes unpack_low32(Bytes a, Bytes b) { return _mm256_unpacklo_epi32(a, b); }
+NOGEMM_INLINE Bytes unpack_high32(Bytes a, Bytes b) { return _mm256_unpackhi_epi32(a, b); }
+NOGEMM_INLINE Bytes add16(Bytes a, Bytes b) { return _mm256_add_epi16(a, b); }
+NOGEMM_INLINE Bytes add32(Bytes a, Bytes b) { return _mm256_add_epi32(a, b); }
+NOGEMM_INLINE Bytes pairs16(Bytes a, Bytes b) { return _mm256_maddubs_epi16(a, b); }
+NOGEMM_INLINE Bytes pairs32(Bytes a, Bytes b) { return _mm256_madd_epi16(a, b); }
+NOGEMM_INLINE Bytes magnitudes(Bytes a) { return _mm256_abs_epi8(a); }
+NOGEMM_INLINE Bytes copy_sign(Bytes q, Bytes c) { return _mm256_sign_epi8(q, c); }
+NOGEMM_INLINE Bytes widen(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+NOGEMM_INLINE int32_t hsum32(Bytes a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xB1)));
+}
+
 }  // namespace nogemm::NOGEMM_NS

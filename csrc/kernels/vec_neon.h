@@ -130,4 +130,47 @@ NOGEMM_INLINE F swap_lanes(F a) {
 NOGEMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 NOGEMM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// 16-bit pairs, indexed loads, the transposition of words.
+NOGEMM_INLINE I dot_pairs(I acc, I a, I b) {
+  const int16x8_t x = vreinterpretq_s16_s32(a.v), y = vreinterpretq_s16_s32(b.v);
+  return {vaddq_s32(acc.v, vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y)))};
+}
+// Out of range and NaN give the least integer, as on x86; by itself the conversion saturates and makes NaN 0.
+NOGEMM_INLINE I to_int(F a) {
+  const uint32x4_t below = vcltq_f32(a.v, vdupq_n_f32(2147483648.0f));
+  return {vbslq_s32(below, vcvtnq_s32_f32(a.v), vdupq_n_s32(INT32_MIN))};
+}
+NOGEMM_INLINE I as_int(F a) { return {vreinterpretq_s32_f32(a.v)}; }
+NOGEMM_INLINE F as_float(I a) { return {vreinterpretq_f32_s32(a.v)}; }
+NOGEMM_INLINE I max(I a, I b) { return {vmaxq_s32(a.v, b.v)}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {vshlq_n_s32(a.v, BITS)};
+}
+NOGEMM_INLINE I shift_right16(I a) { return {vshrq_n_s32(a.v, 16)}; }
+NOGEMM_INLINE I pack_pair(I lo, I hi) { return {vsliq_n_s32(lo.v, hi.v, 16)}; }
+NOGEMM_INLINE F gather(const float* base, I index) {
+  const float32x4_t lanes = {base[vgetq_lane_s32(index.v, 0)], base[vgetq_lane_s32(index.v, 1)],
+                             base[vgetq_lane_s32(index.v, 2)], base[vgetq_lane_s32(index.v, 3)]};
+  return {lanes};
+}
+NOGEMM_INLINE I lane_index() {
+  const int32x4_t lanes = {0, 1, 2, 3};
+  return {lanes};
+}
+NOGEMM_INLINE I times(I a, int32_t b) { return {vmulq_n_s32(a.v, b)}; }
+NOGEMM_INLINE void store_narrow(int16_t* p, I a) { vst1_s16(p, vmovn_s32(a.v)); }
+NOGEMM_INLINE int32_t hmax(I a) { return vmaxvq_s32(a.v); }
+
+NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int64_t out_stride) {
+  const int32x4_t r0 = vld1q_s32(p), r1 = vld1q_s32(p + stride);
+  const int32x4_t r2 = vld1q_s32(p + 2 * stride), r3 = vld1q_s32(p + 3 * stride);
+  const int64x2_t even01 = vreinterpretq_s64_s32(vtrn1q_s32(r0, r1)), odd01 = vreinterpretq_s64_s32(vtrn2q_s32(r0, r1));
+  const int64x2_t even23 = vreinterpretq_s64_s32(vtrn1q_s32(r2, r3)), odd23 = vreinterpretq_s64_s32(vtrn2q_s32(r2, r3));
+  vst1q_s32(out, vreinterpretq_s32_s64(vtrn1q_s64(even01, even23)));
+  vst1q_s32(out + out_stride, vreinterpretq_s32_s64(vtrn1q_s64(odd01, odd23)));
+  vst1q_s32(out + 2 * out_stride, vreinterpretq_s32_s64(vtrn2q_s64(even01, even23)));
+  vst1q_s32(out + 3 * out_stride, vreinterpretq_s32_s64(vtrn2q_s64(odd01, odd23)));
+}
+
 }  // namespace nogemm::NOGEMM_NS

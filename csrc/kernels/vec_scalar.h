@@ -99,4 +99,35 @@ NOGEMM_INLINE F swap_lanes(F a) {
 NOGEMM_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
 NOGEMM_INLINE void prefetch_l2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// 16-bit pairs, indexed loads, the transposition of words.
+// Unsigned arithmetic: sums wrap like the vector instructions do, without undefined behaviour.
+NOGEMM_INLINE int32_t low_half(int32_t a) { return static_cast<int16_t>(static_cast<uint16_t>(a)); }
+NOGEMM_INLINE I dot_pairs(I acc, I a, I b) {
+  const uint32_t low = static_cast<uint32_t>(low_half(a.v) * low_half(b.v));
+  const uint32_t high = static_cast<uint32_t>((a.v >> 16) * (b.v >> 16));
+  return {static_cast<int32_t>(static_cast<uint32_t>(acc.v) + low + high)};
+}
+// Out of range and NaN give the least integer, as the vector instructions do.
+NOGEMM_INLINE I to_int(F a) {
+  const bool fits = a.v >= -2147483648.0f && a.v < 2147483648.0f;
+  return {fits ? static_cast<int32_t>(std::nearbyint(a.v)) : INT32_MIN};
+}
+NOGEMM_INLINE I as_int(F a) { return {static_cast<int32_t>(float_to_bits(a.v))}; }
+NOGEMM_INLINE F as_float(I a) { return {bits_to_float(static_cast<uint32_t>(a.v))}; }
+NOGEMM_INLINE I max(I a, I b) { return {a.v > b.v ? a.v : b.v}; }
+template <int BITS>
+NOGEMM_INLINE I shift_left(I a) {
+  return {static_cast<int32_t>(static_cast<uint32_t>(a.v) << BITS)};
+}
+NOGEMM_INLINE I shift_right16(I a) { return {a.v >> 16}; }
+NOGEMM_INLINE I pack_pair(I lo, I hi) {
+  return {static_cast<int32_t>((static_cast<uint32_t>(lo.v) & 0xffffu) | (static_cast<uint32_t>(hi.v) << 16))};
+}
+NOGEMM_INLINE F gather(const float* base, I index) { return {base[index.v]}; }
+NOGEMM_INLINE I lane_index() { return {0}; }
+NOGEMM_INLINE I times(I a, int32_t b) { return {a.v * b}; }
+NOGEMM_INLINE void store_narrow(int16_t* p, I a) { *p = static_cast<int16_t>(static_cast<uint16_t>(a.v)); }
+NOGEMM_INLINE int32_t hmax(I a) { return a.v; }
+NOGEMM_INLINE void transpose(const int32_t* p, int64_t, int32_t* out, int64_t) { *out = *p; }
+
 }  // namespace nogemm::NOGEMM_NS

@@ -27,7 +27,7 @@ std::vector<float> normals(std::mt19937& rng, int64_t count) {
   return values;
 }
 
-// The layout of hire_format.h.
+// The layout of packed/neurons/format.h.
 std::vector<Line> lay_out(const std::vector<int>& codes, int64_t rows, int64_t width, int64_t steps, bool nibbles) {
   const int64_t groups = (rows + nogemm::kSketchRows - 1) / nogemm::kSketchRows;
   // The kernel fetches ahead, but never reads, beyond the end.

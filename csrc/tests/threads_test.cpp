@@ -74,7 +74,7 @@ void trees() {
   }
 }
 
-// A float32 layer of 200 neurons with an int8 sketch of random codes; the layout is hire_format.h's. With
+// A float32 layer of 200 neurons with an int8 sketch of random codes; the layout is packed/neurons/format.h's. With
 // `sketched` false all neurons answer, or those of a mask.
 struct Hire {
   static constexpr int64_t kWidth = 64, kHidden = 200, kPadded = 256;
