@@ -38,6 +38,21 @@ def test_engine_matches_the_dense_layer(name: str) -> None:
         assert found["rms_error"] > 1e-4
 
 
+@pytest.mark.parametrize("name", ["torch-int8", "onnxruntime-int8", "openvino-int8"])
+def test_pairs_of_products_at_their_limits_do_not_overflow(name: str) -> None:
+    # Weights and activations at the ends of their ranges: two products of 8 bits exceed 16 bits.
+    stack = DenseStack(64, 128, "relu", copies=1, seed=0)
+    with torch.no_grad():
+        for parameter in stack.parameters():
+            parameter.fill_(0.1 if parameter.dim() > 1 else 0.0)
+    tokens = torch.ones(5, 64) - 0.1 * torch.rand(5, 64)
+    engine = peers.engine(name)
+    runner = engine.compile(stack, (tokens,), [(tokens,)] * 4)
+    (y,) = runner.result(runner.run(runner.prepare((tokens,))))
+    reference = stack.double()(tokens.double())[0]
+    assert compare(y, reference, DENSE_BOUNDS[engine.precision])["verified"] is True
+
+
 @pytest.mark.parametrize("name", ["torch-fp32", "torch-int8", "onnxruntime-fp32", "openvino-f32"])
 def test_engine_matches_the_dense_model(name: str) -> None:
     import transformers
