@@ -217,7 +217,6 @@ def test_absent_engines_stay_in_the_table(monkeypatch: pytest.MonkeyPatch) -> No
         ({"against": ("torch-int4",)}, "unknown contender 'torch-int4'"),
         ({"method": "magic"}, "unknown layer kind 'magic'"),
         ({"set": ("table=3",)}, "no field 'table'"),
-        ({"rounds": 6}, "at least 7 rounds"),
     ],
 )
 def test_wrong_arguments_are_named(change: dict[str, Any], message: str) -> None:
