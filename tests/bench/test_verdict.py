@@ -74,7 +74,9 @@ def test_a_conversion_says_what_it_replaced(tiny: nn.Module) -> None:
     report = nogemm.convert(tiny, nogemm.NoConfig())
     replaced = report.sites[0].replaced
     assert (replaced.d_in, replaced.hidden, replaced.gated) == (32, 48, False)
-    assert report.to_dict()["sites"][0]["replaced"]["hidden"] == 48
+    replaced = report.to_dict()["sites"][0]["replaced"]
+    assert replaced["hidden"] == 48
+    assert replaced["d_model"] == replaced["d_in"] == report.sites[0].replaced.d_in
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class SiteReport:
         return {
             "name": self.name,
             "config": self.config.to_dict(),
-            "replaced": asdict(self.replaced),
+            "replaced": asdict(self.replaced) | {"d_model": self.replaced.d_in},  # as readers of 0.1 know it
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "fitted": self.fitted,
