@@ -1,6 +1,6 @@
 """Progress on standard error: in place on a terminal, as plain lines elsewhere.
 
-Elsewhere a line is printed at most every few seconds, and at least every twenty: a step that takes long repeats its
+Elsewhere a line is printed at most every few seconds, and at least every thirty: a step that takes long repeats its
 line with the seconds it has taken so far. A command that ends at once prints none. Commands alone use this: a function
 of the library takes a `note` to call instead.
 """
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
-EVERY, SILENCE = 5.0, 20.0
+EVERY, SILENCE = 5.0, 30.0  # training has a line every 20 seconds, which needs no repetition
 
 
 class Progress:
