@@ -32,7 +32,7 @@ from nogemm.bench.engine.result import origin
 from nogemm.export.extension import extension_path
 from nogemm.export.openvino_host import OPERATOR, quantise, shared_core
 from nogemm.hardware.cpu import usable_cores
-from nogemm.running.partial import recording
+from nogemm.running.measured import Keep, Note, measured
 
 D = 384
 LAYER = nogemm.LookupConfig(tables=64, bits=8, projection=nogemm.BHConfig(block=64))
@@ -57,17 +57,18 @@ def main() -> None:
     head = origin({"d": D, "layer": LAYER.to_dict(), "dtype": "int8", "threads": threads, "seconds": args.seconds})
     packed = packed_layer()
     graphs = compiled_graphs(packed, threads)
-    rows: list[dict[str, Any]] = []
-    with recording(args.json, "operator-host") as file:
+
+    def work(note: Note, keep: Keep) -> dict[str, Any]:
+        rows: list[dict[str, Any]] = []
         for batch in batches:
-            print(f"timing {batch:,} tokens", flush=True)
+            note(f"timing {batch:,} tokens")
             for (what, rest, _), model in graphs.items():
                 check(model, packed, what, rest, batch)
             rows += timed(graphs, batch, args.seconds)
-            file.keep(head | {"rows": list(rows), "found": []})
-        lines = found(rows, threads)
-        file.done(head | {"rows": rows, "found": lines})
-    print("\n".join(lines))
+            keep(head | {"rows": list(rows), "found": []})
+        return head | {"rows": rows, "found": found(rows, threads)}
+
+    measured("operator-host", args.json, work, lambda result: print("\n".join(result["found"])))
 
 
 @functools.cache

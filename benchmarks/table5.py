@@ -32,8 +32,8 @@ from nogemm.config import layer_class, parse_set
 from nogemm.cost import Cost
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line, processor, usable_cores
-from nogemm.layers import FFN, HireFFN, TreeFFN
-from nogemm.running.partial import recording
+from nogemm.layers import FFN
+from nogemm.running.measured import Keep, Note, measured
 
 COMMAND = "python benchmarks/table5.py"
 OURS = "nogemm-lookup-int8"  # what ratios are to
@@ -187,15 +187,17 @@ def record(part: Part, target: Path, seconds: float) -> None:
             add_ratios(rows, OURS, ("batch", "cache", "codes"))
             return head | {"minutes": (time.monotonic() - start) / 60, "rows": rows}
 
-        with recording(target, "table5-part") as file:
+        def work(note: Note, keep: Keep) -> dict[str, Any]:
             rows = measure(
                 specs(part, pool),
                 cases,
                 plan,
-                note=lambda line: say(f"{part.name}: {line}"),
-                keep=lambda rows: file.keep(finished(rows)),
+                note=lambda line: note(f"{part.name}: {line}"),
+                keep=lambda rows: keep(finished(rows)),
             )
-            file.done(finished(rows))
+            return finished(rows)
+
+        measured("table5-part", target, work, lambda result: say(f"{part.name}: {len(result['rows'])} rows"))
 
 
 def specs(part: Part, pool: Path) -> list[Spec]:
@@ -226,7 +228,7 @@ def narrow_dense(part: Part) -> list[tuple[str, int, str]]:
     """List the narrow dense layers of a part, engine by engine: of our FLOP, or of as many neurons as answer."""
     widths = [(equal_width(part), "wide", part.equal_flop)] if part.equal_flop else []
     for layer in part.ours if part.equal_active else ():
-        neurons = active_neurons(part, layer)
+        neurons = build(part, layer).active_neurons()
         if neurons is not None:
             widths.append((neurons, f"neurons as {layer.method}", part.equal_active))
     return [(name, width, f"{width} {what}") for width, what, engines in widths for name in engines]
@@ -241,16 +243,6 @@ def build(part: Part, layer: Layer) -> FFN:
 def cost_of(part: Part, layer: Layer) -> Cost:
     """Return what a layer of ours costs for one token."""
     return build(part, layer).cost(1)
-
-
-def active_neurons(part: Part, layer: Layer) -> int | None:
-    """Return how many neurons answer a token, where that is a fixed number: in a tree and in a HireFFN."""
-    built = build(part, layer)
-    if isinstance(built, TreeFFN):
-        return built.config.trees * built.levels + built.config.core
-    if isinstance(built, HireFFN):
-        return min(built.hidden, built.kept * built.config.group)
-    return None
 
 
 def too_large(part: Part, bytes_each: float) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 from pathlib import Path
@@ -34,6 +35,9 @@ FLAGS = {
     "--json",
     "bench projections": "--d --matrices --evaluations --restarts --seed --json",
     "bench lsh": "--model --site --bits --tables --learned-tables --top --tokens --draws --steps --seed --json",
+    "bench train-step": "--method --set --d --hidden --activation --tokens --codes --threads --rounds --checkpoint "
+    "--site --seed --json",
+    "bench recall": "--checkpoint --tokens --json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --json",
@@ -94,6 +98,15 @@ def commands() -> dict[str, str]:
 def test_commands_and_flags_are_frozen():
     # A new knob belongs to the config of what it changes (--set); a new flag is a decision, taken here.
     assert commands() == FLAGS
+
+
+@pytest.mark.parametrize(
+    "words", [("bench", "lsh"), ("bench", "projections"), ("profile", "--d", "32", "--project")], ids=lambda w: w[-1]
+)
+def test_a_wheel_says_what_only_a_checkout_can(words, monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nogemm_papers" else find(name))
+    assert "checkout" in failed(capsys, *words)
 
 
 def test_help_of_convert_names_every_kind_of_layer(capsys):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_the_check_of_imports_can_fail(tmp_path):
 
 def module_of(path: Path) -> str:
     """Return a file's dotted name."""
-    parts = ("nogemm", *path.relative_to(SOURCE).with_suffix("").parts)
+    parts = path.relative_to(ROOT / "src").with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -135,7 +136,7 @@ LATE = ("nogemm.cli", "nogemm.demo.__main__", "nogemm.demo.child")
 
 @pytest.fixture(scope="module")
 def all_imports() -> dict[str, list[tuple[set[str], int, bool]]]:
-    files = {module_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
+    files = {module_of(path): path for path in sorted((ROOT / "src").rglob("*.py"))}
     return {name: run_imports(ast.parse(path.read_text(encoding="utf-8")), set(files)) for name, path in files.items()}
 
 
@@ -163,6 +164,20 @@ def test_the_checks_of_circles_can_fail():
     code = "from a.b import c\nif TYPE_CHECKING:\n    import d\ndef f():\n    import e"
     assert run_imports(ast.parse(code), {"a.b.c"}) == [({"a.b.c"}, 1, False), ({"e"}, 5, True)]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == [("b", "c")]
+
+
+def test_figures_of_papers_are_in_no_wheel():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["scikit-build"]
+    assert settings["wheel"]["packages"] == ["src/nogemm"]
+    (checkout,) = settings["overrides"]
+    assert checkout["if"] == {"state": "editable"}
+    assert checkout["wheel"]["packages"] == ["src/nogemm", "src/nogemm_papers"]
+
+
+def test_only_commands_know_the_figures_of_papers_and_only_when_called(all_imports):
+    using = {(name, inside) for name, found in all_imports.items() for targets, _, inside in found
+             if name.startswith("nogemm.") and any(t.startswith("nogemm_papers") for t in targets)}  # fmt: skip
+    assert using == {("nogemm.cli.bench", True), ("nogemm.cli.profile", True)}
 
 
 def test_kernels_know_no_torch():
@@ -265,7 +280,7 @@ def test_the_check_of_paths_can_fail():
 def test_files_and_functions_stay_short():
     long_files = {}
     long_functions = {}
-    for path in [*SOURCE.rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+    for path in [*(ROOT / "src").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
         if text.count("\n") > 400:
             long_files[path.name] = text.count("\n")

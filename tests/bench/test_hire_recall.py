@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 
-from nogemm.bench.hire_recall import recall_rows
 from nogemm.bench.report.tables import hire_recall_table
 from nogemm.layers import HireConfig
 
@@ -13,7 +12,7 @@ from nogemm.layers import HireConfig
 def test_rows_of_one_layer() -> None:
     layer = HireConfig(keep=0.1, sketch="low_rank").build(32, hidden=200, activation="relu").eval()
     x = torch.randn(300, 32)
-    rows = recall_rows(layer, x, oversample=(1.0, 1.5, 10.0))
+    rows = layer.recall_rows(x, oversample=(1.0, 1.5, 10.0))
     recall: dict[Any, float] = {(row["sketch"], row["oversample"]): row["recall"] for row in rows}
     assert [(row["keep"], round(row["kept"], 6)) for row in rows] == [(0.1, 0.1)] * 6
     assert recall["int4", 1.0] < recall["int8", 1.0] < 1.0
@@ -22,7 +21,7 @@ def test_rows_of_one_layer() -> None:
     assert [row["computed"] for row in rows] == pytest.approx([0.1, 0.15, 1.0] * 2)
     with torch.no_grad():
         layer.up.neg_()
-    other = recall_rows(layer, x, sketches=("int8",), oversample=(1.0,))
+    other = layer.recall_rows(x, sketches=("int8",), oversample=(1.0,))
     assert other[0]["energy"] != rows[0]["energy"]  # the layer's own weights are what is measured
     result = {"rows": [{"site": 0, **row} for row in rows], "settings": {"checkpoint": "m", "tokens": 300}}
     table = hire_recall_table(result)

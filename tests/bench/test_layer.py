@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+import fake_contenders
 from nogemm.bench import layer as bench
 from nogemm.bench.contenders.layer import COPIES, DenseContender, dense_work, our_layer
 from nogemm.bench.engine.check import token_errors
@@ -22,7 +23,7 @@ from nogemm.cli import bench as bench_cli
 from nogemm.errors import ConfigError
 from nogemm.layers import LookupFFN
 
-HERE = Path(__file__).parent
+HERE = Path(fake_contenders.__file__).parent
 KEYS = {
     "contender",
     "batch",

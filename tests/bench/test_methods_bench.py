@@ -10,16 +10,15 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.bench.contenders.layer import DenseStack, our_layer
+from nogemm.bench.contenders.layer import our_layer
 from nogemm.bench.engine.check import compare, token_errors
-from nogemm.bench.engine.pool import write_pool
 from nogemm.bench.engine.rounding import our_bound
-from nogemm.bench.methods import MethodsBenchArgs, measured_active, presets, run_methods_bench
-from nogemm.bench.papers.fff_gather import BMM, GATHER, BatchedDense, FFFContender, GatherTree, tree_of
+from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
 from nogemm.bench.report.tables import methods_table
 from nogemm.bench.report.write import write_report
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
+from nogemm_papers.fff_gather import BMM, GATHER, published_forms
 
 TINY: dict[str, Any] = {
     "d": 32,
@@ -37,7 +36,7 @@ CHUNKED = "nogemm-slide-chunk128"
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
-    return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS))
+    return run_methods_bench(MethodsBenchArgs(**TINY, methods=OURS), more=published_forms)
 
 
 @pytest.mark.slow
@@ -60,28 +59,6 @@ def test_the_published_ratio_is_to_the_batched_dense_form(result: dict[str, Any]
         assert rows[GATHER]["published_ratio"] == pytest.approx(rows[BMM]["us_median"] / rows[GATHER]["us_median"])
         assert "published_ratio" not in rows[BMM]
         assert f"{rows[GATHER]['published_ratio']:.3g}x at {batch}" in methods_table(result).hint
-
-
-def test_both_forms_of_the_published_comparison_are_their_layers() -> None:
-    x = torch.randn(40, 12)
-    assert [2 ** (tree_of(n).depth + 1) - 1 for n in (1, 2, 3, 64, 2048, 4095)] == [1, 1, 3, 63, 2047, 4095]
-    tree = tree_of(64).build(12).eval()
-    stack = DenseStack(12, 64, "gelu", 1, 0)
-    with torch.no_grad():
-        torch.testing.assert_close(GatherTree(tree)(x), tree(x))
-        torch.testing.assert_close(BatchedDense(stack)(x), stack(x)[0])
-
-
-@pytest.mark.parametrize("form", [GATHER, BMM])
-def test_a_wrong_form_is_not_timed(form: str, tmp_path: Any) -> None:
-    write_pool(tmp_path / "pool", 256, 12, seed=1, source_ND=None)
-    settings = {"form": form, "d": 12, "hidden": 63, "activation": "gelu", "seed": 0, "pool": str(tmp_path / "pool")}
-    contender = FFFContender(settings)
-    assert contender.prepare({"batch": 16, "cache": "fresh"})["verified"]
-    contender.modules[0].requires_grad_(False).load_state_dict(
-        {name: -value for name, value in contender.modules[0].state_dict().items()}
-    )
-    assert not contender.verify()["verified"]
 
 
 @pytest.mark.slow
@@ -123,7 +100,7 @@ def test_counts_by_hand() -> None:
         layer.planes.copy_(torch.tensor([[1.0], [0.0], [0.0]]))
         layer.neurons.up.weight.copy_(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0]]))
     x = torch.tensor([[1.0, 0.0], [1.0, 0.0], [-1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, 0.0]])
-    active = measured_active(layer, x)  # 1, 1, 2, 2, 3, 3 neurons
+    active = layer.counted_neurons(x)  # 1, 1, 2, 2, 3, 3 neurons
     assert (active["mean"], active["p95"]) == (2.0, 3.0)
     assert active["expected"] == 3 * 0.75
     hashing = 2 * 3

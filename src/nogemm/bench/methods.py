@@ -19,11 +19,9 @@ from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import DTYPES, origin
 from nogemm.bench.engine.row import Row
-from nogemm.bench.papers.fff_gather import BMM, GATHER
 from nogemm.config import layer_class, layer_kinds, parse_set
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
-from nogemm.layers.hashed.layer import HashedNeurons
 from nogemm.running.partial import Keep
 
 REFERENCE = "torch-fp32"
@@ -41,7 +39,6 @@ class MethodsBenchArgs:
         dtype: ours are packed in.
         batch: tokens per call, one case each.
         against: dense engines; torch-fp32 is always among them, because ratios are to it.
-        fff: also time the two forms of the published "40x", see `nogemm.bench.papers.fff_gather`.
         threads: of every contender; 0 means every usable core.
         rounds, seconds: turns per contender and case, and the time aimed at per turn.
         seed: of weights and tokens.
@@ -55,7 +52,6 @@ class MethodsBenchArgs:
     dtype: str = "fp32"
     batch: tuple[int, ...] = (1, 64, 4096)
     against: tuple[str, ...] = (REFERENCE, "torch-int8")
-    fff: bool = True
     threads: int = 0
     rounds: int = MIN_ROUNDS
     seconds: float = 0.1
@@ -66,6 +62,7 @@ class MethodsBenchArgs:
 def run_methods_bench(
     args: MethodsBenchArgs,
     *,
+    more: Callable[[dict[str, Any]], list[Spec]] | None = None,
     note: Callable[[str], None] | None = None,
     keep: Keep | None = None,
 ) -> dict[str, Any]:
@@ -74,13 +71,15 @@ def run_methods_bench(
     Up to 8 tokens go through 12 copies of the layer in turn, as in a model; dense engines too. `keep` gets the
     result as it grows.
 
+    Args:
+        more: other contenders for layers of that shape, such as a paper's own forms of its layer.
     Returns:
         `origin` and {"methods", "rows"}. An entry of "methods" has "contender", "method", "config",
         "flops" (of one token), "bytes_read" (distinct weight bytes of a call, by batch, expected, as the unpacked layer
-        stores them) and "parameters"; of a layer that retrieves neurons also "active", see `measured_active`. A row has
-        "contender", "batch", "cache", "verified", the times, the errors, and
-        "ratio", the median of torch-fp32 divided by its own; or "error", or "missing". The row of FFF's gather form has
-        "published_ratio", to the dense layer written as a batch of products.
+        stores them) and "parameters"; of a layer that retrieves neurons also "active", see `FFN.counted_neurons`. A row
+        has "contender", "batch", "cache", "verified", the times, the errors, and "ratio", the median of torch-fp32
+        divided by its own; or "error", or "missing". A row that names another in "published_against" has
+        "published_ratio", to that one.
     Raises:
         ConfigError, ValueError: an unknown method, engine or dtype, or a shape that a chosen method cannot take.
     """
@@ -96,8 +95,8 @@ def run_methods_bench(
             row |= {name: row.get(name) for name in _TIMES}
         for row in rows:
             row["ratio"] = _ratio(row, rows, REFERENCE)
-            if row["contender"] == GATHER:
-                row["published_ratio"] = _ratio(row, rows, BMM)
+            if "published_against" in row:
+                row["published_ratio"] = _ratio(row, rows, row["published_against"])
         return head | {"rows": rows}
 
     def kept(rows: list[Row]) -> None:
@@ -109,7 +108,7 @@ def run_methods_bench(
         write_pool(pool, size.tokens, args.d, seed=args.seed + 1, source_ND=None)
         cases = [{"batch": batch, "cache": "fresh"} for batch in args.batch]
         plan = Plan(threads=args.threads, rounds=args.rounds, seconds=args.seconds)
-        specs = _specs(args, chosen, pool)
+        specs = _specs(args, chosen, pool, more)
         return finished(measure(specs, cases, plan, note=note, keep=kept))
 
 
@@ -134,30 +133,6 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
     return chosen
 
 
-def measured_active(layer: HashedNeurons, x_ND: torch.Tensor) -> dict[str, Any]:
-    """Count the neurons that tokens compute, beside what uniform codes would retrieve.
-
-    Returns:
-        {"tokens", "chunk", "mean", "p95", "expected"} in neurons, and "flops" and "expected_flops" of one token,
-        hashing included. The tokens should fill whole chunks.
-    """
-    chunk, count = layer.chunk, len(x_ND)
-    active_N = layer.active(x_ND).double()
-    expected = layer.expected_active(min(chunk, count))
-    expected_flops = layer.cost(count).flops / count
-    per_neuron = layer.neurons.cost(1).flops / layer.hidden
-    mean = float(active_N.mean())
-    return {
-        "tokens": count,
-        "chunk": chunk,
-        "mean": mean,
-        "p95": float(active_N.quantile(0.95)),
-        "expected": expected,
-        "flops": expected_flops + per_neuron * (mean - expected),
-        "expected_flops": expected_flops,
-    }
-
-
 def _checked(args: MethodsBenchArgs) -> MethodsBenchArgs:
     if args.dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, got {args.dtype!r}")
@@ -178,8 +153,7 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
     with torch.device("meta"):  # shapes are enough
         layer = config.build(args.d, hidden=args.hidden, activation=args.activation)
     one = layer.cost(1)
-    active = {"active": _active(kind, words, args)} if isinstance(layer, HashedNeurons) else {}
-    return active | {
+    return _counted(kind, words, args) | {
         "contender": name,
         "method": kind,
         "config": config.to_dict(),
@@ -189,26 +163,28 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
     }
 
 
-def _active(kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
-    """Count on tokens as those that are timed, by the layer that is timed."""
+def _counted(kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
+    """Count on tokens as those that are timed, by the layer that is timed; nothing where the number does not vary."""
     settings = {"method": kind, "set": list(words), "seed": args.seed}
     layer = our_layer(settings | {"d": args.d, "hidden": args.hidden, "activation": args.activation})
-    assert isinstance(layer, HashedNeurons)
     generator = torch.Generator().manual_seed(args.seed + 1)
     count = -(-ACTIVE_TOKENS // layer.chunk) * layer.chunk
-    return measured_active(layer, torch.randn(count, args.d, generator=generator))
+    found = layer.counted_neurons(torch.randn(count, args.d, generator=generator))
+    return {} if found is None else {"active": found}
 
 
-def _specs(args: MethodsBenchArgs, chosen: Sequence[tuple[str, str, tuple[str, ...]]], pool: Path) -> list[Spec]:
+def _specs(
+    args: MethodsBenchArgs,
+    chosen: Sequence[tuple[str, str, tuple[str, ...]]],
+    pool: Path,
+    more: Callable[[dict[str, Any]], list[Spec]] | None,
+) -> list[Spec]:
     shape = {"d": args.d, "hidden": args.hidden, "activation": args.activation, "seed": args.seed, "pool": str(pool)}
     specs = []
     for name, kind, words in chosen:
         settings = shape | {"method": kind, "set": list(words), "dtype": args.dtype}
         specs.append(Spec(name=name, factory="nogemm.bench.contenders.layer:OurContender", settings=settings))
-    if args.fff:
-        for form in (GATHER, BMM):
-            settings = shape | {"form": form}
-            specs.append(Spec(name=form, factory="nogemm.bench.papers.fff_gather:FFFContender", settings=settings))
+    specs += more(shape) if more is not None else []
     for name in args.against:
         settings = shape | {"engine": name}
         factory = "nogemm.bench.contenders.layer:DenseContender"

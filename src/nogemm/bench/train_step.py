@@ -1,6 +1,4 @@
-"""Time one training step of a layer on the CPU: forward, backward and the optimiser's update, beside the dense FFN's.
-
-    python -m nogemm.bench.train_step --json FILE [--method tree]
+"""`nogemm bench train-step`: one training step of a layer, forward, backward and update, beside the dense FFN's.
 
 A TreeFFN stands beside the dense-masked form of the same layer, and takes its step twice: with dense gradients and
 AdamW, and by rows with LazyAdam. All get tokens that need a gradient themselves, as inside a model, and a given
@@ -14,12 +12,10 @@ Reading order: `TrainStepArgs`, `run_train_step`, the contenders.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,8 +34,7 @@ from nogemm.bench.engine.row import Row
 from nogemm.bench.models import site_inputs
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
-from nogemm.layers import HireFFN, TreeFFN
-from nogemm.running.partial import Keep, recording
+from nogemm.running.partial import Keep
 from nogemm.train import LazyAdam
 from nogemm.train.memory import keep_freed_memory
 
@@ -52,6 +47,8 @@ _DEFAULTS = {
     "tree": ("trees=1", "depth=11"),
     "hire": ("keep=0.05",),
 }
+# The same layer as a dense one whose neurons are masked.
+MASKED: dict[str, Callable[[Any], nn.Module]] = {"tree": MaskedTree, "hire": MaskedTopK}
 _CHECKED = 64
 # Gradients sum over tokens in float32; a token whose bit is nearly zero may read another row than in float64.
 _GRADIENTS = Bound(rms=2e-2, token=5e-2, share=2e-2, outlier=2.0)
@@ -188,10 +185,8 @@ class StepContender:
         s = self.settings
         if s["kind"] != "dense":
             layer = our_layer(s).train()
-            if isinstance(layer, TreeFFN):
-                layer.row_sparse = s["kind"] == "rows"
-                return MaskedTree(layer) if s["kind"] == "masked" else layer
-            return MaskedTopK(layer) if isinstance(layer, HireFFN) and s["kind"] == "masked" else layer
+            layer.row_sparse = s["kind"] == "rows"
+            return MASKED[s["method"]](layer) if s["kind"] == "masked" else layer
         stack = DenseStack(s["d"], s["hidden"], s["activation"], 1, s["seed"])
         return nn.Sequential(stack.up[0], {"gelu": nn.GELU(), "relu": nn.ReLU()}[s["activation"]], stack.down[0])
 
@@ -253,32 +248,3 @@ def gradients(layer: nn.Module, x_ND: Tensor, gradient_ND: Tensor) -> dict[str, 
         found[name] = gradient.to_dense() if gradient is not None and gradient.is_sparse else gradient
     layer.zero_grad(set_to_none=True)
     return {name: value for name, value in found.items() if value is not None}
-
-
-def main(words: Sequence[str] | None = None) -> None:
-    """Run from the command line and write the result."""
-    parser = argparse.ArgumentParser(description="Time a layer's training step beside the dense one.")
-    parser.add_argument("--json", type=Path, required=True, help="result file")
-    parser.add_argument("--method", choices=tuple(_DEFAULTS), default=TrainStepArgs.method)
-    parser.add_argument("--d", type=int, default=TrainStepArgs.d)
-    parser.add_argument("--hidden", type=int, default=TrainStepArgs.hidden)
-    parser.add_argument("--activation", choices=("gelu", "relu"), default=TrainStepArgs.activation)
-    parser.add_argument("--set", action="append", help="one field of our layer, NAME=VALUE")
-    parser.add_argument("--tokens", type=int, default=TrainStepArgs.tokens)
-    parser.add_argument("--checkpoint", help="distilled model to take a trained layer from")
-    parser.add_argument("--site", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=0)
-    given = parser.parse_args(words)
-    values: dict[str, Any] = {name: value for name, value in vars(given).items() if name != "json"}
-    values["set"] = None if given.set is None else tuple(given.set)
-    args = TrainStepArgs(**values)
-    with recording(given.json, "train-step") as record:
-        result = run_train_step(args, note=lambda line: print(line, file=sys.stderr, flush=True), keep=record.keep)
-        record.done(result)
-    for row in result["rows"]:
-        shown = f"{row['us_median'] / 1e3:.1f} ms" if row.get("us_median") else row.get("error", "not run")
-        print(f"{row['codes']:8} {row['contender']:14} {shown}  {row.get('parts')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""Commands that measure: `bench layer`, `model` and `methods` beside dense peers, `projections`, `lsh` and `flips`."""
+"""Commands that measure: layers, models and training steps beside dense peers, layers' decisions, papers' figures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.report.tables import TextTable
-from nogemm.cli.common import Json, print_partial, print_table, print_text_table
-from nogemm.cli.measured import Keep, Note, measured
+from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_table, print_text_table
 from nogemm.cli.options import (
     Activation,
     Against,
@@ -30,6 +29,7 @@ from nogemm.cli.options import (
     layer_args,
     words,
 )
+from nogemm.running.measured import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -155,10 +155,13 @@ def methods(
         seconds=seconds,
         seed=seed,
     )
+    more = None
+    if checkout_has_papers():
+        from nogemm_papers.fff_gather import published_forms as more
     measured(
         "methods",
         json,
-        lambda note, keep: run_methods_bench(args, note=note, keep=keep),
+        lambda note, keep: run_methods_bench(args, more=more, note=note, keep=keep),
         lambda result: _print_table(result, methods_table),
     )
 
@@ -173,8 +176,10 @@ def projections(
     json: Json = None,
 ) -> None:
     """Approximate Gaussian matrices by every projection: error against FLOP and parameters."""
-    from nogemm.bench.papers.projections import ProjectionBenchArgs, run_projection_bench
     from nogemm.bench.report.tables import projections_table
+
+    with papers("bench projections"):
+        from nogemm_papers.projections import ProjectionBenchArgs, run_projection_bench
 
     args = ProjectionBenchArgs(d=d, matrices=matrices, evaluations=evaluations, restarts=restarts, seed=seed)
     measured(
@@ -200,8 +205,10 @@ def lsh(
     json: Json = None,
 ) -> None:
     """Count the strongest neurons that hashes and sketches find, and what finding them costs."""
-    from nogemm.bench.papers.lsh import LshBenchArgs, run_lsh_bench
     from nogemm.bench.report.tables import lsh_table
+
+    with papers("bench lsh"):
+        from nogemm_papers.lsh import LshBenchArgs, run_lsh_bench
 
     args = LshBenchArgs(
         model=model,
@@ -220,6 +227,68 @@ def lsh(
         json,
         lambda note, keep: run_lsh_bench(args, note=note, keep=keep),
         lambda result: _print_table(result, lsh_table),
+    )
+
+
+@app.command("train-step")
+def train_step(
+    method: Annotated[str, typer.Option(help="Kind of our layer: lookup, tree or hire.")] = "lookup",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it [as published].")
+    ] = None,
+    d: Width = 768,
+    hidden: Annotated[int, typer.Option(help="Hidden width of the dense layer.")] = 3072,
+    activation: Activation = "gelu",
+    tokens: Annotated[int, typer.Option(help="Of a step.")] = 4096,
+    codes: Annotated[str, typer.Option(help="uniform, skewed or both, with commas.")] = "uniform,skewed",
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    checkpoint: Checkpoint = None,
+    site: Site = 0,
+    seed: Seed = 0,
+    json: Json = None,
+) -> None:
+    """Time one training step of a layer: forward, backward, update."""
+    from nogemm.bench.report.tables import train_step_table
+    from nogemm.bench.train_step import TrainStepArgs, run_train_step
+
+    args = TrainStepArgs(
+        method=method,
+        set=None if set_ is None else tuple(set_),
+        d=d,
+        hidden=hidden,
+        activation=activation,
+        tokens=tokens,
+        codes=words(codes),
+        threads=threads,
+        rounds=rounds,
+        checkpoint=checkpoint,
+        site=site,
+        seed=seed,
+    )
+    measured(
+        "train-step",
+        json,
+        lambda note, keep: run_train_step(args, note=note, keep=keep),
+        lambda result: _print_table(result, train_step_table),
+    )
+
+
+@app.command("recall")
+def recall(
+    checkpoint: Annotated[str, typer.Option(help="Directory of a model with HireFFN layers.")],
+    tokens: Annotated[int, typer.Option(help="Of the packaged sample that every layer sees.")] = 2048,
+    json: Json = None,
+) -> None:
+    """Count the strongest neurons that the sketches of a model's HireFFN layers find."""
+    from nogemm.bench.hire_recall import measure_checkpoint
+    from nogemm.bench.report.tables import hire_recall_table
+
+    measured(
+        "hire-recall",
+        json,
+        lambda note, keep: measure_checkpoint(checkpoint, tokens, note=note, keep=keep),
+        lambda result: _print_table(result, hire_recall_table),
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib.util
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from nogemm.bench.report.tables import TextTable
+from nogemm.errors import ConfigError
 from nogemm.files import write_json
 from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 
@@ -22,6 +25,26 @@ def finish(result: dict[str, Any], path: Path | None) -> None:
     """Write the result of a command to its --json file, if one was asked for."""
     if path is not None:
         write_json(path, result)
+
+
+def checkout_has_papers() -> bool:
+    """Tell whether `nogemm_papers` is here: an editable installation of a checkout has it, a wheel does not."""
+    return importlib.util.find_spec("nogemm_papers") is not None
+
+
+@contextmanager
+def papers(command: str) -> Iterator[None]:
+    """Import from `nogemm_papers` inside, or say in the command's name what is missing.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if not checkout_has_papers():
+        raise ConfigError(
+            f"{command} reproduces a paper's figure, which a checkout does and a wheel does not: "
+            f"run pip install -e '.[cli]' in one"
+        )
+    yield
 
 
 def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:

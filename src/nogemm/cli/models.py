@@ -17,10 +17,10 @@ from nogemm.cli.common import (
     print_table,
     save_like,
 )
-from nogemm.cli.measured import Keep, Note, end_early, measured
 from nogemm.cli.options import words
 from nogemm.config import layer_kinds
 from nogemm.errors import CheckpointError, ConfigError, NogemmError
+from nogemm.running.measured import Keep, Note, end_early, measured
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
 

@@ -6,8 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, print_partial, print_text_table
-from nogemm.cli.measured import measured
+from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_text_table
 from nogemm.cli.options import (
     Activation,
     Batch,
@@ -25,6 +24,7 @@ from nogemm.cli.options import (
     Width,
     layer_args,
 )
+from nogemm.running.measured import measured
 
 
 def profile(
@@ -54,6 +54,10 @@ def profile(
     from nogemm.bench.profile.tables import energy_table, profile_table, projection_table
 
     args = ProfileArgs(layer=layer, counters=counters, counts=counts, project=project)
+    figures = None
+    if project or checkout_has_papers():
+        with papers("profile --project"):
+            from nogemm_papers.projected import FIGURES as figures
 
     def show(result: dict[str, Any]) -> None:
         print(result["machine_line"])
@@ -63,4 +67,4 @@ def profile(
                 print_text_table(table)
         print_partial(result)
 
-    measured("profile", json, lambda note, keep: run_profile(args, note=note, keep=keep), show)
+    measured("profile", json, lambda note, keep: run_profile(args, figures=figures, note=note, keep=keep), show)

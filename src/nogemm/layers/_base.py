@@ -72,6 +72,21 @@ class Route:
     weights: Tensor | None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """Say how the one native call of a packed layer is taken apart by a profile.
+
+    Attributes:
+        number: of csrc/packed/host/phases.h.
+        phases: names of its two phases; None for a single one.
+        stops: the native call can be stopped after the first, and so be simulated.
+    """
+
+    number: int
+    phases: tuple[str, str] | None
+    stops: bool = True
+
+
 class FFN(nn.Module, ABC):
     """A trainable feed-forward layer that maps [..., d_model] to [..., d_out].
 
@@ -84,13 +99,14 @@ class FFN(nn.Module, ABC):
         row_sparse: whether gradients hold the visited rows alone, where a layer can do so.
         storage: how tables are stored, "fp32" or compressed; None for a layer without tables.
         in_turn: whether a decision of the route depends on those before it.
-        shares_calls: whether a token's answer depends on the other tokens of its call.
+        chunk: consecutive tokens of a call whose route is chosen together.
         dynamic_int8: whether its int8 form rounds activations too, with one step for a whole call.
     """
 
     row_sparse = False
     dynamic_int8 = False
     in_turn = False
+    chunk = 1
     storage: str | None = None
 
     def __init__(self, config: LayerConfig, shape: FFNShape) -> None:
@@ -182,7 +198,20 @@ class FFN(nn.Module, ABC):
 
     @property
     def shares_calls(self) -> bool:
-        return False
+        """Whether a token's answer depends on the other tokens of its call."""
+        return self.chunk > 1
+
+    def active_neurons(self) -> int | None:
+        """Return how many neurons answer a token, where that is a fixed number; None elsewhere."""
+        return None
+
+    def counted_neurons(self, x_ND: Tensor) -> dict[str, Any] | None:
+        """Count the neurons that tokens compute beside what was expected; None where the number does not vary."""
+        return None
+
+    def recall_rows(self, x_ND: Tensor) -> list[dict[str, Any]]:
+        """Measure what other sketches of the same weights would find on tokens; no rows for layers without a sketch."""
+        return []
 
     def rounded(self, dtype: str) -> FFN:
         """Return a copy whose weights are rounded as `pack(dtype)` rounds them: its error is what packing may cost."""
@@ -319,6 +348,15 @@ class PackedFFN(nn.Module, ABC):
     def routes(self, x_ND: Tensor) -> Route:
         """Route tokens [N, d_model]."""
         raise ConfigError(f"a {type(self).__name__} reads all its weights for every token: there is nothing to route")
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """The one native call that answers; None for a layer of several operators."""
+        return None
+
+    def chosen_neurons(self, x_ND: Tensor, *, kept: bool) -> Tensor:
+        """Mark each token's candidates, or those of them that answer, bool [N, F]: a sketch's phase by itself."""
+        raise ConfigError(f"a {type(self).__name__} has no candidates")
 
     def fix_path(self, path: str) -> None:
         """Take "rows" or "dense" for every call, or choose again ("auto")."""

@@ -81,25 +81,6 @@ class Record:
             write_json(self.path, result)
 
 
-@contextmanager
-def recording(path: Path | None, kind: str | None = None) -> Iterator[Record]:
-    """Record the result of a script: whatever ends it, what it has kept is in the file, with the reason.
-
-    Raises:
-        SystemExit: with 130 for Ctrl-C and 143 for SIGTERM.
-    """
-    record = Record(path, kind)
-    try:
-        with sigterm_interrupts():
-            yield record
-    except KeyboardInterrupt as stop:
-        record.stopped(stop)
-        raise SystemExit(exit_code(stop)) from None
-    except Exception as error:
-        record.stopped(error)
-        raise
-
-
 def exit_code(stop: KeyboardInterrupt) -> int:
     """Return the code that a shell expects of a command that a signal ended."""
     return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)

@@ -1,6 +1,6 @@
 """torch's embedding_bag as a peer of the gather alone: a LookupFFN's rows summed with its scores, codes given.
 
-Legend: N tokens, T tables, K neighbours, R rows of a table.
+Legend: N tokens, D width, T tables, R rows of a table.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from nogemm.bench.contenders.layer import LayerContender, our_layer
 from nogemm.bench.engine.check import compare, some_rows
 from nogemm.bench.engine.rounding import our_bound
-from nogemm.layers import LookupFFN
 
 EMBEDDING_BAG = "embedding-bag-fp32"
 
@@ -27,14 +26,13 @@ class EmbeddingBagContender(LayerContender):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        layer = our_layer(settings)
-        assert isinstance(layer, LookupFFN)
-        self.layer: LookupFFN = layer
+        self.layer = our_layer(settings)
         self.tables: list[torch.Tensor] = []
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         self._open(case, torch.float32)
-        rows = self.layer.tables.flatten(0, 1)
+        (tables_TRD,) = self.layer.table_parameters()
+        rows = tables_TRD.flatten(0, 1)
         if len(self.tables) != self.copies:
             self.tables = []
             self.tables = [rows.clone() for _ in range(self.copies)]
@@ -43,20 +41,19 @@ class EmbeddingBagContender(LayerContender):
         checked = tokens[some_rows(len(tokens))]
         with torch.inference_mode():
             y_ND = self._sum(self.tables[0], *self._lookups(checked))
-            if self.layer.bias is not None:
-                y_ND = y_ND + self.layer.bias
+            bias_D = dict(self.layer.named_parameters()).get("bias")
+            y_ND = y_ND if bias_D is None else y_ND + bias_D
             exact = copy.deepcopy(self.layer).double()(checked.double())
-        read = self.layer.config.tables * self.layer.config.neighbours * self.layer.d_out
+        read = self._lookups(checked[:1])[0].shape[1] * self.layer.d_out
         facts = {"layers": self.copies, "flops": 2.0 * read * self.batch, "row_bytes": 4.0 * read * self.batch}
         facts |= {"weight_bytes": 4.0 * rows.numel() * self.copies, "token_bytes": 0, "computes_in": "fp32"}
         facts["bytes_read"] = min(4.0 * rows.numel(), facts["row_bytes"])
         return facts | compare(y_ND, exact, our_bound("fp32", torch.zeros(1)))
 
     def _lookups(self, x_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        codes_NTK, scores_NTK = self.layer.codes_and_scores(x_ND)
-        first_T = torch.arange(codes_NTK.shape[1]) * (1 << self.layer.config.bits)
-        index = (codes_NTK.long() + first_T[:, None]).flatten(1)
-        return index, scores_NTK.flatten(1)
+        route = self.layer.route(x_ND)
+        assert route.weights is not None
+        return route.rows.long(), route.weights
 
     @staticmethod
     def _sum(rows: torch.Tensor, index: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ class Row(TypedDict, total=False):
         us_median, us_p10, us_p90, us_per_token, calls: times, and how many calls there were.
         rounds: where there were fewer than a run has.
         ratio: its median / that of our first precision.
-        published_ratio: of FFF's comparison.
+        published_against, published_ratio: whose time a paper divided by this one, and what comes out here.
         error, missing, skipped: instead of a time: what failed, what to install, how far it came.
         layers: copies of the layer that one call went through.
         flops, bytes_read, row_bytes, weight_bytes, token_bytes: of the call, as `cost()` counts them, and as stored.
@@ -50,6 +50,7 @@ class Row(TypedDict, total=False):
     calls: int
     rounds: int
     ratio: float | None
+    published_against: str
     published_ratio: float | None
     error: str
     missing: str

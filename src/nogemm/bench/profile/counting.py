@@ -18,7 +18,7 @@ from nogemm.bench.engine.pool import write_pool
 from nogemm.bench.profile import count_dense
 from nogemm.bench.profile.count_program import count_command, count_program
 from nogemm.bench.profile.counts import Counts
-from nogemm.bench.profile.job import FIRST, WHOLE, kind_of
+from nogemm.bench.profile.job import FIRST, WHOLE
 from nogemm.bench.profile.simulate import Geometry, simulate
 from nogemm.layers import PackedFFN
 
@@ -46,7 +46,7 @@ def simulate_phases(
     Raises:
         NativeError: no compiler, or valgrind failed.
     """
-    known = kind_of(packed)
+    known = packed.kernel
     assert known is not None
     names = known.phases if known.stops else None
     program = count_program()

@@ -5,7 +5,7 @@ around it, so neither Python nor the dispatcher is in it: the whole kernel, or t
 Nothing in the kernels reads a clock. Layers of several operators are taken apart by torch's profiler instead.
 
 Legend: N tokens, D width.
-Reading order: `KINDS`, `CallContender`, `PhaseContender`, `SketchContender`, `operator_times`.
+Reading order: `CallContender`, `PhaseContender`, `SketchContender`, `operator_times`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ import ctypes
 import math
 import time
 from collections import defaultdict
-from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from nogemm.bench.contenders.layer import DenseContender, OurContender
@@ -28,50 +27,13 @@ from nogemm.bench.engine.measure import summary
 from nogemm.bench.engine.worker import Contender
 from nogemm.errors import NativeError
 from nogemm.hardware.counters import HARDWARE_EVENTS, Counters
-from nogemm.layers._base import PackedFFN
-from nogemm.layers.hire.packed import PackedHire
-from nogemm.layers.lookup.packed import PackedLookup
-from nogemm.layers.tree.packed import PackedTree
 from nogemm.ops._library import native
-from nogemm.ops.packed_hire import packed_hire_chosen
 
 WHOLE, FIRST = 0, 1
 _COUNTED_CALLS = 24
 _PROFILED_SECONDS = 1.0
 _SMALL = 0.01  # of all operators' time: those that take less are one row
 _CALL = "nogemm profiled call"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """Say how a layer of one native call is profiled.
-
-    Attributes:
-        number: of csrc/packed/host/phases.h.
-        phases: names of its two phases; None for a single one.
-        stops: the native call can be stopped after the first, and so be simulated.
-    """
-
-    number: int
-    phases: tuple[str, str] | None
-    stops: bool = True
-
-
-KINDS: dict[type[nn.Module], Kind] = {
-    PackedLookup: Kind(number=0, phases=("hash", "gather")),
-    PackedTree: Kind(number=1, phases=("descent", "sum")),
-    PackedHire: Kind(number=2, phases=("sketch", "rows"), stops=False),
-}
-
-
-def kind_of(packed: nn.Module) -> Kind | None:
-    """Return a packed layer's kind; None if it is not one native call."""
-    if not isinstance(packed, PackedFFN) or not packed.native:
-        return None
-    kind = KINDS.get(type(packed))
-    if kind is not None and isinstance(packed, PackedHire) and not packed.sketched:
-        return replace(kind, phases=None)
-    return kind
 
 
 def count_events(contender: Contender, layers: int) -> dict[str, float]:
@@ -105,7 +67,7 @@ class CallContender(_Ours):
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         facts = super().prepare(case)
-        if facts["verified"] and kind_of(self.packed[0]) is None:
+        if facts["verified"] and self.packed[0].kernel is None:
             facts |= {"operators": {name: summary(us) for name, us in operator_times(self, self.copies).items()}}
         return with_events(self, facts)
 
@@ -132,7 +94,7 @@ class PhaseContender(_Ours):
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         self.outputs = []
         facts = super().prepare(case)
-        known = kind_of(self.packed[0])
+        known = self.packed[0].kernel
         if known is None:
             raise NativeError(f"{type(self.packed[0]).__name__} is not one native call")
         self.kind = known.number
@@ -189,12 +151,8 @@ class SketchContender(_Ours):
         return super().run(inputs) if self.verifying else self._chosen(inputs, kept=False)
 
     def _chosen(self, inputs: Any, *, kept: bool) -> list[Tensor]:
-        found = []
         with torch.inference_mode():
-            for layer, x in zip(self.packed, inputs, strict=True):
-                assert isinstance(layer, PackedHire)
-                found.append(packed_hire_chosen(x, layer.get_buffer("packed"), layer.hidden, kept))
-        return found
+            return [layer.chosen_neurons(x, kept=kept) for layer, x in zip(self.packed, inputs, strict=True)]
 
     def _holds_all_that_answer(self) -> bool:
         tokens = self._tokens()

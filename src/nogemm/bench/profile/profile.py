@@ -1,7 +1,7 @@
 """`nogemm profile`: where a layer's time goes, what it makes the machine do, and how far that is from what it can do.
 
 LookupFFN's table 6 for any layer: time of its phases, multiply-add utilisation, bandwidth of every level, miss rates;
-beside it a roofline of every instruction set and an energy estimate. Times are measured by the rules of `bench layer`;
+beside it a roofline of every instruction set. Times are measured by the rules of `bench layer`;
 events come from hardware counters, else from valgrind (`simulate.py`), and the result says from which.
 
 Reading order: `ProfileArgs`, `run_profile`; rows and points are made in `rows.py`.
@@ -23,18 +23,17 @@ from nogemm.bench.engine.pool import pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
 from nogemm.bench.engine.row import Row
 from nogemm.bench.layer import LayerBenchArgs, checked, token_source
-from nogemm.bench.papers.energy import CLAIMED_L1_HITS, constants, energy_rows
-from nogemm.bench.papers.forecast_figure import check_projectable, project
 from nogemm.bench.profile import counting
 from nogemm.bench.profile.counting import DENSE
 from nogemm.bench.profile.counts import Counts, from_dict, from_events
-from nogemm.bench.profile.job import FIRST, WHOLE, Kind, kind_of
+from nogemm.bench.profile.job import FIRST, WHOLE
 from nogemm.bench.profile.rows import phase_rows, roofline_points
 from nogemm.bench.profile.simulate import geometry, why_no_simulator
 from nogemm.errors import ConfigError, NativeError
 from nogemm.hardware.counters import why_no_counters
-from nogemm.hardware.roofline import measure_rooflines
+from nogemm.hardware.roofline import Roofline, measure_rooflines
 from nogemm.layers import PackedFFN
+from nogemm.layers._base import Kernel
 from nogemm.running.partial import Keep
 
 COUNTERS = ("auto", "perf", "cachegrind", "none")
@@ -53,7 +52,7 @@ class ProfileArgs:
         counters: "perf" (hardware), "cachegrind" (simulated), "none", or "auto": the first of them that works here.
         counts: an earlier result of the same layer whose events are taken; batches that it lacks are counted. Simulated
             events do not depend on the clock, and take minutes.
-        project: also fit a model of the time and run it on other machines and shapes (`papers/forecast_figure.py`).
+        project: also fit a model of the time and run it on other machines and shapes.
     """
 
     layer: LayerBenchArgs = field(default_factory=LayerBenchArgs)
@@ -62,15 +61,33 @@ class ProfileArgs:
     project: bool = False
 
 
-def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a paper draws from a profile, and this package does not: `nogemm_papers.projected.FIGURES` of a checkout.
+
+    Attributes:
+        energy: estimates the accesses' energy from counts by (contender, phase, batch).
+        check_projectable: raises ConfigError for a layer that `project` does not know.
+        project: from the layer, its rows, the machine's roofline and fresh tokens.
+    """
+
+    energy: Callable[[Mapping[Key, Counts]], dict[str, Any]]
+    check_projectable: Callable[[LayerBenchArgs], object]
+    project: Callable[[LayerBenchArgs, Sequence[Mapping[str, Any]], Roofline, Path, Note], dict[str, Any]]
+
+
+def run_profile(
+    args: ProfileArgs, *, figures: Figures | None = None, note: Note | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
     """Time a packed layer by phases, count its events, and hold both against the machine; `keep` gets it in steps.
 
     Returns:
-        `origin` and {"phases", "rooflines", "counting", "rows", "points", "counts", "energy",
+        `origin` and {"phases", "rooflines", "counting", "rows", "points", "counts", "energy" (None without `figures`),
         "projection" (None unless asked for)}; see docs/guides/profile.md. A row has "contender", "phase", "batch",
         "us_median" and the rates of `counts.rates`; what is not known is None, and "why_not" says why.
     Raises:
-        ConfigError, ValueError: as `run_layer_bench`, an unknown source, or counts of another layer.
+        ConfigError, ValueError: as `run_layer_bench`, an unknown source, counts of another layer, or a projection
+            without `figures`.
         NativeError: a source that was asked for by name and does not work here.
     """
     say = note or (lambda line: None)
@@ -78,14 +95,16 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | Non
     ours = _one_name(layer)
     settings = asdict(layer) | {"ours": ours, "counters": args.counters}
     if args.project:
-        check_projectable(layer)
+        if figures is None:
+            raise ConfigError("project: the paper's figures are not here; pass `figures`")
+        figures.check_projectable(layer)
     chosen = choose_source(args.counters)
     earlier = {} if args.counts is None else _read_counts(Path(args.counts), settings)
     head = origin(settings)
     say("rooflines")
     rooflines = measure_rooflines(layer.threads)
     packed = our_layer(_shape(layer)).pack(layer.dtype)
-    known = kind_of(packed)
+    known = packed.kernel
     names = known.phases if known is not None else None
     roofline = rooflines.get(head["isa"])
     size = pool_size(layer.d, largest_call=max(layer.batch) * 2, cap_bytes=layer.pool_cap_bytes)
@@ -104,7 +123,7 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | Non
             "rows": rows,
             "points": roofline_points(rows, counted, roofline),
             "counts": [dict(zip(_KEY, key, strict=True)) | counts.to_dict() for key, counts in counted.items()],
-            "energy": {"constants": constants(), "claimed_l1_hit_rate": CLAIMED_L1_HITS, "rows": energy_rows(counted)},
+            "energy": None if figures is None else figures.energy(counted),
             "projection": projection,
         }
 
@@ -120,9 +139,9 @@ def run_profile(args: ProfileArgs, *, note: Note | None = None, keep: Keep | Non
         cases = [{"batch": batch, "cache": "fresh"} for batch in layer.batch]
         timed = measure(specs, cases, plan, note=note, keep=kept)
         projection = None
-        if args.project and roofline is not None:
+        if args.project and figures is not None and roofline is not None:
             rows = phase_rows(timed, ours, names, {}, roofline, {"source": None, "why_not": ""})
-            projection = project(layer, rows, roofline, pool, say)
+            projection = figures.project(layer, rows, roofline, pool, say)
             kept(timed, projection)
     if chosen.name == "perf":
         counted, how = _events(timed, ours, known), {"source": "perf", "why_not": "", "threads": layer.threads}
@@ -162,7 +181,7 @@ def choose_source(wanted: str) -> Source:
 
 def profile_specs(layer: LayerBenchArgs, ours: str, pool: Path, packed: PackedFFN, *, events: bool) -> list[Spec]:
     """Return the contenders: our module, its kernel and first phase where it has them, and dense layers."""
-    known = kind_of(packed)
+    known = packed.kernel
     # A layer with a kernel answers by it, whatever else would be quicker: the kernel is what is looked at.
     common = _shape(layer) | {"pool": str(pool), "events": events, "path": layer.path if known is None else "rows"}
     job = "nogemm.bench.profile.job"
@@ -188,7 +207,7 @@ def _count(
         return dict(earlier), {"source": None, "why_not": chosen.why_not}
     g = geometry()
     how = {**counting.describe(layer.batch, g), "why_not": chosen.why_not}
-    if kind_of(packed) is None:
+    if packed.kernel is None:
         return dict(earlier), how | {"not_native": _NOT_NATIVE}
     batches = [batch for batch in layer.batch if (ours, "kernel", batch) not in earlier]
     counted = dict(earlier)
@@ -203,7 +222,7 @@ def _count(
     return counted, how
 
 
-def _events(timed: Sequence[Mapping[str, Any]], ours: str, known: Kind | None) -> dict[Key, Counts]:
+def _events(timed: Sequence[Mapping[str, Any]], ours: str, known: Kernel | None) -> dict[Key, Counts]:
     found: dict[Key, Counts] = {}
     for row in timed:
         if "events" in row:

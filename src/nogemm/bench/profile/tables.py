@@ -34,9 +34,10 @@ def profile_table(result: Mapping[str, Any]) -> TextTable:
 
 
 def energy_table(result: Mapping[str, Any]) -> TextTable:
-    """Lay out the energy estimate: nanojoules per token by level, and hit rates."""
+    """Lay out the energy estimate: nanojoules per token by level, and hit rates; no rows where none was made."""
     rows = []
-    for row in result["energy"]["rows"]:
+    energy = result["energy"] or {"rows": [], "constants": {}}
+    for row in energy["rows"]:
         levels = [f"{row['by_level'][level]:.4g}" for level in ("L1", "L2", "L3", "memory")]
         ratio = row.get("dense_ratio")
         rows.append(
@@ -64,9 +65,10 @@ def energy_table(result: Mapping[str, Any]) -> TextTable:
         "L1 bytes",
         "dense / it",
     ]
-    found = result["energy"]["constants"]
+    found = energy["constants"]
     said = [f"{_range(entry['low'], entry['high'])} pJ per 64 bits from {entry['what']}" for entry in found.values()]
-    hint = f"Accesses alone: {'; '.join(said)} ({found['SRAM']['source']}). memory: the middle of its range."
+    source = "; ".join(dict.fromkeys(entry["source"] for entry in found.values()))
+    hint = f"Accesses alone: {'; '.join(said)} ({source}). memory: the middle of its range."
     return TextTable(title=f"Energy of accesses: {shape_line(result)}", head=head, rows=rows, hint=hint)
 
 

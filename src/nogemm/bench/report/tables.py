@@ -86,8 +86,26 @@ def projections_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def train_step_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench train-step` measured."""
+    rows = []
+    for row in result["rows"]:
+        us, parts = row.get("us_median"), row.get("parts") or {}
+        whole = [why_not(row) or "not run", ""] if us is None else [f"{us / 1e3:.4g}", f"{row['ratio'] or 1:.2f}"]
+        each = [f"{parts[name] / 1e3:.4g}" if name in parts else "" for name in ("forward", "backward", "update")]
+        rows.append([shown_name(row), row["codes"], *whole, *each])
+    s = result["settings"]
+    shape = f"{s['method']} d={s['d']}, hidden {s['hidden']}, {s['tokens']:,} tokens, {s['threads']} threads"
+    return TextTable(
+        title=f"Training step: {shape}",
+        head=["contender", "codes", "ms", "ratio", "forward ms", "backward ms", "update ms"],
+        rows=rows,
+        hint=f"{shape}. Ratio: the contender's time divided by ours. Parts are medians of three steps of their own.",
+    )
+
+
 def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
-    """Lay out what `python -m nogemm.bench.hire_recall` measured."""
+    """Lay out what `nogemm bench recall` measured."""
     rows = []
     for row in result["rows"]:
         shares = [f"{row[name]:.4f}" for name in ("recall", "energy", "dense_energy", "computed", "kept")]

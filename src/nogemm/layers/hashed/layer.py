@@ -82,10 +82,6 @@ class HashedNeurons(FFN):
         first = self.neurons.up if self.neurons.gate is None else self.neurons.gate
         return with_best(mask_NF, v_ND, self.chunk, first) if self.falls_back else mask_NF
 
-    @property
-    def shares_calls(self) -> bool:
-        return self.chunk > 1
-
     def rounded(self, dtype: str) -> FFN:
         return super().rounded(dtype) if dtype != "int8" else round_dense(copy.deepcopy(self))
 
@@ -110,6 +106,29 @@ class HashedNeurons(FFN):
         with torch.no_grad():
             x_ND = x.reshape(-1, self.d_model).to(self.compute_dtype())
             return self.retrieved(x_ND if self.norm is None else self.norm(x_ND)).sum(1)
+
+    def counted_neurons(self, x_ND: Tensor) -> dict[str, Any]:
+        """Count the neurons that tokens compute, beside what uniform codes would retrieve.
+
+        Returns:
+            {"tokens", "chunk", "mean", "p95", "expected"} in neurons, and "flops" and "expected_flops" of one token,
+            hashing included. The tokens should fill whole chunks.
+        """
+        count = len(x_ND)
+        active_N = self.active(x_ND).double()
+        expected = self.expected_active(min(self.chunk, count))
+        expected_flops = self.cost(count).flops / count
+        per_neuron = self.neurons.cost(1).flops / self.hidden
+        mean = float(active_N.mean())
+        return {
+            "tokens": count,
+            "chunk": self.chunk,
+            "mean": mean,
+            "p95": float(active_N.quantile(0.95)),
+            "expected": expected,
+            "flops": expected_flops + per_neuron * (mean - expected),
+            "expected_flops": expected_flops,
+        }
 
     def expected_active(self, n_tokens: int) -> float:
         """Return E|S| of a chunk of `n_tokens` under independent uniform codes, F (1 - (1 - 2^-K)^(T n))."""

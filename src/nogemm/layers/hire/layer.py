@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,7 @@ from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.layers._base import FFN, Route
 from nogemm.layers.dense.layer import DenseFFN
-from nogemm.layers.hire.config import RELU_TYPES, HireConfig
+from nogemm.layers.hire.config import RELU_TYPES, HireConfig, SketchKind
 from nogemm.layers.hire.fit import copy_dense, fit_data, fit_low_rank
 from nogemm.layers.hire.report import HireReport, measure_recall
 from nogemm.layers.hire.routing import Choice, choose
@@ -241,6 +243,29 @@ class HireFFN(FFN):
     def measure(self, x: Tensor) -> HireReport:
         """Compare what the sketch finds with what exact arithmetic would keep, on tokens x [..., D]."""
         return measure_recall(self, x.reshape(-1, self.d_model).to(self.compute_dtype()))
+
+    def recall_rows(
+        self,
+        x_ND: Tensor,
+        sketches: Sequence[SketchKind] = ("int8", "int4"),
+        oversample: Sequence[float] = (1.2, 1.5, 2.0),
+    ) -> list[dict[str, Any]]:
+        """Measure these weights with each sketch at each oversampling.
+
+        Returns:
+            rows with "sketch", "oversample", "keep", and the fields of `HireReport`.
+        """
+        rows = []
+        for sketch in sketches:
+            for factor in oversample:
+                twin = HireFFN(replace(self.config, sketch=sketch, oversample=factor), self.shape)
+                twin.load_state_dict(self.state_dict(), strict=False)  # a low-rank sketch stays behind
+                report = twin.eval().measure(x_ND)
+                rows.append({"sketch": sketch, "oversample": factor, "keep": self.config.keep, **vars(report)})
+        return rows
+
+    def active_neurons(self) -> int:
+        return min(self.hidden, self.kept * self.config.group)
 
     def rounded(self, dtype: str) -> HireFFN:
         """Return a float32 copy whose rows are rounded as `pack(dtype)` rounds them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nogemm.layers._base import PackedFFN, Route, packed_of
+from nogemm.layers._base import Kernel, PackedFFN, Route, packed_of
 from nogemm.layers.hire.layer import HireFFN, activations
 from nogemm.layers.hire.sketch import deviations, lists_of
 from nogemm.layers.neurons.all import AllNeurons, dense_from, dense_us, rows_us
@@ -59,10 +59,18 @@ class PackedHire(PackedFFN):
 
         self.dense_from = dense_from(path, rows, lambda n: dense_us(self.dtype, n, self.hidden * (first + last)))
 
+    @property
+    def kernel(self) -> Kernel | None:
+        phases = ("sketch", "rows") if self.native and self.sketched else None
+        return Kernel(number=2, phases=phases, stops=False) if self.native else None
+
     def routes(self, x_ND: Tensor) -> Route:
         if not self.native:
             return self.portable.route(x_ND)
-        return Route(lists_of(packed_hire_chosen(x_ND, self.get_buffer("packed"), self.hidden, kept=True)), None)
+        return Route(lists_of(self.chosen_neurons(x_ND, kept=True)), None)
+
+    def chosen_neurons(self, x_ND: Tensor, *, kept: bool) -> Tensor:
+        return packed_hire_chosen(x_ND, self.get_buffer("packed"), self.hidden, kept)
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         if not self.native:
@@ -76,15 +84,14 @@ class PackedHire(PackedFFN):
 
     def _answering(self, x_ND: Tensor, selecting_NF: Tensor) -> Tensor | None:
         """Mark the neurons that answer, given the exact values that select; None for all."""
-        packed = self.get_buffer("packed")
         if self.select != "topk":
-            return packed_hire_chosen(x_ND, packed, self.hidden, kept=True)
+            return self.chosen_neurons(x_ND, kept=True)
         groups = -(-self.hidden // self.group)
         if self.kept >= groups:
             return None
         keys_NG = selection_keys(selecting_NF, self.key, self.group, self.get_buffer("always"))
         if self.sketched:
-            candidate_NF = packed_hire_chosen(x_ND, packed, self.hidden, kept=False)
+            candidate_NF = self.chosen_neurons(x_ND, kept=False)
             keys_NG = keys_NG.masked_fill(~candidate_NF[:, :: self.group], -torch.inf)
         best_NK = top_indices(keys_NG, self.kept).long()
         mask_NG = torch.zeros(keys_NG.shape, dtype=torch.bool).scatter_(1, best_NK, True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nogemm.layers._base import PackedFFN, Route, packed_of
+from nogemm.layers._base import Kernel, PackedFFN, Route, packed_of
 from nogemm.layers.lookup.config import LookupConfig
 from nogemm.layers.lookup.layer import LookupFFN, rows_of
 from nogemm.ops import gather_accumulate, hash_codes, native_available
@@ -39,6 +39,10 @@ class PackedLookup(PackedFFN):
             self.register_buffer("packed", pack_lookup(_weights(layer), dtype), persistent=False)
         else:
             self.portable = _PortableLookup(layer, dtype)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        return Kernel(number=0, phases=("hash", "gather")) if self.native else None
 
     def routes(self, x_ND: Tensor) -> Route:
         if self.native:

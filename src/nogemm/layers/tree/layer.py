@@ -197,6 +197,9 @@ class TreeFFN(FFN):
         """Return the in-rows, an optimiser group of their own."""
         return [self.weight_in]
 
+    def active_neurons(self) -> int:
+        return self.config.trees * self.levels + self.config.core
+
     def packed_share(self, dtype: str) -> float:
         return {"fp32": 1.0, "bf16": 0.5, "int8": 0.375}[dtype]  # in-rows stay in 16 bits when out-rows go to 8
 

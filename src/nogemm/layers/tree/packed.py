@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nogemm.layers._base import KERNEL_DTYPES, PackedFFN, Route, packed_of
+from nogemm.layers._base import KERNEL_DTYPES, Kernel, PackedFFN, Route, packed_of
 from nogemm.layers.tree.layer import TreeFFN
 from nogemm.ops import native_available
 from nogemm.ops.packed_tree import TreeWeights, pack_tree, packed_tree_rows
@@ -38,6 +38,10 @@ class PackedTree(PackedFFN):
         if self.native and x.dtype in KERNEL_DTYPES and x.shape[-1:] == (self.d_model,) and not torch.is_grad_enabled():
             return _PACKED_TREE(x, self._buffers["packed"], self.d_out)
         return super().forward(x)
+
+    @property
+    def kernel(self) -> Kernel | None:
+        return Kernel(number=1, phases=("descent", "sum")) if self.native else None
 
     def routes(self, x_ND: Tensor) -> Route:
         if not self.native:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmark_scripts import load
 
+from benchmark_scripts import load
 from nogemm.bench.contenders.gather import EMBEDDING_BAG
 
 table5 = load("table5")
@@ -52,7 +52,7 @@ def test_the_dense_layer_of_equal_flop() -> None:
 
 def test_dense_layers_of_as_many_neurons_as_answer(tmp_path: Path) -> None:
     (part,) = (part for part in table5.all_parts(None) if part.name == "d768-methods")
-    active = {layer.method: table5.active_neurons(part, layer) for layer in part.ours}
+    active = {layer.method: table5.build(part, layer).active_neurons() for layer in part.ours}
     assert active == {"lookup": None, "tree": 12, "hire": 154, "slide": None, "mongoose": None, "yoso": None}
     specs = {spec.name: spec.settings.get("hidden") for spec in table5.specs(part, tmp_path)}
     narrow = {name: hidden for name, hidden in specs.items() if " neurons as " in name}

@@ -71,6 +71,11 @@ def energy(counts: Counts, tokens: float) -> dict[str, Any] | None:
     }
 
 
+def energy_figure(counted: Mapping[tuple[str, str, int], Counts]) -> dict[str, Any]:
+    """Return what a profile says of energy: {"constants", "claimed_l1_hit_rate", "rows"}, see `energy_rows`."""
+    return {"constants": constants(), "claimed_l1_hit_rate": CLAIMED_L1_HITS, "rows": energy_rows(counted)}
+
+
 def energy_rows(counted: Mapping[tuple[str, str, int], Counts]) -> list[dict[str, Any]]:
     """Estimate every counted phase; (contender, phase, batch) name it, and counts are of one call.
 

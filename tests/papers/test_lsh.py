@@ -8,13 +8,13 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
-from nogemm.bench.papers.lsh import LshBenchArgs, learn_hashes, run_lsh_bench
-from nogemm.bench.papers.lsh_cases import Case, gaussian_case
-from nogemm.bench.papers.lsh_search import bucket_sizes, chance_of_collision, found_by_hashes, found_by_ranking
 from nogemm.bench.report.tables import lsh_table
 from nogemm.errors import ConfigError
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.hashed.layer import hash_extended
+from nogemm_papers.lsh import LshBenchArgs, learn_hashes, run_lsh_bench
+from nogemm_papers.lsh_cases import Case, gaussian_case
+from nogemm_papers.lsh_search import bucket_sizes, chance_of_collision, found_by_hashes, found_by_ranking
 
 
 @pytest.fixture
@@ -158,7 +158,7 @@ def test_a_run_has_every_search_with_its_cost(model: Path) -> None:
 
 
 def test_an_int4_sketch_is_not_an_int8_one(case: Case) -> None:
-    from nogemm.bench.papers.lsh import search_by_sketches
+    from nogemm_papers.lsh import search_by_sketches
 
     rows = list(search_by_sketches(gaussian_case(case, 0), replace(SMALL, share=(0.1,))))
     found = {row["method"]: row["found"]["8"] for row in rows}

@@ -14,17 +14,14 @@ import torch
 from nogemm.bench.contenders.layer import our_layer
 from nogemm.bench.engine.pool import write_pool
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.profile import job
 from nogemm.bench.profile import profile as bench
 from nogemm.bench.profile.counts import Counts
 from nogemm.bench.profile.job import (
     FIRST,
-    KINDS,
     WHOLE,
     PhaseContender,
     SketchContender,
     join_small,
-    kind_of,
     operator_times,
 )
 from nogemm.bench.profile.profile import ProfileArgs, run_profile
@@ -33,7 +30,9 @@ from nogemm.bench.profile.tables import energy_table, profile_table
 from nogemm.bench.report.profile import profile_charts
 from nogemm.errors import ConfigError, NativeError
 from nogemm.hardware.roofline import Roofline
-from nogemm.layers.lookup.packed import PackedLookup
+from nogemm.layers._base import Kernel
+from nogemm.layers.hire.packed import PackedHire
+from nogemm_papers.projected import FIGURES
 
 TINY: dict[str, Any] = {
     "d": 32,
@@ -66,7 +65,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 def profiled(**change: Any) -> dict[str, Any]:
     counters, counts = change.pop("counters", "none"), change.pop("counts", None)
     args = ProfileArgs(layer=LayerBenchArgs(**(TINY | change)), counters=counters, counts=counts)
-    return run_profile(args)
+    return run_profile(args, figures=FIGURES)
 
 
 @pytest.mark.usefixtures("quick")
@@ -187,13 +186,13 @@ def test_a_sketch_that_misses_what_answers_is_refused(tmp_path: Path, monkeypatc
     (mask,) = contender.run(contender.draw())
     assert (mask.shape, mask.dtype) == ((16, 64), torch.bool)
     assert 16 <= mask.sum(1).min() < 64
-    honest = job.packed_hire_chosen
+    honest = PackedHire.chosen_neurons
 
-    def without(x: torch.Tensor, packed: torch.Tensor, hidden: int, kept: bool) -> torch.Tensor:
-        found = honest(x, packed, hidden, kept)
+    def without(packed: PackedHire, x: torch.Tensor, *, kept: bool) -> torch.Tensor:
+        found = honest(packed, x, kept=kept)
         return found if kept else torch.zeros_like(found)
 
-    monkeypatch.setattr(job, "packed_hire_chosen", without)
+    monkeypatch.setattr(PackedHire, "chosen_neurons", without)
     assert contender.prepare(case)["error"] == "neurons answer that are not among the candidates"
 
 
@@ -333,9 +332,8 @@ def test_the_first_phase_writes_no_output(tmp_path: Path) -> None:
 def test_only_single_native_calls_have_a_kind() -> None:
     shape = {"d": 32, "hidden": 64, "activation": "gelu", "seed": 0}
     lookup = our_layer(shape | {"method": "lookup", "set": TINY["set"]}).pack("int8")
-    assert kind_of(lookup) is KINDS[PackedLookup]
-    assert kind_of(our_layer(shape | {"method": "switch", "set": ["experts=2"]}).pack()) is None
-    assert kind_of(torch.nn.Identity()) is None
+    assert lookup.kernel == Kernel(number=0, phases=("hash", "gather"))
+    assert our_layer(shape | {"method": "switch", "set": ["experts=2"]}).pack().kernel is None
 
 
 def test_points_and_rows_by_hand() -> None:

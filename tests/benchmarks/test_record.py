@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from benchmark_scripts import load
 
 ROOT = Path(__file__).resolve().parents[2]

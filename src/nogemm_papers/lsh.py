@@ -18,8 +18,14 @@ from typing import Any
 import torch
 
 from nogemm.bench.engine.result import origin
-from nogemm.bench.papers.lsh_cases import Case, gaussian_case, model_case
-from nogemm.bench.papers.lsh_search import (
+from nogemm.errors import ConfigError
+from nogemm.layers import HireConfig, MongooseConfig, SlideConfig
+from nogemm.layers.hire.config import SketchKind
+from nogemm.layers.mongoose.layer import MongooseFFN
+from nogemm.models.directory import PACKAGED
+from nogemm.running.partial import Keep
+from nogemm_papers.lsh_cases import Case, gaussian_case, model_case
+from nogemm_papers.lsh_search import (
     Search,
     bucket_sizes,
     chance_of_collision,
@@ -27,12 +33,6 @@ from nogemm.bench.papers.lsh_search import (
     found_by_ranking,
     mean_search,
 )
-from nogemm.errors import ConfigError
-from nogemm.layers import HireConfig, MongooseConfig, SlideConfig
-from nogemm.layers.hire.config import SketchKind
-from nogemm.layers.mongoose.layer import MongooseFFN
-from nogemm.models.directory import PACKAGED
-from nogemm.running.partial import Keep
 
 Note = Callable[[str], None]
 

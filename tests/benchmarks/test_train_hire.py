@@ -6,9 +6,9 @@ import itertools
 from pathlib import Path
 
 import torch
-from benchmark_scripts import load
 
 import nogemm
+from benchmark_scripts import load
 from nogemm.layers import HireFFN
 from nogemm.models.directory import PACKAGED
 from nogemm.models.loading import load_encoder, load_tokenizer

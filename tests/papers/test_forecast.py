@@ -12,12 +12,12 @@ import pytest
 
 from nogemm.bench.engine.measure import Plan, Spec
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.papers import forecast_figure
-from nogemm.bench.papers.forecast import FEATURES, LookupShape, Machine, features, fit, fit_model, left_out
-from nogemm.bench.papers.forecast_figure import check_projectable, run_scenarios, shape_of, variants
 from nogemm.cost import distinct_rows
 from nogemm.errors import ConfigError
 from nogemm.hardware.roofline import Roofline
+from nogemm_papers import projected
+from nogemm_papers.forecast import FEATURES, LookupShape, Machine, features, fit, fit_model, left_out
+from nogemm_papers.projected import check_projectable, run_scenarios, shape_of, variants
 
 MACHINE = Machine(threads=2, peak_gflops=200.0, l2=200.0, l3=50.0, memory=20.0, l2_bytes=2.0e6, l3_bytes=64.0e6)
 SHAPE = LookupShape(
@@ -119,11 +119,11 @@ def test_a_projection_holds_model_points_and_scenarios(monkeypatch: pytest.Monke
             for case in cases
         ]
 
-    monkeypatch.setattr(forecast_figure, "measure", timed)
+    monkeypatch.setattr(projected, "measure", timed)
     layer = LayerBenchArgs(d=32, set=("tables=16", "bits=3", "projection.block=32"), batch=(1, 64), threads=1)
     rows = [{"contender": "torch-fp32", "phase": "whole", "batch": 64, "us_median": 6400.0}]
     machine = Roofline(threads=1, gflops={"fp32": 100.0}, gb_per_s={"L1": 400.0, "L2": 100.0, "memory": 10.0})
-    found = forecast_figure.project(layer, rows, machine, tmp_path, lambda line: None)
+    found = projected.project(layer, rows, machine, tmp_path, lambda line: None)
     assert len(seen) == len(set(seen)) == 5
     assert len(found["model"]["points"]) == 2 * 2 * 5
     assert set(found["model"]["errors_left_out"]) == {"hash", "gather"}

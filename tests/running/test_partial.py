@@ -6,16 +6,19 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
-from benchmark_scripts import load
 
+import fake_contenders
+from benchmark_scripts import load
 from nogemm.bench.engine.measure import NOT_REACHED, OUT_OF_TIME, Plan, Spec, measure
 from nogemm.bench.engine.row import Row
 from nogemm.bench.report.write import write_report
-from nogemm.running.partial import RUNNING, Record, Terminated, recording, sigterm_interrupts
+from nogemm.running.measured import Keep, Note, measured
+from nogemm.running.partial import RUNNING, Record, Terminated, sigterm_interrupts
 
-HERE = Path(__file__).parent
+HERE = Path(fake_contenders.__file__).parent
 CASES = [{"batch": 1}, {"batch": 8}]
 
 
@@ -67,29 +70,30 @@ def test_a_file_is_partial_until_its_command_has_ended(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_script_with_what_it_has(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_ends_a_measurement_with_what_it_has(tmp_path: Path, number: signal.Signals, code: int) -> None:
     before = signal.getsignal(signal.SIGTERM)
+    shown = []
 
-    def script() -> None:
-        with recording(tmp_path / "r.json", "flips") as record:
-            record.keep({"rows": [1]})
-            os.kill(os.getpid(), number)
+    def work(note: Note, keep: Keep) -> dict[str, Any]:
+        keep({"rows": [1]})
+        os.kill(os.getpid(), number)
+        return {"rows": [1, 2]}
 
     with pytest.raises(SystemExit) as ended:
-        script()
+        measured("flips", tmp_path / "r.json", work, shown.append)
     assert ended.value.code == code
+    assert [result["rows"] for result in shown] == [[1]]
     assert json.loads((tmp_path / "r.json").read_text())["partial"] is True
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_failure_keeps_what_was_measured_and_is_raised(tmp_path: Path) -> None:
-    def script() -> None:
-        with recording(tmp_path / "r.json") as record:
-            record.keep({"rows": [1]})
-            raise OSError("no disk")
+    def work(note: Note, keep: Keep) -> dict[str, Any]:
+        keep({"rows": [1]})
+        raise OSError("no disk")
 
     with pytest.raises(OSError, match="disk"):
-        script()
+        measured("flips", tmp_path / "r.json", work, lambda result: pytest.fail("a failure is not a result"))
     assert "failed (OSError: no disk)" in json.loads((tmp_path / "r.json").read_text())["reason"]
 
 

@@ -14,13 +14,15 @@ from typing import Any
 from nogemm.bench.contenders.layer import COPIED_BATCH, COPIES, our_layer
 from nogemm.bench.engine.measure import Plan, Spec, measure
 from nogemm.bench.layer import LayerBenchArgs
-from nogemm.bench.papers.forecast import LookupShape, Machine, Model, describe, fit_model
 from nogemm.bench.profile.job import FIRST, WHOLE
+from nogemm.bench.profile.profile import Figures
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import caches
 from nogemm.hardware.roofline import Roofline
 from nogemm.layers import LookupFFN
 from nogemm.projections import BHConfig
+from nogemm_papers.energy import energy_figure
+from nogemm_papers.forecast import LookupShape, Machine, Model, describe, fit_model
 
 _OTHER = {"fp32": "bf16", "bf16": "fp32", "int8": "fp32"}
 _HALF = {"fp32": "bf16", "bf16": "int8", "int8": "int8"}
@@ -181,3 +183,6 @@ def _with(fields: Sequence[str], words: Sequence[str]) -> tuple[str, ...]:
     """Replace fields of the same name, keep the others."""
     names = {word.partition("=")[0] for word in words}
     return (*(field for field in fields if field.partition("=")[0] not in names), *words)
+
+
+FIGURES = Figures(energy=energy_figure, check_projectable=check_projectable, project=project)

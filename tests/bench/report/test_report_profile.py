@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from nogemm.bench.papers.energy import constants, energy_rows
 from nogemm.bench.profile.counts import Counts, rates
 from nogemm.bench.report.profile import roofline
 from nogemm.bench.report.write import write_report
 from nogemm.errors import ConfigError
+from nogemm_papers.energy import constants, energy_rows
 
 COUNTS = Counts(
     instructions=9e3, multiply_adds=1e3, accesses=2e3, access_bytes=4e4, l1_misses=100.0, l2_misses=10.0, llc_misses=1.0

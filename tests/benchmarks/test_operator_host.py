@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from benchmark_scripts import load
 
+from benchmark_scripts import load
 from nogemm.bench.report.data import read_results
 
 operator_host = load("operator_host")

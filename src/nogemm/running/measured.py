@@ -1,4 +1,4 @@
-"""How a command that may take minutes runs: with progress, and with its result kept while it grows."""
+"""How every measurement runs, a command's or a script's: with progress, and with its result kept while it grows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nogemm.running.partial import Keep, Record, exit_code
+from nogemm.running.partial import Keep, Record, exit_code, sigterm_interrupts
 from nogemm.running.progress import progress
 
 Note = Callable[[str], None]
@@ -19,7 +19,7 @@ def measured(
     work: Callable[[Note, Keep], dict[str, Any]],
     show: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Run a command that may take minutes: progress while it runs, its result shown and written; return the result.
+    """Measure: progress while it runs, its result shown and written; return the result.
 
     Args:
         kind: of the result.
@@ -28,10 +28,11 @@ def measured(
         show: prints it; also what there is of one that was stopped.
     Raises:
         SystemExit: with 130 or 143, when Ctrl-C or SIGTERM stopped it; what was measured is shown and written then.
+            Before a failure is raised it is written.
     """
     record = Record(path, kind)
     try:
-        with progress.watching():
+        with sigterm_interrupts(), progress.watching():
             result = work(progress, record.keep)
     except KeyboardInterrupt as stop:
         end_early(record, stop, show)

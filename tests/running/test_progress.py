@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nogemm import cli
-from nogemm.cli.measured import measured
+from nogemm.running.measured import measured
 from nogemm.running.progress import Progress, training_lines
 
 

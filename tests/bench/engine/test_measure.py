@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
+import fake_contenders
 from nogemm.bench.engine import measure as engine
 from nogemm.bench.engine.measure import Plan, Spec, add_ratios, measure, summary
 from nogemm.bench.engine.row import Row
 from nogemm.bench.engine.worker import time_calls
 
-HERE = Path(__file__).parent
+HERE = Path(fake_contenders.__file__).parent
 
 
 @pytest.fixture

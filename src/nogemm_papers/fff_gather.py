@@ -17,10 +17,17 @@ from torch import Tensor, nn
 from nogemm.activations import ACTIVATIONS
 from nogemm.bench.contenders.layer import DenseStack, LayerContender
 from nogemm.bench.engine.check import DENSE_BOUNDS, compare, some_rows
+from nogemm.bench.engine.measure import Spec
 from nogemm.bench.engine.rounding import TREE_BOUND
 from nogemm.layers import TreeConfig, TreeFFN
 
 GATHER, BMM = "fff-torch-gather", "dense-torch-bmm"
+FACTORY = "nogemm_papers.fff_gather:FFFContender"
+
+
+def published_forms(shape: dict[str, Any]) -> list[Spec]:
+    """Return both forms as contenders of `bench methods`, for layers of that shape."""
+    return [Spec(name=form, factory=FACTORY, settings=shape | {"form": form}) for form in (GATHER, BMM)]
 
 
 class GatherTree(nn.Module):
@@ -87,7 +94,8 @@ class FFFContender(LayerContender):
             stacks = [DenseStack(s["d"], s["hidden"], s["activation"], 1, s["seed"] + c) for c in range(self.copies)]
             self.modules = [BatchedDense(stack) for stack in stacks]
             self.reference = copy.deepcopy(stacks[0]).double()
-        return {"layers": self.copies} | self.verify()
+        published = {"published_against": BMM} if s["form"] == GATHER else {}
+        return {"layers": self.copies} | published | self.verify()
 
     def verify(self) -> dict[str, Any]:
         """Compare the first copy with float64."""

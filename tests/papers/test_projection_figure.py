@@ -6,7 +6,9 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.bench.papers.projections import (
+from nogemm.config import ProjectionConfig
+from nogemm.errors import ConfigError
+from nogemm_papers.projections import (
     ProjectionBenchArgs,
     best_scale,
     closed_form,
@@ -16,8 +18,6 @@ from nogemm.bench.papers.projections import (
     run_projection_bench,
     sweep,
 )
-from nogemm.config import ProjectionConfig
-from nogemm.errors import ConfigError
 
 BLOCKED: list[ProjectionConfig] = [
     nogemm.BHConfig(rounds=1, block=16, bias=False),

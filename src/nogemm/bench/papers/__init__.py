@@ -1,1 +1,0 @@
-"""What reproduces the papers' figures; nothing else needs it."""
