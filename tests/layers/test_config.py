@@ -10,7 +10,7 @@ from nogemm.errors import ConfigError
 from nogemm.testing.cases import LOOKUP_CASES
 
 
-@pytest.mark.parametrize("config", [c.config for c in LOOKUP_CASES] + [nogemm.DenseConfig(hidden=5), nogemm.NoConfig()])
+@pytest.mark.parametrize("config", [c.config for c in LOOKUP_CASES] + [nogemm.DenseConfig(hidden=5)])
 def test_json_round_trip(config: nogemm.LookupConfig) -> None:
     assert layer_config(json.loads(json.dumps(config.to_dict()))) == config
 
@@ -29,15 +29,15 @@ def test_set_words() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"tables": 0}, "tables must be an integer at least 1, got tables=0"),
-        ({"bits": 17}, "bits must be an integer from 1 to 16, got bits=17"),
-        ({"bits": 3, "neighbours": 9}, "neighbours must be an integer from 1 to 8, got neighbours=9"),
+        ({"tables": 0}, "LookupConfig.*tables=0"),
+        ({"bits": 17}, "1 to 16.*bits=17"),
+        ({"bits": 3, "neighbours": 9}, "1 to 8.*neighbours=9"),
         ({"tables": 2.5}, "tables=2.5"),
         ({"tables": True}, "tables=True"),
-        ({"score": "softmax"}, "score must be one of gelu, sigmoid"),
-        ({"storage": "int4"}, "storage must be one of"),
-        ({"norm_eps": -1e-5}, "norm_eps must be at least 0"),
-        ({"projection": 3}, "projection must be a projection config"),
+        ({"score": "softmax"}, "gelu, sigmoid.*score='softmax'"),
+        ({"storage": "int4"}, "storage='int4'"),
+        ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"projection": 3}, "projection.* 3$"),
     ],
 )
 def test_values_out_of_range_are_named(values: dict[str, object], message: str) -> None:
@@ -48,10 +48,10 @@ def test_values_out_of_range_are_named(values: dict[str, object], message: str) 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"kind": "loookup"}, "unknown layer kind 'loookup'; known kinds: dense, "),
-        ({"kind": "lookup", "tabels": 3}, "LookupConfig has no field 'tabels'"),
-        ({"kind": "lookup", "projection": {"kind": "dct"}}, "unknown projection kind 'dct'"),
-        ([1], "expected a layer config"),
+        ({"kind": "loookup"}, "'loookup'.*dense, "),
+        ({"kind": "lookup", "tabels": 3}, "LookupConfig.*'tabels'"),
+        ({"kind": "lookup", "projection": {"kind": "dct"}}, "'dct'"),
+        ([1], r"\[1\]"),
     ],
 )
 def test_hand_edited_json_is_named(data: dict[str, object], message: str) -> None:
@@ -60,7 +60,7 @@ def test_hand_edited_json_is_named(data: dict[str, object], message: str) -> Non
 
 
 def test_set_needs_a_value() -> None:
-    with pytest.raises(ConfigError, match="expected NAME=VALUE"):
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
         parse_set(nogemm.LookupConfig, ["tables"])
 
 
@@ -71,5 +71,5 @@ def test_block_must_be_a_power_of_two(block: int) -> None:
 
 
 def test_block_must_divide_the_padded_width() -> None:
-    with pytest.raises(ConfigError, match=r"block=64 does not divide the padded width 32 \(d_in=20"):
+    with pytest.raises(ConfigError, match=r"block=64.* 32 \(d_in=20"):
         nogemm.LookupConfig(tables=2, bits=2).build(20)

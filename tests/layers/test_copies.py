@@ -114,7 +114,7 @@ def test_dynamic_quantisation_by_torch(kind: str, gated: bool) -> None:
     assert touched == any(isinstance(part, nn.Linear) for part in layer.modules())
     assert touched == (float(typical) > 1e-4) == (quantised.cost(1).bytes_read < layer.cost(1).bytes_read)
     if touched:
-        with pytest.raises(PackedError, match=f"quantisation has rounded the matrices of this {type(layer).__name__}"):
+        with pytest.raises(PackedError, match=f"quantisation.*{type(layer).__name__}"):
             quantised.pack("fp32")
     # The advice of that message: pack first, and quantise what is left.
     for dtype in PACK_DTYPES:

@@ -288,26 +288,26 @@ def test_any_number_of_candidates(oversample: float, group: int) -> None:
 
 def test_bad_configs_say_why() -> None:
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"keep": 0}, "keep must be above 0"),
-        ({"keep": 1.1}, "keep must be above 0 and at most 1"),
-        ({"keep": "x"}, "keep must be a number"),
-        ({"keep": float("nan")}, "keep must be a number"),
-        ({"oversample": 0.5}, "oversample must be at least 1"),
-        ({"sketch": "int2"}, "sketch must be one of int8, int4, low_rank"),
-        ({"rank": 0}, "rank must be an integer at least 1"),
-        ({"group": 0}, "group must be an integer at least 1"),
-        ({"static": -1}, "static must be an integer"),
+        ({"keep": 0}, "keep=0"),
+        ({"keep": 1.1}, "keep=1.1"),
+        ({"keep": "x"}, "keep='x'"),
+        ({"keep": float("nan")}, "keep=nan"),
+        ({"oversample": 0.5}, "oversample=0.5"),
+        ({"sketch": "int2"}, "int8, int4, low_rank.*sketch='int2'"),
+        ({"rank": 0}, "rank=0"),
+        ({"group": 0}, "group=0"),
+        ({"static": -1}, "static=-1"),
         ({"select": "active", "group": 2}, 'need select="topk"'),
-        ({"activation": "tanh"}, "activation must be one of"),
+        ({"activation": "tanh"}, "activation='tanh'"),
     ]
     for keywords, message in cases:
         with pytest.raises(ConfigError, match=message):
             HireConfig(**keywords)
-    with pytest.raises(ConfigError, match="needs a gated layer"):
+    with pytest.raises(ConfigError, match="gated"):
         HireConfig(activation="drelu").build(8)
     with pytest.raises(ConfigError, match="ReLU-type"):
         HireConfig(select="active").build(8, activation="gelu")
-    with pytest.raises(ConfigError, match=r"static=9 is more than keep=0\.1"):
+    with pytest.raises(ConfigError, match=r"static=9.*keep=0\.1"):
         HireConfig(keep=0.1, static=9).build(8, hidden=32)
 
 
@@ -323,7 +323,6 @@ def test_cost_counts_what_is_done() -> None:
     layer = HireConfig(keep=0.05, sketch="int4", oversample=1.5).build(16, hidden=64, activation="relu")
     kept, candidates = 4, 6  # ceil(3.2), ceil(1.5 * 4)
     assert layer.cost(3).flops == 3 * (2 * 16 * 64 + 2 * 16 * candidates + 2 * 16 * kept)
-    assert layer.cost(0).bytes_read == 0
     assert layer.cost(1).bytes_read == pytest.approx(16 * 64 / 2 + 4 * 16 * (5.77 + 3.91), rel=0.01)
     assert layer.cost(1).parameters == 2 * 16 * 64 + 64 + 16
     full = HireConfig(keep=1.0).build(16, hidden=64, activation="relu")

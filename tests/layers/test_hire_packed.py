@@ -6,7 +6,6 @@ import pytest
 import torch
 from hire_cases import CASES, HireCase, build_case
 
-from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import HireConfig, HireFFN
 from nogemm.layers.hire.packed import PackedHire
 from nogemm.ops.packed_hire import packed_hire, packed_hire_chosen
@@ -128,8 +127,6 @@ def test_a_fixed_path_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         layer.pack("fp32", path)
     with pytest.raises(AssertionError, match="a speed was asked for"):
         layer.pack("fp32")
-    with pytest.raises(ConfigError, match="path must be one of auto, rows, dense, got path='quick'"):
-        layer.pack("fp32", "quick")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,26 +187,9 @@ def test_not_finite_tokens_stay_alone(isa: str, case: HireCase, dtype: str) -> N
     check_equal("others", got[keep], clean[keep])
 
 
-def test_tokens_in_16_bits_and_strides() -> None:
-    packed = build_case(CASES[0]).pack("bf16")
-    x = torch.randn(9, packed.d_model)
-    for dtype in (torch.bfloat16, torch.float16):
-        y = packed(x.to(dtype))
-        assert y.dtype == dtype
-        torch.testing.assert_close(y.float(), packed(x.to(dtype).float()), rtol=1e-2, atol=1e-2)
-    check_equal("strided", packed(x.T.contiguous().T), packed(x))
-    check_equal("leading dims", packed(x.reshape(3, 3, -1)).reshape(9, -1), packed(x))
-
-
-def test_what_packed_layers_refuse() -> None:
+def test_wrong_buffers_are_errors_not_crashes() -> None:
     layer = build_case(CASES[0])
     packed = layer.pack("int8")
-    assert isinstance(packed, PackedHire)
-    with pytest.raises(PackedError, match="evaluation only"):
-        packed.train()
-    x = torch.randn(2, layer.d_model, requires_grad=True)
-    with pytest.raises(PackedError, match="no gradient"):
-        packed(x).sum().backward()
     assert not packed.state_dict()
     buffer = packed.get_buffer("packed")
     with pytest.raises(ValueError, match="takes width"):

@@ -153,23 +153,23 @@ def test_words(make: Any, settings: dict[str, Any]) -> None:
 @layers
 def test_bad_projections_are_named(make: Any, settings: dict[str, Any]) -> None:
     owner = make.__name__
-    with pytest.raises(ConfigError, match=f"{owner}: projection must be a projection config or None, got projection=3"):
+    with pytest.raises(ConfigError, match=f"{owner}.*projection=3"):
         make(projection=3)
-    with pytest.raises(ConfigError, match=f"{owner}: projection='acdc' with faithful=True: the published"):
+    with pytest.raises(ConfigError, match=f"{owner}.*projection='acdc'.*faithful=True"):
         make(projection=nogemm.AcdcConfig(), faithful=True)
-    with pytest.raises(ConfigError, match=r"block=64 does not divide the padded width 16 \(d_in=12"):
+    with pytest.raises(ConfigError, match=r"block=64.* 16 \(d_in=12"):
         make(projection=nogemm.BHConfig(), **settings).build(12, hidden=37)
     learnable = nogemm.RandomHadamardConfig(learnable=True)
     if make in TRAINED:
         assert list(used(make(projection=learnable, **settings).build(12, hidden=37)).weights())
     else:
-        with pytest.raises(ConfigError, match=f"{owner}: projection.learnable=True: this layer's hashes are random"):
+        with pytest.raises(ConfigError, match=f"{owner}.*projection.learnable=True"):
             make(projection=learnable)
 
 
 def test_learned_hashes_need_something_to_learn() -> None:
     config = nogemm.MongooseConfig(projection=nogemm.RandomHadamardConfig(bias=False))
-    with pytest.raises(ConfigError, match=r"MongooseConfig: projection=.* has nothing to train"):
+    with pytest.raises(ConfigError, match=r"MongooseConfig: projection=.*train"):
         config.build(12)
 
 

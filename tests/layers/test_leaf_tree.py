@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nogemm
-from nogemm.errors import ConfigError, DtypeError, ShapeError
+from nogemm.errors import ConfigError
 from nogemm.layers import DenseConfig, LeafTreeConfig, LeafTreeFFN
 from nogemm.layers.leaf_tree.layer import hardening_loss, leaf_balance_loss, leaf_probabilities
 from nogemm.layers.leaf_tree.packed import PackedLeafTree
@@ -271,13 +271,6 @@ def test_packed_reads_named_rows_in_one_call_and_sorts_large_batches(
     check_equal("one by one", torch.cat([packed(row) for row in x[:20].split(1)]), one[:20])
 
 
-def test_packed_accepts_half_and_refuses_training() -> None:
-    packed = nogemm.pack(build(2, 4, 8, 8, 0))
-    assert packed(torch.randn(3, 8).bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(nogemm.PackedError, match="evaluation only"):
-        packed.train()
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_token_that_is_not_finite_spoils_itself_alone(bad: float) -> None:
     for depth in (0, 3):
@@ -326,27 +319,3 @@ def test_config_round_trip_and_state_dict() -> None:
 def test_bad_config(fields: dict, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         LeafTreeConfig(**fields)
-
-
-def test_bad_input() -> None:
-    layer = build(1, 2, 4, 4, 0)
-    with pytest.raises(ShapeError, match="last dim 4"):
-        layer(torch.randn(2, 5))
-    with pytest.raises(DtypeError):
-        layer(torch.ones(2, 4, dtype=torch.int64))
-
-
-def test_training_lowers_the_loss() -> None:
-    dense = DenseConfig(hidden=16).build(6)
-    layer = LeafTreeConfig(depth=2, leaf_width=8).build(6)
-    x = torch.randn(256, 6)
-    target = dense(x).detach()
-    optimiser = torch.optim.Adam(layer.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(60):
-        loss = (layer.train()(x) - target).square().mean()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(float(loss))
-    assert losses[-1] < 0.3 * losses[0]

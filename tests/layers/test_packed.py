@@ -6,11 +6,9 @@ import pytest
 import torch
 
 from nogemm import ops
-from nogemm.errors import ConfigError, PackedError, ShapeError
 from nogemm.layers import LookupConfig, LookupFFN
 from nogemm.layers.lookup.packed import PackedLookup
 from nogemm.ops.packed_lookup import packed_lookup
-from nogemm.projections import BHConfig
 from nogemm.testing.cases import BATCHES, LOOKUP_CASES, LookupCase
 from nogemm.testing.compare import Mismatch, check_equal, check_lookup
 
@@ -152,22 +150,6 @@ def test_compressed_layers_pack_as_they_are(dtype: str, storage: str) -> None:
     assert float(error) < 0.12
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_input_dtypes_shapes_and_strides(isa: str, dtype: torch.dtype) -> None:
-    layer = build(LOOKUP_CASES[1])
-    packed = layer.pack("fp32")
-    x = torch.randn(2, 3, 37, 4).transpose(2, 3).to(dtype)  # strided last dimension
-    y = packed(x)
-    assert y.dtype == dtype
-    assert y.shape == (2, 3, 4, 50)
-    check_equal("contiguous", y, packed(x.contiguous()))
-    torch.testing.assert_close(y.float(), layer(x.float()), rtol=2e-2, atol=2e-2)
-    assert packed(torch.randn(0, 37).to(dtype)).shape == (0, 50)
-    assert packed(torch.randn(37).to(dtype)).shape == (50,)
-    rows = torch.randn(9, 74).to(dtype)[:, :37]  # strided rows
-    check_equal("strided rows", packed(rows), packed(rows.contiguous()))
-
-
 def test_portable_form_agrees_with_the_native_one(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = build(LOOKUP_CASES[2])
     x = torch.randn(50, layer.d_model)
@@ -201,30 +183,14 @@ def test_unpacked_layer_compiles_and_exports(compiler: str) -> None:
     check_lookup("exported", layer, torch.export.export(layer, (x,)).module()(x), x)
 
 
-def test_evaluation_only() -> None:
-    layer = LookupConfig(tables=3, bits=3, projection=BHConfig(block=8)).build(8)
-    with pytest.raises(PackedError, match="training mode; call eval"):
-        layer.pack()
-    with pytest.raises(ConfigError, match="dtype='fp8'"):
-        layer.eval().pack("fp8")
-    packed = layer.pack()
-    with pytest.raises(PackedError, match="evaluation only"):
-        packed.train()
-    assert packed.eval() is packed
-    with pytest.raises(PackedError, match="no gradient"):
-        packed(torch.randn(2, 8, requires_grad=True)).sum().backward()
-    assert not packed.state_dict()
-
-
 def test_wrong_buffers_are_errors_not_crashes() -> None:
     layer = build(LOOKUP_CASES[0])
     packed = layer.pack("fp32")
     buffer, x = packed.get_buffer("packed"), torch.randn(2, layer.d_model)
-    with pytest.raises(ShapeError, match="expected last dim 64"):
-        packed(torch.randn(2, 65))
     for bad in (buffer[:40], torch.zeros_like(buffer), buffer[64:]):
         with pytest.raises(ValueError, match="not a packed LookupFFN"):
             packed_lookup(x, bad, layer.d_out)
     with pytest.raises(ValueError, match="d_out"):
         packed_lookup(x, buffer, layer.d_out + 1)
+    assert not packed.state_dict()
     assert ops.native_available()

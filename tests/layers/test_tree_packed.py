@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nogemm import ops
-from nogemm.errors import PackedError, ShapeError
 from nogemm.layers import TreeConfig, TreeFFN
 from nogemm.layers.tree.packed import PackedTree
 from nogemm.ops.packed_tree import packed_tree
@@ -125,21 +124,6 @@ def test_input_dtypes(isa: str, case: TreeCase, dtype: torch.dtype) -> None:
     check_equal("rounded at the end", packed(x), packed(x.float()).to(dtype))
 
 
-def test_any_leading_shape_and_stride(isa: str) -> None:
-    packed = build(TREE_CASES[0]).pack("bf16")
-    d = TREE_CASES[0].d_model
-    x = torch.randn(6, 2, d)
-    flat = packed(x.reshape(12, d))
-    check_equal("leading", packed(x).reshape(12, -1), flat)
-    check_equal("strided", packed(x.transpose(0, 1)), packed(x).transpose(0, 1).contiguous())
-    wide = torch.randn(4, 2 * d)
-    check_equal("every second", packed(wide[:, ::2]), packed(wide[:, ::2].contiguous()))
-    for shape in ((d,), (0, d), (3, 0, d)):
-        assert packed(torch.randn(shape)).shape == (*shape[:-1], packed.d_out)
-    with torch.inference_mode():
-        check_equal("inference mode", packed(x), flat.reshape(6, 2, -1))
-
-
 def test_many_trees_are_shared_among_threads(isa: str) -> None:
     layer = TreeConfig(trees=130, depth=3, core=3).build(384).eval().requires_grad_(False)
     packed = layer.pack("bf16")
@@ -163,27 +147,14 @@ def test_without_the_extension_the_answer_is_the_same(monkeypatch: pytest.Monkey
         monkeypatch.undo()
 
 
-def test_evaluation_only() -> None:
-    layer = TreeConfig(depth=2).build(8)
-    with pytest.raises(PackedError, match="training mode; call eval"):
-        layer.pack()
-    packed = layer.eval().pack()
-    with pytest.raises(PackedError, match="evaluation only"):
-        packed.train()
-    with pytest.raises(PackedError, match="no gradient"):
-        packed(torch.randn(2, 8, requires_grad=True)).sum().backward()
-    assert not packed.state_dict()
-
-
 def test_wrong_buffers_are_errors_not_crashes() -> None:
     layer = build(TREE_CASES[0])
     packed = layer.pack("fp32")
     buffer, x = packed.get_buffer("packed"), torch.randn(2, layer.d_model)
-    with torch.no_grad(), pytest.raises(ShapeError, match=f"expected last dim {layer.d_model}"):
-        packed(torch.randn(2, layer.d_model + 1))
     for bad in (buffer[:40], torch.zeros_like(buffer), buffer[64:], buffer[:-64]):
         with pytest.raises(ValueError, match="not a packed TreeFFN"):
             packed_tree(x, bad, layer.d_out)
     with pytest.raises(ValueError, match="d_out"):
         packed_tree(x, buffer, layer.d_out + 1)
+    assert not packed.state_dict()
     assert ops.native_available()

@@ -48,7 +48,7 @@ def test_matches_float64(isa: str, shape: Shape, dtype: torch.dtype, row_dtype: 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES[:-1], (20, 256, 1, 384)])
 def test_backward_matches_float64(isa: str, shape: Shape, dtype: torch.dtype) -> None:
     for tokens in (0, 1, 131):
         codes, scores, tables = draw(tokens, shape)

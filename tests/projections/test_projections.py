@@ -254,19 +254,19 @@ def test_lower_precision_models_run(config: ProjectionConfig) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: nogemm.AcdcConfig(depth=0), "AcdcConfig: depth must be an integer at least 1, got depth=0"),
+        (lambda: nogemm.AcdcConfig(depth=0), "AcdcConfig.*depth=0"),
         (lambda: nogemm.HadamardChainConfig(depth=1.5), "depth=1.5"),  # type: ignore[arg-type]
         (lambda: nogemm.LowRankConfig(rank=0), "rank=0"),
         (
             lambda: nogemm.BHConfig(pad="none"),  # type: ignore[arg-type]
-            "BHConfig: pad must be one of power_of_two, hadamard, got pad='none'",
+            "BHConfig.*power_of_two, hadamard.*pad='none'",
         ),
         (
             lambda: nogemm.BHConfig(pad="hadamard").build(20, 20),
-            r"padded width 32 \(d_in=20 padded with pad='hadamard'",
+            r" 32 \(d_in=20.*pad='hadamard'",
         ),
         (lambda: nogemm.ShuffleProjectionConfig(block=0), "block=0"),
-        (lambda: nogemm.ShuffleProjectionConfig(block=64).build(20, 20), "block=64 is wider than the input, d_in=20"),
+        (lambda: nogemm.ShuffleProjectionConfig(block=64).build(20, 20), "block=64.*d_in=20"),
         (lambda: nogemm.RandomHadamardConfig(learnable="yes"), "learnable=yes"),  # type: ignore[arg-type]
     ],
 )
