@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nogemm import ops
+from nogemm.config import layer_kinds
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE = ROOT / "src" / "nogemm"
@@ -178,6 +179,15 @@ def test_only_commands_know_the_figures_of_papers_and_only_when_called(all_impor
     using = {(name, inside) for name, found in all_imports.items() for targets, _, inside in found
              if name.startswith("nogemm.") and any(t.startswith("nogemm_papers") for t in targets)}  # fmt: skip
     assert using == {("nogemm.cli.bench", True), ("nogemm.cli.profile", True)}
+
+
+@pytest.mark.parametrize("kind", layer_kinds())
+def test_a_method_has_a_room_tests_and_a_page_of_its_name(kind):
+    name = kind.replace("-", "_")
+    room = SOURCE / "layers" / name
+    assert all((room / f"{part}.py").is_file() for part in ("config", "layer"))  # a packed twin may be a base's
+    assert (ROOT / "tests" / "layers" / f"test_{name}.py").is_file()
+    assert (ROOT / "docs" / "reference" / "methods" / f"{name}.md").is_file()
 
 
 def test_kernels_know_no_torch():

@@ -1,7 +1,5 @@
 """The dense baselines: values, exact copies, chosen neurons, the constant layer."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,15 +51,6 @@ def test_forward_selection_finds_the_columns_that_were_used() -> None:
     assert forward_selection(a.T @ a, a.T @ y, 3).tolist() == [3, 11, 17]
 
 
-def test_no_ffn_answers_with_the_mean() -> None:
-    source, x = dense(), torch.randn(200, 16)
-    layer = nogemm.NoConfig().build(16)
-    assert not layer(x).any()
-    assert layer.fit_activations(source, x) == "closed-form"
-    torch.testing.assert_close(layer(x)[0], source(x).mean(0))
-    assert layer.cost(5).flops == 0
-
-
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_not_finite_tokens_stay_alone(broken: float, activation: str) -> None:
@@ -76,12 +65,3 @@ def test_not_finite_tokens_stay_alone(broken: float, activation: str) -> None:
             assert y[2].isnan().all()
             torch.testing.assert_close(y[[0, 1, 3, 4]], clean[[0, 1, 3, 4]])
             assert clean.isfinite().all()
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_no_ffn_traced_on_three_tokens_answers_five(packed: bool) -> None:
-    layer = nogemm.NoConfig().build(16).eval()
-    with torch.no_grad():
-        layer.bias.normal_()
-        traced: Any = torch.jit.trace(layer.pack("fp32") if packed else layer, torch.randn(3, 16))
-        assert torch.equal(traced(torch.randn(5, 16)), layer.bias.expand(5, 16))
