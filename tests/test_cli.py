@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,32 @@ def test_a_wheel_says_what_only_a_checkout_can(words, monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "nogemm_papers" else find(name))
     assert "checkout" in failed(capsys, *words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("eval", "m", "--teacher", "m", "--limit=-1"), "--limit"),
+        (("eval", "m", "--teacher", "m", "--max-length", "0"), "--max-length"),
+        (("eval", "m", "--teacher", "m", "--pack", "int4"), "int4"),
+        (("bench", "train-step", "--tokens", "0"), "tokens=0"),
+    ],
+)
+def test_values_out_of_range_are_named_before_any_work(words, said, capsys):
+    assert said in failed(capsys, *words)
+
+
+def test_a_folder_without_a_model_is_not_a_name_of_the_hub(tmp_path, capsys):
+    line = failed(capsys, "convert", tmp_path, tmp_path / "out")
+    assert "config.json" in line
+    assert "hf download" not in line
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_before_there_is_anything_to_keep_ends_in_one_line(number, code, monkeypatch, capsys):
+    monkeypatch.setattr("nogemm.models.loading.load_model", lambda *a, **k: os.kill(os.getpid(), number))
+    assert run("distil", "m", "out", "--teacher", "t") == code
+    assert capsys.readouterr().err.startswith("nogemm: stopped by ")
 
 
 def test_help_of_convert_names_every_kind_of_layer(capsys):

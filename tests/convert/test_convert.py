@@ -96,6 +96,14 @@ def test_something_else_than_a_config_is_refused(bert: Family) -> None:
         nogemm.convert(bert.build(), "lookup")  # type: ignore[arg-type]
 
 
+def test_nothing_to_convert_and_a_name_in_a_models_place_are_refused(bert: Family) -> None:
+    with pytest.raises(nogemm.ConfigError, match="empty"):
+        nogemm.convert(bert.build(), {})
+    name: Any = "all-MiniLM-L6-v2"
+    with pytest.raises(nogemm.ConfigError, match=name):
+        nogemm.convert(name, SMALL)
+
+
 def test_report_counts_what_was_there_and_what_is(bert: Family) -> None:
     model = bert.build()
     dense = sum(p.numel() for p in nogemm.sites(model)[0].dense().parameters())

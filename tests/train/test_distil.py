@@ -70,6 +70,11 @@ def test_stage_two_raises_agreement(pair: Pair) -> None:
     assert report.agreement > before + 0.1 * (1.0 - before)
 
 
+def test_a_teacher_whose_own_layers_are_random_is_refused(pair: Pair) -> None:
+    with pytest.raises(nogemm.ConfigError, match=r"teacher.*random.*encoder\.layer\.0"):
+        nogemm.distil(pair.model, make_pair().model, make_texts(4), tokenizer=WordTokenizer())
+
+
 def test_modes_and_gradient_flags_come_back(pair: Pair) -> None:
     pair.model.train()
     pair.teacher.eval()

@@ -104,6 +104,9 @@ def run_train_step(
         raise ConfigError(f"--codes must be uniform, skewed or both, got {', '.join(args.codes) or 'nothing'}")
     if args.method not in _DEFAULTS:
         raise ConfigError(f"--method must be one of {', '.join(_DEFAULTS)}, got {args.method}")
+    if min(args.tokens, args.d, args.hidden) < 1:
+        sizes = f"tokens={args.tokens}, d={args.d}, hidden={args.hidden}"
+        raise ConfigError(f"--tokens, --d and --hidden must be positive, got {sizes}")
     chosen = _DEFAULTS[args.method] if args.set is None else args.set
     args = replace(args, threads=args.threads or usable_cores(), set=chosen)
     args = args if args.checkpoint is None else replace(args, codes=("trained",))

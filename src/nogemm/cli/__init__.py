@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from nogemm.cli import bench, info, models, profile
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
-from nogemm.running.partial import sigterm_interrupts
+from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts
 
 app = typer.Typer(
     help="Replace dense feed-forward networks by layers that compute little; train, measure and run them on CPUs.",
@@ -66,11 +66,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with sigterm_interrupts():
             words = sys.argv[1:] if arguments is None else list(arguments)
             app(args=words, prog_name="nogemm", obj=words)
+    except SystemExit as ended:
+        stop = ended.__context__.__cause__ if isinstance(ended.__context__, typer.Exit) else None
+        if not isinstance(stop, KeyboardInterrupt):
+            raise
+        _stopped(stop)
+    except KeyboardInterrupt as stop:
+        _stopped(stop)
     except (NogemmError, ValueError, OSError) as error:
         if os.environ.get("NOGEMM_TRACEBACK") == "1":
             raise
         print(f"nogemm: {_one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def _stopped(stop: KeyboardInterrupt) -> NoReturn:
+    """End a command that a signal stopped where it had nothing to keep yet, such as in its imports."""
+    print(f"nogemm: stopped by {'SIGTERM' if isinstance(stop, Terminated) else 'Ctrl-C'}", file=sys.stderr)
+    raise SystemExit(exit_code(stop)) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ Dtype = Annotated[str, typer.Option(help="What ours is packed in: fp32, bf16 or 
 Batch = Annotated[str, typer.Option(help="Tokens per call, with commas.")]
 Against = Annotated[str | None, typer.Option(help="Dense contenders, with commas [all that are known].")]
 Threads = Annotated[int, typer.Option(help="Threads of every contender; 0: every usable core.")]
-Rounds = Annotated[int, typer.Option(help="Turns of each contender in each case.")]
+Rounds = Annotated[int, typer.Option(help="Turns of each contender in each case, at least 7.")]
 Seconds = Annotated[float, typer.Option(help="Time aimed at per turn.")]
 Checkpoint = Annotated[str | None, typer.Option(help="Distilled model to take a trained layer from.")]
 Site = Annotated[int, typer.Option(help="Which of its layers.")]

@@ -49,6 +49,10 @@ def convert(
         ConfigError: the model has no site, a name or glob matches nothing, or a chosen site is converted already, has a
             wrapped or quantised matrix, or is a mixture of experts. The model is unchanged then.
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert: expected a model, got {model!r}; load it first, for example by AutoModel")
+    if isinstance(config, Mapping) and not config:
+        raise ConfigError("config: the mapping is empty")
     found = survey(model)
     chosen = _choose(model, config, layers, found)
     inputs = {} if data is None else collect_inputs(model, [site for site, _ in chosen], data, tokenizer)

@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.convert.fitted import is_random
 from nogemm.convert.sites import converted
+from nogemm.errors import ConfigError
 from nogemm.models.inner import inner_model
 from nogemm.models.pooling import pooling_of
 from nogemm.train import checkpoint as ckpt
@@ -77,6 +79,9 @@ def distil(
         >>> report = nogemm.distil(model, teacher, "sample", tokens=1_000_000, output_dir="run")  # doctest: +SKIP
     """
     options = replace(options or DistilOptions(), **changes)
+    random = [name for name, layer in converted(teacher).items() if is_random(layer)]
+    if random:
+        raise ConfigError(f"teacher: its converted FFNs are still random: {', '.join(random)}; give the dense model")
     start = time.monotonic()
     scratch = Path(tempfile.mkdtemp(prefix="nogemm-")) if output_dir is None else None
     directory = Path(output_dir) if output_dir is not None else scratch

@@ -53,6 +53,10 @@ def report_of(*shapes: tuple[int, int, int, str]) -> ConversionReport:
     return ConversionReport(tuple(sites))
 
 
+def test_a_run_without_a_ratio_has_no_verdict() -> None:
+    assert "no dense contender" not in verdict([{"contender": "nogemm-int8", "batch": 1, "skipped": "not reached"}])
+
+
 def test_every_kind_of_site_is_timed_once() -> None:
     seen: list[LayerBenchArgs] = []
 

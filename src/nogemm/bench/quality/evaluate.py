@@ -19,6 +19,7 @@ from nogemm.bench.engine.result import origin
 from nogemm.bench.quality.scores import Figure, bootstrap_difference, bootstrap_mean, bootstrap_ratio, compare_search
 from nogemm.convert.pack import pack
 from nogemm.errors import ConfigError
+from nogemm.layers import PACK_DTYPES
 from nogemm.models.embed import MAX_LENGTH, embed, logits, masked_losses
 from nogemm.models.loading import load_encoder, load_model, load_tokenizer
 from nogemm.models.pooling import pooling_of
@@ -74,6 +75,12 @@ def run_eval(args: EvalArgs, *, note: Note | None = None, keep: Keep | None = No
     """
     if args.task not in TASKS:
         raise ConfigError(f"--task must be one of {', '.join(TASKS)}, got {args.task!r}")
+    if args.limit < 0:
+        raise ConfigError(f"--limit must be at least 0 (all), got {args.limit}")
+    if args.max_length < 1:
+        raise ConfigError(f"--max-length must be at least 1, got {args.max_length}")
+    if args.pack not in (None, *PACK_DTYPES):
+        raise ConfigError(f"--pack must be one of {', '.join(PACK_DTYPES)}, got {args.pack!r}")
     run = {"search": _search, "mlm": _mlm, "classify": _classify}[args.task]
     head = origin(asdict(args))
 

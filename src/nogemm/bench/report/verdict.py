@@ -27,6 +27,8 @@ def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """Write `dense_faster` as a sentence; contenders that were not timed are not spoken of."""
     faster = dense_faster(rows)
     timed = sorted({row["batch"] for row in rows if row.get("ratio") is not None})
+    if not timed:
+        return "no contender was timed to its end"
     if not faster:
         return f"no dense contender was faster at {', '.join(f'{n:,}' for n in timed)} tokens"
     by_batch: dict[int, list[str]] = {}
