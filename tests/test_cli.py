@@ -162,6 +162,7 @@ def test_env_says_what_runs(tmp_path, capsys):
     assert written["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_convert_says_where_dense_was_faster(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("nogemm.bench.engine.pool.last_level_cache_bytes", lambda: 1 << 18)  # a small file of tokens
     small = ["--set", "tables=4", "--set", "bits=3", "--set", "projection.block=8"]

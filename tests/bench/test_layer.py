@@ -107,6 +107,7 @@ def test_batch_one_goes_through_twelve_copies_when_fresh(result: dict[str, Any])
     assert layers == {(1, "fresh"): 12, (16, "fresh"): 1, (1, "warm"): 1, (16, "warm"): 1}
 
 
+@pytest.mark.slow
 def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pytest.CaptureFixture[str]) -> None:
     fields = ("tables=128", "bits=6", "projection.block=8")
     tiny: dict[str, Any] = TINY | {"batch": (300,), "dtype": "fp32,int8", "set": fields}

@@ -32,6 +32,7 @@ def test_the_masked_form_knows_the_published_layer_alone() -> None:
         MaskedTree(nogemm.TreeConfig(depth=2, core=3).build(8))
 
 
+@pytest.mark.slow
 def test_layer_rows_are_verified_and_rated() -> None:
     args = LayerBenchArgs(
         method="tree", d=32, hidden=63, dtype="int8,bf16,fp32", batch=(1, 16), against=("torch-fp32",),
@@ -46,6 +47,7 @@ def test_layer_rows_are_verified_and_rated() -> None:
     assert bytes_read["nogemm-bf16"] == bytes_read["nogemm-fp32"] / 2
 
 
+@pytest.mark.slow
 def test_training_steps_of_all_forms_are_verified() -> None:
     result = run_train_step(TrainStepArgs(method="tree", d=16, tokens=64, **SMALL))
     names = ("nogemm", "nogemm-rows", "masked-fused", "masked-foreach")

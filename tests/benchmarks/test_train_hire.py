@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
+import pytest
 import torch
 
 import nogemm
@@ -16,6 +17,7 @@ from nogemm.models.loading import load_encoder, load_tokenizer
 train_hire = load("train_hire")
 
 
+@pytest.mark.slow
 def test_a_narrow_one_learns_and_is_read_back(tmp_path: Path) -> None:
     tokenizer, teacher = load_tokenizer(PACKAGED), load_encoder(PACKAGED)
     model, head = train_hire.encoder(teacher, hidden=256, width=384)

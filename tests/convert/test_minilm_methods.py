@@ -48,7 +48,13 @@ def tokenizer() -> Any:
     return load_tokenizer(MINILM)
 
 
-@pytest.mark.parametrize("kind", layer_kinds())
+# What holds of every method alone is in tests/layers; of these three on a real model, always.
+ALWAYS = ("dense", "hire", "lookup")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in ALWAYS else pytest.param(kind, marks=pytest.mark.slow) for kind in layer_kinds()]
+)
 def test_the_whole_way_of_every_method(kind: str, teacher: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
     model, texts = copy.deepcopy(teacher), sample_texts(12)
     config = parse_set(layer_class(kind), SMALLER.get(kind, ()))

@@ -101,7 +101,7 @@ def test_phases_add_up_to_the_call() -> None:
         ("hire", ("keep=1.0",), []),
     ],
 )
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
 def test_other_layers_have_their_own_phases(
     method: str, fields: tuple[str, ...], phases: list[str], dtype: str
 ) -> None:
@@ -119,10 +119,10 @@ def test_other_layers_have_their_own_phases(
     ("method", "fields", "operator"),
     [
         ("switch", ("experts=2",), "op:aten::gelu"),
-        ("yoso", ("hashes=4", "bits=3"), "op:nogemm::packed_lookup"),
-        ("slide", ("tables=2", "bits=3"), "op:nogemm::hash_codes"),
-        ("leaf_tree", ("depth=2", "leaf_width=4"), "op:nogemm::tree_descend"),
-        ("dense", (), "op:aten::addmm"),
+        pytest.param("yoso", ("hashes=4", "bits=3"), "op:nogemm::packed_lookup", marks=pytest.mark.slow),
+        pytest.param("slide", ("tables=2", "bits=3"), "op:nogemm::hash_codes", marks=pytest.mark.slow),
+        pytest.param("leaf_tree", ("depth=2", "leaf_width=4"), "op:nogemm::tree_descend", marks=pytest.mark.slow),
+        pytest.param("dense", (), "op:aten::addmm", marks=pytest.mark.slow),
     ],
 )
 def test_a_layer_of_several_operators_has_a_row_for_each(method: str, fields: tuple[str, ...], operator: str) -> None:
@@ -197,7 +197,7 @@ def test_a_sketch_that_misses_what_answers_is_refused(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+@pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
 @pytest.mark.parametrize(
     ("method", "fields", "counted"),
     [
