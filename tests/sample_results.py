@@ -1,4 +1,4 @@
-"""Small results of every kind that a report shows, and the page that is made of them."""
+"""Small results of every kind that a report shows, the page that is made of them, and counts of a profile."""
 
 from __future__ import annotations
 
@@ -6,9 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nogemm.bench.profile.counts import Counts
 from nogemm.bench.report.write import write_report
 
 LINE = "Some CPU, 2 cores"
+ONE = Counts(
+    instructions=5000.0,
+    multiply_adds=1000.0,
+    accesses=400.0,
+    access_bytes=12800.0,
+    l1_misses=100.0,
+    l2_misses=40.0,
+    llc_misses=10.0,
+    tlb_misses=8.0,
+    page_walks=1.0,
+)
 
 
 def figure(value: float) -> dict[str, float]:

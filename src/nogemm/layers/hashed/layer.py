@@ -39,6 +39,7 @@ class HashedNeurons(FFN):
     """
 
     planes: Tensor  # without a projection
+    retrieves = True
     falls_back: ClassVar[bool] = False  # whether a chunk without any neuron computes its tokens' best ones
 
     def __init__(self, config: HashedConfig[Any], shape: FFNShape) -> None:

@@ -59,6 +59,7 @@ class HireFFN(FFN):
     Source: HiRE (Yerram et al., 2024) for sketch, groups and static units; statistical top-k from Spark Transformer.
     """
 
+    has_sketch = True
     always: Tensor
 
     def __init__(self, config: HireConfig, shape: FFNShape) -> None:

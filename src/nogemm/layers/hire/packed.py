@@ -61,8 +61,9 @@ class PackedHire(PackedFFN):
 
     @property
     def kernel(self) -> Kernel | None:
-        phases = ("sketch", "rows") if self.native and self.sketched else None
-        return Kernel(number=2, phases=phases, stops=False) if self.native else None
+        if not self.native:
+            return None
+        return Kernel(number=2, phases=("sketch", "rows") if self.sketched else None, stops=False)
 
     def routes(self, x_ND: Tensor) -> Route:
         if not self.native:
