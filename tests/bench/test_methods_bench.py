@@ -87,7 +87,7 @@ def test_computed_neurons_are_counted(result: dict[str, Any]) -> None:
         )
     assert entries[CHUNKED]["active"]["chunk"] == 128
     table = methods_table(result)
-    rows = {row[0]: row for row in table.rows}
+    rows = {row[0].partition(",")[0]: row for row in table.rows}  # a short run says how many rounds it had
     mean, p95 = table.head.index("computed"), table.head.index("p95")
     shown = entries[CHUNKED]["active"]
     assert rows[CHUNKED][mean : p95 + 1] == [f"{shown['mean']:,.1f}", f"{shown['p95']:,.1f}"]
