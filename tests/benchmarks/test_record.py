@@ -21,9 +21,11 @@ def test_every_recorded_file_has_its_command() -> None:
 
 def test_every_recorded_file_lies_under_its_processor() -> None:
     for path in (ROOT / "benchmarks" / "results").glob("*/*.json"):
-        machine = json.loads(path.read_text()).get("machine")
+        result = json.loads(path.read_text())
+        machine, held = result.get("machine"), result.get("held_to")
         if machine is not None:
-            assert path.parent.name.endswith(f"-{machine['family']}-{machine['model']}"), path
+            ending = f"-{machine['family']}-{machine['model']}" + (f"-{held}" if held else "")
+            assert path.parent.name.endswith(ending), path
 
 
 def test_blocks_are_read_command_by_command() -> None:

@@ -13,6 +13,7 @@ import pytest
 from nogemm import ops
 from nogemm.errors import ConfigError
 from nogemm.hardware import held, hold
+from nogemm.hardware.cpu import processor
 from nogemm.hardware.held import LEVELS, VARIABLES, held_to, variables
 
 HERE = [isa for isa in LEVELS if isa in ops.supported_isas()]
@@ -34,9 +35,11 @@ def test_the_table_names_a_value_for_every_level() -> None:
 
 
 def test_a_process_is_held_by_the_whole_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = processor()
     for name, value in variables("avx2", {}).items():
         monkeypatch.setenv(name, value)
     assert held_to() == "avx2"
+    assert processor() == f"{own.removesuffix('-avx2')}-avx2"
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
     assert held_to() is None
 

@@ -90,11 +90,12 @@ def processor() -> str:
     """Name this machine's processor for a folder of results: maker, family and model as the processor itself says them.
 
     Returns:
-        Such as "amd-23-49" or "intel-6-207"; the architecture ("aarch64") where there is no family to read.
+        Such as "amd-23-49" or "intel-6-207"; the architecture ("aarch64") where there is no family to read. In a process
+        that is held to an instruction set, that stands behind ("amd-25-17-avx2"): its figures are another machine's.
     """
     facts = machine()
     maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(_cpuinfo().get("vendor_id", ""), facts["architecture"])
-    return "-".join(str(part) for part in (maker, facts["family"], facts["model"]) if part is not None)
+    return "-".join(str(part) for part in (maker, facts["family"], facts["model"], held_to()) if part is not None)
 
 
 def versions() -> dict[str, str | None]:
