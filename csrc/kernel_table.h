@@ -14,6 +14,7 @@
 #include "kernels/dtype.h"
 #include "kernels/gather_shape.h"
 #include "kernels/neuron_shape.h"
+#include "packed/head/scan.h"
 #include "packed/lookup/pack.h"
 #include "packed/neurons/format.h"
 
@@ -161,6 +162,18 @@ struct HireKernels {
   void (*write[kDtypes])(const float* in, void* y, int64_t count);
 };
 
+// The largest logit of a vocabulary head; see kernels/head_scan.h. dots and rows are indexed by the dtype of the rows.
+struct HeadKernels {
+  // As HireKernels::split, with planes within +-127; returns the length of what rounding took off.
+  float (*split)(const float* x, int64_t width, int64_t padded, int8_t* planes, FixedToken* out);
+  void (*scan)(const HeadCodes& codes, int64_t begin, int64_t end, HeadToken* tokens, int64_t count);
+  // As HireKernels::dots.
+  void (*dots[kDtypes])(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, int64_t known,
+                        const float* x, float* out);
+  // out = the same of every row from begin to end.
+  void (*rows[kDtypes])(const BundleRows& rows, int64_t begin, int64_t end, const float* x, float* out);
+};
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -173,6 +186,7 @@ struct KernelTable {
   NeuronKernels neuron;
   TreeKernels tree;
   HireKernels hire;
+  HeadKernels head;
   // mask[n][f] = whether a code of token n is neuron f's in the same table; see kernels/bucket_union.h.
   void (*bucket_union)(const int32_t* codes, const int32_t* neurons, int64_t tables, int64_t width, uint8_t* mask,
                        int64_t begin, int64_t end);

@@ -27,7 +27,7 @@ ORDER = [
     {"ops"},
     {"hardware"},
     {"projections"},
-    {"layers"},
+    {"layers", "heads"},
     {"models"},
     {"convert"},
     {"export"},

@@ -11,6 +11,7 @@
 #include "kernels/gather_backward.h"
 #include "kernels/hadamard.h"
 #include "kernels/hash_codes.h"
+#include "kernels/head_scan.h"
 #include "kernels/hire.h"
 #include "kernels/lookup_forward.h"
 #include "kernels/neuron_rows.h"
@@ -32,6 +33,7 @@ static constexpr KernelTable make_table(const char* name) {
   t.neuron = neuron_kernels();
   t.tree = tree_kernels();
   t.hire = hire_kernels();
+  t.head = head_kernels();
   t.bucket_union = bucket_union;
   return t;
 }

@@ -57,7 +57,8 @@ static void bundle_dots(const BundleRows& rows, const int32_t* index, int64_t be
     dot_rows<T, kRowsTogether>(row, x, rows.width, ahead, dots);
     for (int r = 0; r < kRowsTogether && j + r < end; ++r) {
       const int32_t i = index[j + r];
-      out[j + r] = i < 0 ? 0.0f : (rows.scale == nullptr ? dots[r] : dots[r] * rows.scale[i]) + rows.bias[i];
+      const float dot = rows.scale == nullptr ? dots[r] : dots[r] * rows.scale[i < 0 ? 0 : i];
+      out[j + r] = i < 0 ? 0.0f : rows.bias == nullptr ? dot : dot + rows.bias[i];
     }
   }
 }

@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 ConfigT = TypeVar("ConfigT", bound="Config")
 LayerT = TypeVar("LayerT", bound="FFN")
 FFNT = TypeVar("FFNT", bound="FFN")
-_REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}}
+_REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}, "head": {}}
 _LAYERS: dict[type[Config], type[FFN]] = {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ABC):
-    """A frozen description with a JSON form; the base of layer and projection configs."""
+    """A frozen description with a JSON form; the base of layer, projection and head configs."""
 
     kind: ClassVar[str]
     family: ClassVar[str]
@@ -116,6 +116,11 @@ def layer_config(data: dict[str, Any]) -> LayerConfig:
     config = _from_dict("layer", data)
     assert isinstance(config, LayerConfig)
     return config
+
+
+def head_config(data: dict[str, Any]) -> Config:
+    """Read the config of a vocabulary head back, as `layer_config` does that of a layer."""
+    return _from_dict("head", data)
 
 
 def layer_class(kind: str) -> type[LayerConfig]:

@@ -24,6 +24,10 @@ class CheckpointError(NogemmError, RuntimeError):
     """A checkpoint is truncated, altered, too new, or of another layout."""
 
 
+class NotFiniteError(NogemmError, ArithmeticError):
+    """Numbers that must be finite are NaN or infinite; the message names their place."""
+
+
 class PackedError(NogemmError, RuntimeError):
     """A packed (evaluation-only) layer was asked for something that only an unpacked one can do."""
 

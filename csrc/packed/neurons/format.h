@@ -93,7 +93,7 @@ struct FixedToken {
   float scale;
 };
 
-// Rows of one kind: row i begins at base + i * stride bytes; scale is null unless the rows are int8.
+// Rows of one kind: row i begins at base + i * stride bytes; scale is null unless the rows are int8, bias may be.
 struct BundleRows {
   const char* base;
   int64_t stride, width;

@@ -44,12 +44,12 @@ def collect_inputs(
     tokens = 0
     try:
         with torch.no_grad(), record_sites(inner, list(kept)) as seen:
-            for batch in _batches(model, data, tokenizer):
+            for batch in batches_of(model, data, tokenizer):
                 seen.clear()
                 inner(**batch)
                 counts = []
                 for name, (x, _) in seen.items():
-                    rows = _real_tokens(x, batch.get("attention_mask"))[: limit - tokens].float()
+                    rows = real_tokens(x, batch.get("attention_mask"))[: limit - tokens].float()
                     kept[name].append(rows)
                     counts.append(rows.shape[0])
                 # A model that routes tokens may show its sites different numbers; the largest decides when to stop.
@@ -64,7 +64,8 @@ def collect_inputs(
     return {name: torch.cat(rows) for name, rows in kept.items()}
 
 
-def _batches(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
+    """Yield the model's keyword arguments for samples, texts in batches; `tokenizer` as in `collect_inputs`."""
     if isinstance(data, (str, Mapping)):
         raise ConfigError("convert: data must be a list of texts, not one text")
     items = iter(data)
@@ -97,7 +98,7 @@ def _find_tokenizer(model: nn.Module) -> Any:
         raise ConfigError(f"convert: no tokenizer found at {path!r}; pass tokenizer=") from error
 
 
-def _real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
+def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """Flatten to [tokens, width], without padding where the mask describes x's leading dimensions."""
     flat = x.reshape(-1, x.shape[-1])
     if mask is None or mask.numel() != flat.shape[0]:

@@ -90,8 +90,8 @@ def processor() -> str:
     """Name this machine's processor for a folder of results: maker, family and model as the processor itself says them.
 
     Returns:
-        Such as "amd-23-49" or "intel-6-207"; the architecture ("aarch64") where there is no family to read. In a process
-        that is held to an instruction set, that stands behind ("amd-25-17-avx2"): its figures are another machine's.
+        Such as "amd-23-49" or "intel-6-207"; the architecture ("aarch64") where there is no family to read. Of a
+        process that is held to an instruction set, with that behind ("amd-25-17-avx2").
     """
     facts = machine()
     maker = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(_cpuinfo().get("vendor_id", ""), facts["architecture"])

@@ -1,0 +1,116 @@
+"""Give a language model a vocabulary head that finds its tokens in a part of its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.convert.activations import Sample, batches_of, real_tokens
+from nogemm.errors import ConfigError
+from nogemm.heads import HeadConfig, HireHead, second_moment
+from nogemm.layers._base import is_quantised
+from nogemm.models.inner import inner_model
+
+MAX_STATES = 65_536
+CHUNK = 8192  # states whose moment is taken at once
+
+
+def convert_head(
+    model: nn.Module,
+    config: HeadConfig | None = None,
+    data: Iterable[Sample] | None = None,
+    *,
+    tokenizer: Any = None,
+) -> HireHead:
+    """Replace the vocabulary head of a language model in place; its weights stay where they are, tied or not.
+
+    Args:
+        model: a causal or a masked language model of transformers.
+        config: see `HeadConfig`.
+        data: texts, or mappings of the model's keyword arguments: what the model will see. Codes that fit its states
+            leave a tenth of the rows to compute.
+        tokenizer: for the texts; default: the one stored with the model.
+    Returns:
+        the head, which is now the model's `get_output_embeddings()`.
+    Raises:
+        ConfigError: the model has no vocabulary head, it is no plain linear layer, or it is converted already; the
+            model is then unchanged.
+    Cost: forward passes until 65,536 tokens are seen. The codes are made at the first use, see `make_codes`.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert_head: expected a model, got {model!r}; load it first")
+    config = HeadConfig() if config is None else config
+    if not isinstance(config, HeadConfig):
+        raise ConfigError(f"convert_head: expected a HeadConfig, got {config!r}")
+    inner = inner_model(model)
+    dense = dense_head(inner)
+    moment = None if data is None else _moment(model, inner, dense, data, tokenizer)
+    head = HireHead(config, dense.weight, dense.bias, moment)
+    head.train(dense.training)
+    install(inner, head)
+    return head
+
+
+def find_head(model: nn.Module) -> HireHead | None:
+    """Return the converted head of a model, or None."""
+    getter = getattr(inner_model(model), "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, HireHead) else None
+
+
+def dense_head(inner: nn.Module) -> nn.Linear:
+    """Return the head that can be converted, or say why there is none."""
+    getter = getattr(inner, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    name = type(inner).__name__
+    if isinstance(found, HireHead):
+        raise ConfigError(f"convert_head: the head of this {name} is converted already")
+    if found is None:
+        raise ConfigError(
+            f"convert_head: {name} has no vocabulary head; load a language model, such as AutoModelForCausalLM's"
+        )
+    if is_quantised(found) or type(found) is not nn.Linear:
+        raise ConfigError(
+            f"convert_head: the head of {name} is a {type(found).__name__}, not a plain linear layer: convert it "
+            "before it is wrapped or quantised"
+        )
+    if not found.weight.is_floating_point():
+        raise ConfigError(f"convert_head: the head of {name} has weights of {found.weight.dtype}")
+    return found
+
+
+def install(inner: nn.Module, head: HireHead) -> None:
+    """Put a head where the model has its own."""
+    inner.set_output_embeddings(head)  # type: ignore[operator]
+    if find_head(inner) is not head:
+        raise ConfigError(f"convert_head: {type(inner).__name__}.set_output_embeddings does not replace the head")
+
+
+def _moment(model: nn.Module, inner: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> Tensor:
+    """Run the model over texts and return the second moment of what its head sees, float32."""
+    seen: list[Tensor] = []
+    hook = dense.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    was_training = inner.training
+    inner.eval()
+    total, states = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
+    try:
+        with torch.no_grad():
+            for batch in batches_of(model, data, tokenizer):
+                seen.clear()
+                inner(**batch)
+                for x in seen:
+                    own = real_tokens(x, batch.get("attention_mask"))[: MAX_STATES - states]
+                    for part in own.split(CHUNK):
+                        total += second_moment(part) * len(part)
+                        states += len(part)
+                if states >= MAX_STATES:
+                    break
+    finally:
+        hook.remove()
+        inner.train(was_training)
+    if not states:
+        raise ConfigError("convert_head: the data gave no token to the head; is it empty?")
+    return (total / states).float()
