@@ -30,6 +30,7 @@ ORDER = [
     {"layers", "heads"},
     {"models"},
     {"convert"},
+    {"decoding"},
     {"export"},
     {"train", "bench"},
     {"cli", "demo"},

@@ -4,6 +4,7 @@
 #include <numeric>
 
 #include "check.h"
+#include "packed/host/activations.h"
 
 using namespace check;
 

@@ -25,10 +25,22 @@ from nogemm.convert import (
     sites,
     unpack,
 )
+from nogemm.convert.head import convert_head
 from nogemm.cost import Cost
-from nogemm.errors import CheckpointError, ConfigError, DtypeError, NativeError, NogemmError, PackedError, ShapeError
+from nogemm.decoding import GenerationReport, generate
+from nogemm.errors import (
+    CheckpointError,
+    ConfigError,
+    DtypeError,
+    NativeError,
+    NogemmError,
+    NotFiniteError,
+    PackedError,
+    ShapeError,
+)
 from nogemm.export import ExportReport, export
 from nogemm.hardware.environment import env
+from nogemm.heads import HeadConfig
 from nogemm.layers import (
     DenseConfig,
     HireConfig,
@@ -68,7 +80,9 @@ __all__ = [
     "DistilReport",
     "DtypeError",
     "ExportReport",
+    "GenerationReport",
     "HadamardChainConfig",
+    "HeadConfig",
     "HireConfig",
     "LeafTreeConfig",
     "LookupConfig",
@@ -77,6 +91,7 @@ __all__ = [
     "NativeError",
     "NoConfig",
     "NogemmError",
+    "NotFiniteError",
     "PackedError",
     "RandomHadamardConfig",
     "ShapeError",
@@ -90,11 +105,13 @@ __all__ = [
     "YosoConfig",
     "compress",
     "convert",
+    "convert_head",
     "converted",
     "decompress",
     "distil",
     "env",
     "export",
+    "generate",
     "importers",
     "layer_config",
     "pack",

@@ -1,10 +1,13 @@
 """The native extension: it is there, it can be forced, and what cannot be had is said."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 
 from nogemm import ops
 from nogemm.errors import NativeError
@@ -20,6 +23,20 @@ def test_extension_is_built() -> None:
     """A build that silently lacks its kernels must fail here, not pass everywhere."""
     assert ops.native_available()
     assert "scalar" in ops.supported_isas()
+
+
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+
+
+@pytest.mark.parametrize("file", sorted([*CSRC.glob("tests/*.cpp"), *CSRC.glob("dev/*.cpp")]), ids=lambda f: f.stem)
+def test_what_the_extension_does_not_compile_compiles(file: Path) -> None:
+    """The C++ tests are built with sanitizers, by --extra alone; a name that they miss shows here."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    assert compiler is not None
+    include = Path(torch.__file__).parent / "include"
+    words = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wshadow", "-Werror", f"-I{CSRC}"]
+    done = subprocess.run([*words, f"-I{include}", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ops.supported_isas())

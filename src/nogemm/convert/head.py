@@ -47,6 +47,7 @@ def convert_head(
         raise ConfigError(f"convert_head: expected a HeadConfig, got {config!r}")
     inner = inner_model(model)
     dense = dense_head(inner)
+    assert isinstance(dense.weight, nn.Parameter)
     moment = None if data is None else _moment(model, inner, dense, data, tokenizer)
     head = HireHead(config, dense.weight, dense.bias, moment)
     head.train(dense.training)
@@ -64,7 +65,7 @@ def find_head(model: nn.Module) -> HireHead | None:
 def dense_head(inner: nn.Module) -> nn.Linear:
     """Return the head that can be converted, or say why there is none."""
     getter = getattr(inner, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
+    found: Any = getter() if callable(getter) else None
     name = type(inner).__name__
     if isinstance(found, HireHead):
         raise ConfigError(f"convert_head: the head of this {name} is converted already")

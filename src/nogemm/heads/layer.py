@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nogemm.errors import NotFiniteError, ShapeError
 from nogemm.heads.codes import make_codes
 from nogemm.heads.config import HeadConfig
-from nogemm.ops.head_scan import HeadCodes, head_argmax
+from nogemm.ops.head_scan import HeadCodes, head_argmax, head_logits
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class HireHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return all logits [..., V] in x's dtype."""
         return F.linear(x, self.weight, self.bias)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return all logits [N, V] of states [N, D], accumulated in float32: what `choose` finds the largest of."""
+        bias = None if self.bias is None else self.bias.detach().float()
+        return head_logits(x.detach(), self.weight.detach(), bias)
 
     def choose(self, x: Tensor, *, proven: bool = True) -> Choice:
         """Find the largest logit of each state.
