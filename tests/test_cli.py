@@ -29,6 +29,8 @@ FLAGS = {
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
     "export": "--to --dtype --int8 --rest --data --trust-remote-code --json",
+    "generate": "--prompt --max-new-tokens --chat --sample --temperature --top-k --top-p --seed --data --dtype "
+    "--trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
     "--threads --rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
@@ -40,6 +42,7 @@ FLAGS = {
     "bench train-step": "--method --set --d --hidden --activation --tokens --codes --threads --rounds --checkpoint "
     "--site --seed --json",
     "bench recall": "--checkpoint --tokens --json",
+    "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --json",

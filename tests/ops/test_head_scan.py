@@ -50,7 +50,7 @@ def test_it_is_the_argmax_of_the_logits(isa: str, rows: int, width: int, dtype: 
             check_equal("value", value, logits.amax(1))
             assert bool((count >= 1).all())
             assert bool((count <= rows).all())
-            theirs, _, kept = head_argmax_reference(x, weight, own, *codes.tensors(), 1.0)
+            theirs, _, kept = head_argmax_reference(x, weight, own, *codes.tensors(), share=1.0)
             margin = logits.topk(min(2, rows), 1).values
             sure = margin[:, 0] - margin[:, -1] > 2 * bounds(x, weight, own).amax(1) if rows > 1 else theirs == index
             check_equal("reference", index[sure], theirs[sure])
@@ -121,7 +121,7 @@ def test_states_that_are_not_finite_have_no_answer(isa: str) -> None:
     broken[1, 3], broken[3, 0], broken[5] = torch.nan, torch.inf, 1e38 * torch.ones(24)
     for function in (
         lambda: head_argmax(broken, weight, None, codes),
-        lambda: head_argmax_reference(broken, weight, None, *codes.tensors(), 1.0),
+        lambda: head_argmax_reference(broken, weight, None, *codes.tensors(), share=1.0),
     ):
         index, value, count = function()
         assert index[[1, 3]].tolist() == [-1, -1]

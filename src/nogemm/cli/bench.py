@@ -292,6 +292,44 @@ def recall(
     )
 
 
+@app.command("head")
+def head(
+    model: Annotated[str, typer.Option(help="A decoder: directory, hub name or GGUF file.")],
+    data: Annotated[str, typer.Option(help="Texts whose tokens are measured: a file, or `sample`.")] = "sample",
+    dtype: Annotated[str, typer.Option(help="Of the head's weights: bf16 or fp32.")] = "bf16",
+    leading: Annotated[int, typer.Option(help="Coordinates with eight bits.")] = 64,
+    positions: Annotated[int, typer.Option(help="States that are verified and timed.")] = 2000,
+    batch: Batch = "1",
+    against: Annotated[str | None, typer.Option(help="Dense engines, with commas [a choice of all].")] = None,
+    threads: Threads = 0,
+    rounds: Rounds = 7,
+    seconds: Annotated[float, typer.Option(help="Aimed at per turn.")] = 0.3,
+    json: Json = None,
+) -> None:
+    """Time a vocabulary head that names its most likely token beside dense heads."""
+    from nogemm.bench.head import AGAINST, HeadArgs, run_head_bench
+    from nogemm.bench.report.tables import head_table
+    from nogemm.train.sources import texts
+
+    args = HeadArgs(
+        model=model,
+        dtype=dtype,
+        leading=leading,
+        positions=positions,
+        batch=integers("--batch", batch),
+        against=AGAINST if against is None else words(against),
+        threads=threads,
+        rounds=rounds,
+        seconds=seconds,
+    )
+    measured(
+        "head",
+        json,
+        lambda note, keep: run_head_bench(args, texts(data), note=note, keep=keep),
+        lambda result: _print_table(result, head_table),
+    )
+
+
 @app.command("flips")
 def flips(
     tokens: Annotated[int, typer.Option(help="Random tokens that each layer gets.")] = 4096,

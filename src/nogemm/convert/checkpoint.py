@@ -34,6 +34,7 @@ from nogemm.convert._reading import is_module
 from nogemm.convert.fitted import fitted_state
 from nogemm.convert.sites import Installed, converted, remember, survey
 from nogemm.errors import CheckpointError
+from nogemm.heads import head_of
 from nogemm.layers import FFN
 
 FORMAT = 1
@@ -56,6 +57,9 @@ def manifest(model: nn.Module) -> dict[str, Any]:
         "sites": {base_name(model, name): layer.config.to_dict() for name, layer in layers.items()},
         "fitted": {base_name(model, name): fitted_state(layer) for name, layer in layers.items()},
     }
+    head = head_of(model)
+    if head is not None:
+        described["head"] = {"config": head.config.to_dict(), "moment": head.moment is not None}
     holders = _adapters(model, layers)
     return {**described, "holders": holders} if holders else described
 
@@ -145,7 +149,8 @@ def check_format(stored: dict[str, Any]) -> None:
         raise CheckpointError(
             f"the checkpoint has format {version}, this nogemm reads up to {FORMAT}: upgrade nogemm to load it"
         )
-    if version != FORMAT or not isinstance(stored.get("sites"), dict) or not stored["sites"]:
+    sites, head = stored.get("sites"), stored.get("head")
+    if version != FORMAT or not isinstance(sites, dict) or not (sites or isinstance(head, dict)):
         raise CheckpointError(
             "config.json: quantization_config is not a complete nogemm description (format and sites); restore it "
             "from the save, or save the model again"
@@ -204,7 +209,8 @@ def attach(model: nn.Module) -> None:
     if not _ATTACHING or "transformers.modeling_utils" not in sys.modules:
         return
     for module in model.modules():
-        if isinstance(module, sys.modules["transformers.modeling_utils"].PreTrainedModel) and converted(module):
+        ours = isinstance(module, sys.modules["transformers.modeling_utils"].PreTrainedModel)
+        if ours and (converted(module) or head_of(module) is not None):
             _ATTACHING[0](module)
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.convert.activations import Sample, batches_of, real_tokens
+from nogemm.convert.checkpoint import attach
 from nogemm.errors import ConfigError
-from nogemm.heads import HeadConfig, HireHead, second_moment
+from nogemm.heads import HeadConfig, HireHead, head_of, second_moment
 from nogemm.layers._base import is_quantised
 from nogemm.models.inner import inner_model
 
@@ -51,15 +52,16 @@ def convert_head(
     moment = None if data is None else _moment(model, inner, dense, data, tokenizer)
     head = HireHead(config, dense.weight, dense.bias, moment)
     head.train(dense.training)
-    install(inner, head)
+    inner.set_output_embeddings(head)  # type: ignore[operator]
+    if head_of(inner) is not head:
+        raise ConfigError(f"convert_head: {type(inner).__name__}.set_output_embeddings does not replace the head")
+    attach(inner)
     return head
 
 
 def find_head(model: nn.Module) -> HireHead | None:
-    """Return the converted head of a model, or None."""
-    getter = getattr(inner_model(model), "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
-    return found if isinstance(found, HireHead) else None
+    """Return the converted head of a transformers model, or of the one inside a SentenceTransformer, or None."""
+    return head_of(inner_model(model))
 
 
 def dense_head(inner: nn.Module) -> nn.Linear:
@@ -81,13 +83,6 @@ def dense_head(inner: nn.Module) -> nn.Linear:
     if not found.weight.is_floating_point():
         raise ConfigError(f"convert_head: the head of {name} has weights of {found.weight.dtype}")
     return found
-
-
-def install(inner: nn.Module, head: HireHead) -> None:
-    """Put a head where the model has its own."""
-    inner.set_output_embeddings(head)  # type: ignore[operator]
-    if find_head(inner) is not head:
-        raise ConfigError(f"convert_head: {type(inner).__name__}.set_output_embeddings does not replace the head")
 
 
 def _moment(model: nn.Module, inner: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> Tensor:

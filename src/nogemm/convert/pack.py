@@ -10,6 +10,7 @@ from torch import nn
 from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
+from nogemm.heads import head_of
 from nogemm.layers import FFN, PackedFFN
 from nogemm.layers._base import check_packing
 from nogemm.models.inner import inner_model
@@ -52,7 +53,10 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
         packed.keep(layer if keep else None)
         model.set_submodule(place, packed)
         del layer
-    _tell_quantizers(model, packed=True)
+    head = head_of(model)
+    if head is not None:
+        head.codes()  # now, not at the first token
+    _tell_quantizers(model, packed=bool(installed(model)))
     return target
 
 
@@ -78,7 +82,7 @@ def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     """Refuse before the first layer is touched, so that a model is never half packed."""
     layers = installed(model)
     check_packing(dtype, path)
-    if not layers:
+    if not layers and head_of(inner_model(model)) is None:
         raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
     if any(isinstance(layer, PackedFFN) for layer in layers.values()):
         raise PackedError("pack: the model is packed already")

@@ -15,13 +15,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from nogemm.config import LayerConfig, layer_config
+from nogemm.config import LayerConfig, head_config, layer_config
 from nogemm.convert import checkpoint
 from nogemm.convert.convert import convert
 from nogemm.convert.fitted import mark_random, warn_if_random
 from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
 from nogemm.errors import CheckpointError, ConfigError, PackedError
+from nogemm.heads import HeadConfig, HireHead
 from nogemm.layers import PackedFFN
 from nogemm.ops._threads import in_passing
 
@@ -202,7 +203,7 @@ def set_packed(model: nn.Module, packed: bool) -> None:
 def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
     checkpoint.recall(model, stored)
     open_sites = {checkpoint.base_name(model, site.name): site for site in survey(model, search=False).open}
-    stored = stored["sites"]
+    described, stored = stored, stored["sites"]
     missing = [name for name in stored if name not in open_sites]
     whole = type(model).__name__ in (model.config.architectures or ())
     if missing and (whole or len(missing) == len(stored)):
@@ -220,7 +221,30 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
             raise CheckpointError(f"config.json, site {name!r}: {error}") from error
         site.install(layer)
         ignore.update(_sentinel_patterns(model, site, name, layer.site))  # type: ignore[arg-type]
+    if "head" in described:
+        ignore.update(_install_head(model, described["head"]))
     model._keys_to_ignore_on_load_unexpected = ignore
+
+
+def _install_head(model: Any, stored: Any) -> list[str]:
+    """Give the skeleton its converted head; a base model, which has none, leaves out what belongs to it."""
+    getter = getattr(model, "get_output_embeddings", None)
+    dense = getter() if callable(getter) else None
+    if dense is None:
+        return [r"(^|\.)moment$"]
+    try:
+        config = head_config(stored["config"])
+    except (KeyError, TypeError, ConfigError) as error:
+        raise CheckpointError(f"config.json, head: {error}") from error
+    if not isinstance(dense, nn.Linear) or not isinstance(config, HeadConfig):
+        raise CheckpointError(
+            f"config.json names a converted head, and that of {type(model).__name__} is none to convert"
+        )
+    assert isinstance(dense.weight, nn.Parameter)
+    width, device = dense.in_features, dense.weight.device
+    moment = torch.empty(width, width, device=device) if stored.get("moment") else None
+    model.set_output_embeddings(HireHead(config, dense.weight, dense.bias, moment))
+    return []
 
 
 def _register_which(model: Any, missing: list[str]) -> str:

@@ -54,7 +54,7 @@ class Sampling:
             least = scores_BV.topk(self.top_k, 1).values[:, -1:]
             scores_BV = scores_BV.masked_fill(scores_BV < least, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
-            ranked, order = scores_BV.sort(1, descending=True, stable=True)
+            ranked, order = scores_BV.sort(dim=1, descending=True, stable=True)
             before = ranked.softmax(1).cumsum(1) - ranked.softmax(1)
             dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
             scores_BV = scores_BV.masked_fill(dropped, -torch.inf)

@@ -91,8 +91,9 @@ def _basis(weight_VD: Tensor, mean_D: Tensor, moment_DD: Tensor | None) -> tuple
     width = weight_VD.shape[1]
     eye = torch.eye(width, dtype=torch.float64)
     moment = eye if moment_DD is None else moment_DD.double()
-    moment = moment + RIDGE * moment.diagonal().mean().clamp_min(1e-30) * eye
-    root = torch.linalg.cholesky(moment)  # x = root u, with u of unit variance in every direction
+    spread, ways = torch.linalg.eigh((moment + moment.T) / 2)
+    spread = spread.clamp_min(0) + RIDGE * moment.diagonal().mean().clamp_min(1e-30)
+    root = ways * spread.sqrt()  # x = root u, with u of unit variance in every direction
     gram = torch.zeros(width, width, dtype=torch.float64)
     for part in weight_VD.split(_CHUNK):
         centred = part.float() - mean_D.float()
@@ -101,7 +102,7 @@ def _basis(weight_VD: Tensor, mean_D: Tensor, moment_DD: Tensor | None) -> tuple
     variance, axes = torch.linalg.eigh(root.T @ gram @ root)
     variance, axes = variance.flip(0), axes.flip(1)  # of a logit, by coordinate; falling
     even = variance.clamp_min(float(variance[0]) * 1e-9 + 1e-30) ** 0.25
-    project = even.unsqueeze(1) * torch.linalg.solve(root.T, axes).T
+    project = even.unsqueeze(1) * (axes.T @ (ways / spread.sqrt()).T)
     project = project.float().double()
     return project, torch.linalg.inv(project)
 

@@ -84,22 +84,20 @@ class HireHead(nn.Module):
         bias = None if self.bias is None else self.bias.detach().float()
         return head_logits(x.detach(), self.weight.detach(), bias)
 
-    def choose(self, x: Tensor, *, proven: bool = True) -> Choice:
+    def choose(self, x: Tensor) -> Choice:
         """Find the largest logit of each state.
 
         Args:
             x: [..., D]; states are read in float32.
-            proven: else by the config's share of the bound, quicker and now and then wrong.
         Raises:
             NotFiniteError: a state is not finite; the message names its place.
         """
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"HireHead: the head takes width {self.in_features}, x has shape {tuple(x.shape)}")
         with torch.no_grad():
-            share = 1.0 if proven else self.config.share
             bias = None if self.bias is None else self.bias.detach().float()
             flat = x.detach().reshape(-1, self.in_features)
-            choice = Choice(*head_argmax(flat, self.weight.detach(), bias, self.codes(), share=share))
+            choice = Choice(*head_argmax(flat, self.weight.detach(), bias, self.codes()))
         broken = (choice.token < 0).nonzero()
         if len(broken):
             raise NotFiniteError(f"the state at position {int(broken[0])} is not finite: it has no most likely token")
@@ -124,6 +122,13 @@ class HireHead(nn.Module):
     def extra_repr(self) -> str:
         """Describe the head in print(model)."""
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.config.mode!r}"
+
+
+def head_of(model: nn.Module) -> HireHead | None:
+    """Return the converted head of a transformers model, or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    found = getter() if callable(getter) else None
+    return found if isinstance(found, HireHead) else None
 
 
 def _identity(tensor: Tensor | None) -> object:

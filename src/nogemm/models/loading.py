@@ -5,6 +5,7 @@ A weight that the model needs and the files lack is an error, never a random num
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -38,7 +39,8 @@ def load_model(
     """Load a transformers model, converted or not, in evaluation mode, from the disk alone.
 
     Args:
-        path: a directory, a name in the local Hugging Face cache, or all-MiniLM-L6-v2.
+        path: a directory, a GGUF file, a name in the local Hugging Face cache, or all-MiniLM-L6-v2. A GGUF file is a
+            causal language model, whose quantised weights become numbers of `dtype`, float32 by default.
         head: "search": the base model. "mlm", "classify": with that head. "named": the class that its config names;
             where the files hold no weight of that class's head, the base model, with a warning.
         dtype: of the weights; None keeps the stored one.
@@ -48,6 +50,8 @@ def load_model(
         CheckpointError: the files lack weights. Tied weights are not missing; nor is a pooler that nothing here uses,
             which is left out.
     """
+    if is_gguf(path):
+        return _load_gguf(path, "AutoModelForCausalLM", dtype=dtype or torch.float32).eval()
     root = model_directory(path)
     folder = transformer_directory(root)
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -93,6 +97,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     """Load the tokenizer that lies beside a model, ready to pad (see `prepare_tokenizer`)."""
     import transformers
 
+    if is_gguf(path):
+        return prepare_tokenizer(_load_gguf(path, "AutoTokenizer"))
     folder = transformer_directory(model_directory(path))
     with _named_trust(path):
         return prepare_tokenizer(
@@ -100,6 +106,34 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
             )
         )
+
+
+def is_gguf(path: str | Path) -> bool:
+    """Tell a GGUF file, as llama.cpp writes them, by its ending."""
+    return Path(path).suffix.lower() == ".gguf"
+
+
+def _load_gguf(path: str | Path, auto: str, **more: Any) -> Any:
+    """Read a model or a tokenizer out of a GGUF file.
+
+    Raises:
+        ConfigError: there is no such file, or the package that reads them is not installed.
+        CheckpointError: the file is truncated, or of a kind that transformers does not know.
+    """
+    import transformers
+
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"{path}: there is no such file")
+    if importlib.util.find_spec("gguf") is None:
+        raise ConfigError(f"{path}: GGUF files are read by the package gguf: pip install 'nogemm[decoder]'")
+    try:
+        with _quiet():
+            return getattr(transformers, auto).from_pretrained(
+                str(file.parent), gguf_file=file.name, local_files_only=True, **more
+            )
+    except Exception as error:  # the reader raises what its parts raise: ValueError, KeyError, struct.error, ...
+        raise CheckpointError(f"{path}: transformers cannot read this GGUF file: {error}") from error
 
 
 def _class(config: Any, head: str, trusted: bool) -> Any:

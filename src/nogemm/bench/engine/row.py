@@ -29,6 +29,7 @@ class Row(TypedDict, total=False):
         flip_rate, other_way: shares of decisions, and of tokens, that rounding sends another way.
         recall, energy, dense_energy: of HireFFN.
         memory_bytes, agreement, agreement_texts, trained: of a model.
+        rows, rows_p99, positions: of a vocabulary head: computed exactly, and on how many states it was verified.
         parts: of a training step: us of forward, backward, update.
         events: hardware events a call.
     """
@@ -74,6 +75,9 @@ class Row(TypedDict, total=False):
     dense_energy: float
     memory_bytes: int
     agreement: float
+    rows: float
+    rows_p99: float
+    positions: int
     agreement_texts: int
     trained: bool
     parts: dict[str, float]

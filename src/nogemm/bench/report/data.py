@@ -18,6 +18,7 @@ from nogemm.bench.engine.result import shown_name, why_not
 from nogemm.bench.report.tables import (
     TextTable,
     flips_table,
+    head_table,
     hire_recall_table,
     lsh_table,
     methods_table,
@@ -295,6 +296,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "projections": projections_table,
     "hire-recall": hire_recall_table,
     "flips": flips_table,
+    "head": head_table,
     "lsh": lsh_table,
     "operator-host": operator_table,
     "table5": table5_table,

@@ -118,6 +118,26 @@ def hire_recall_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def head_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench head` measured."""
+    rows = []
+    for row in result["rows"]:
+        us, ratio = row.get("us_median"), row.get("ratio")
+        time = (why_not(row) or "not run") if us is None else f"{us:,.0f}"
+        read = f"{row['bytes_read'] / result['vocabulary']:,.0f}" if "bytes_read" in row else ""
+        share = f"{row['agreement']:.4f}" if "agreement" in row else ""
+        computed = f"{row['rows']:,.0f}" if "rows" in row else ""
+        times = [time, "" if ratio is None else f"{ratio:.2f}"]
+        rows.append([row["contender"], f"{row['batch']:,}", *times, read, computed, share])
+    return TextTable(
+        title="Vocabulary heads",
+        head=["head", "states", "us", "ratio", "bytes a row", "rows computed", "same tokens"],
+        rows=rows,
+        hint=f"{result['settings']['model']}: {result['vocabulary']:,} rows of {result['width']} numbers. Microseconds "
+        "a call on fresh states; ratio: its time divided by that of the first line.",
+    )
+
+
 def flips_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench flips` measured."""
     rows = []

@@ -1,0 +1,145 @@
+"""The worker's side of `nogemm bench head`: heads that name a token, verified on many positions, then called.
+
+Legend: N states, D width, V vocabulary, C copies of the head.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nogemm.bench import peers
+from nogemm.heads import HeadConfig, HireHead
+from nogemm.ops import head_logits
+
+EXACT, DENSE = "nogemm-exact", "nogemm-dense"
+# Share of positions at which an engine's token has to be the reference's; 8-bit and 16-bit engines round their logits.
+AGREEMENT = {"fp32": 0.999, "bf16": 0.95, "int8": 0.85}
+_CALIBRATION = 16
+_TOGETHER = 16
+
+
+class TokenHeads(nn.Module):
+    """C dense heads; copy c names the tokens of input c."""
+
+    def __init__(self, weight_VD: Tensor, copies: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(*reversed(weight_VD.shape), bias=False) for _ in range(copies))
+        with torch.no_grad():
+            for head in self.heads:
+                head.weight.copy_(weight_VD)  # type: ignore[union-attr]
+        self.eval().requires_grad_(False)
+
+    def forward(self, *x_ND: Tensor) -> tuple[Tensor, ...]:
+        return tuple(head(x).argmax(-1) for head, x in zip(self.heads, x_ND, strict=True))
+
+
+class HeadContender:
+    """Draws fresh states in order; what all heads share.
+
+    Args:
+        settings: "file" (weight, moment, states and their reference tokens, as `bench/head.py` writes them), "copies",
+            and for a dense engine "engine".
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from safetensors.torch import load_file
+
+        self.copies = int(settings["copies"])
+        stored = load_file(Path(settings["file"]))
+        self.weight_VD, self.moment_DD = stored["weight"], stored["moment"]
+        self.states_ND, self.tokens_N = stored["states"], stored["tokens"]
+        self.place = 0
+        self.batch = 1
+
+    def draw(self) -> Any:
+        return self._prepare(tuple(self._next() for _ in range(self.copies)))
+
+    def _next(self) -> Tensor:
+        if self.place + self.batch > len(self.states_ND):
+            self.place = 0
+        self.place += self.batch
+        return self.states_ND[self.place - self.batch : self.place]
+
+    def _prepare(self, states: tuple[Tensor, ...]) -> Any:
+        return states
+
+    def _agreement(self, tokens_N: Tensor, least: float) -> dict[str, Any]:
+        share = float((tokens_N == self.tokens_N[: len(tokens_N)]).double().mean())
+        facts = {"verified": share >= least, "agreement": share, "positions": len(tokens_N)}
+        wrong = f"does not match the reference: {share:.4f} of the tokens are its, at least {least:g} must be"
+        return facts if facts["verified"] else facts | {"error": wrong}
+
+
+class OurHead(HeadContender):
+    """Ours: proven tokens, or all logits by the same products."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.exact = settings["engine"] == EXACT
+        weights = [nn.Parameter(self.weight_VD.clone(), requires_grad=False) for _ in range(self.copies)]
+        config = HeadConfig(leading=settings["leading"])
+        self.heads = [HireHead(config, weight, None, self.moment_DD) for weight in weights]
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.batch, self.place = case["batch"], 0
+        rows, width = self.weight_VD.shape
+        size = float(self.weight_VD.numel() * self.weight_VD.element_size())
+        facts: dict[str, Any] = {"layers": self.copies, "computes_in": "fp32", "token_bytes": 4 * width}
+        found = [self._answer(self.heads[0], x) for x in self.states_ND.split(_TOGETHER)]
+        if self.exact:
+            codes = self.heads[0].codes()
+            computed = torch.cat([self.heads[0].choose(x).rows for x in self.states_ND.split(_TOGETHER)]).double()
+            read = codes.bytes + float(computed.mean()) * size / rows
+            facts |= {"rows": float(computed.mean()), "rows_p99": float(computed.quantile(0.99)), "bytes_read": read}
+            facts |= {"weight_bytes": (size + codes.bytes) * self.copies}
+            for head in self.heads:
+                head.codes()
+        else:
+            facts |= {"bytes_read": size, "weight_bytes": size * self.copies}
+        return facts | self._agreement(torch.cat(found), 1.0)
+
+    def _answer(self, head: HireHead, x_ND: Tensor) -> Tensor:
+        if self.exact:
+            return head.choose(x_ND).token
+        return head_logits(x_ND, head.weight).argmax(1)
+
+    def run(self, inputs: Any) -> Any:
+        with torch.inference_mode():
+            return [self._answer(head, x) for head, x in zip(self.heads, inputs, strict=True)]
+
+
+class DenseHead(HeadContender):
+    """A dense head in one of the engines."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        self.engine = peers.engine(settings["engine"])
+        self.runner: peers.Runner | None = None
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.batch, self.place, self.runner = case["batch"], 0, None
+        example = tuple(self._next() for _ in range(self.copies))
+        samples = [tuple(self._next() for _ in range(self.copies)) for _ in range(_CALIBRATION)]
+        self.runner = self.engine.compile(TokenHeads(self.weight_VD.float(), self.copies), example, samples)
+        item = {"fp32": 4, "bf16": 2, "int8": 1}[self.engine.precision]
+        size = float(self.weight_VD.numel() * item)
+        facts = {"layers": self.copies, "computes_in": self.engine.precision, "bytes_read": size}
+        found = []
+        for x in self.states_ND[: len(self.states_ND) // self.batch * self.batch].split(self.batch):
+            outputs = self.runner.result(self.runner.run(self.runner.prepare((x,) * self.copies)))
+            found.append(outputs[0].long())
+            if len(found) * self.batch >= 256:
+                break
+        facts |= {"weight_bytes": size * self.copies, "token_bytes": 4 * self.weight_VD.shape[1]}
+        return facts | self._agreement(torch.cat(found), AGREEMENT[self.engine.precision])
+
+    def _prepare(self, states: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare(states) if self.runner is not None else states
+
+    def run(self, inputs: Any) -> Any:
+        assert self.runner is not None
+        return self.runner.run(inputs)

@@ -1,0 +1,169 @@
+"""`nogemm bench head`: a decoder's vocabulary head naming its most likely token, beside dense heads of other engines.
+
+States are the model's own on a text; one half fits our codes, tokens of the other half are verified and timed. Our
+tokens must be those of float64 logits at every position, but where two logits are closer than float32 tells apart.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nogemm.bench import peers
+from nogemm.bench.contenders.head import DENSE, EXACT
+from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
+from nogemm.bench.engine.result import origin
+from nogemm.convert.activations import batches_of, real_tokens
+from nogemm.convert.head import dense_head
+from nogemm.errors import ConfigError
+from nogemm.hardware.cpu import last_level_cache_bytes, usable_cores
+from nogemm.heads import second_moment
+from nogemm.models.loading import load_model, load_tokenizer
+from nogemm.ops import head_logits
+from nogemm.running.measured import Keep, Note
+
+AGAINST = (
+    "torch-fp32",
+    "torch-bf16",
+    "torch-int8",
+    "onnxruntime-int8",
+    "openvino-f32",
+    "openvino-bf16",
+    "openvino-int8",
+)
+
+MOST_COPIES = 12  # of a head: a lone small one would sit in a cache that the rest of a model uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadArgs:
+    """Say which head is measured.
+
+    Attributes:
+        model: a causal language model: directory, hub name or GGUF file.
+        dtype: "fp32" or "bf16", of the head's weights.
+        leading: as in `HeadConfig`.
+        positions: states that are verified and timed; as many again fit the codes.
+        batch: states a call.
+        against: dense engines.
+        threads, rounds: as in `nogemm bench layer`; seconds: aimed at per turn.
+    """
+
+    model: str
+    dtype: str = "bf16"
+    leading: int = 64
+    positions: int = 2000
+    batch: tuple[int, ...] = (1,)
+    against: tuple[str, ...] = AGAINST
+    threads: int = 0
+    rounds: int = MIN_ROUNDS
+    seconds: float = 0.3
+
+
+def run_head_bench(
+    args: HeadArgs, texts: Iterable[str], *, note: Note | None = None, keep: Keep | None = None
+) -> dict[str, Any]:
+    """Measure; returns `origin` and {"rows", "vocabulary", "width"}.
+
+    Raises:
+        ConfigError: an unknown engine, a model without a head, or too few texts.
+    """
+    if args.dtype not in ("fp32", "bf16"):
+        raise ConfigError(f"--dtype must be fp32 or bf16, got {args.dtype!r}")
+    unknown = [name for name in args.against if name not in peers.CONTENDERS]
+    if unknown:
+        raise ConfigError(f"--against: unknown engine {unknown[0]!r}; known: {', '.join(peers.CONTENDERS)}")
+    threads = args.threads or usable_cores()
+    head = origin(asdict(args) | {"model": Path(args.model).name, "threads": threads})
+    with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
+        file = Path(folder) / "head.safetensors"
+        weight_VD = _write(args, texts, file, note or (lambda line: None))
+        rows_bytes = weight_VD.shape[0] * weight_VD.shape[1] / 2  # about what ours reads, the least of all
+        copies = min(MOST_COPIES, max(1, round(2 * last_level_cache_bytes() / rows_bytes)))
+        settings = {"file": str(file), "copies": copies, "leading": args.leading}
+        ours = "nogemm.bench.contenders.head:OurHead"
+        specs = [Spec(name=name, factory=ours, settings=settings | {"engine": name}) for name in (EXACT, DENSE)]
+        dense = "nogemm.bench.contenders.head:DenseHead"
+        for name in args.against:
+            missing = peers.missing(name)
+            specs.append(Spec(name=name, factory=dense, settings=settings | {"engine": name}, missing=missing))
+        head |= {"vocabulary": weight_VD.shape[0], "width": weight_VD.shape[1], "copies": copies}
+        del weight_VD
+        cases = [{"batch": batch} for batch in args.batch]
+        plan = Plan(threads=threads, rounds=args.rounds, seconds=args.seconds)
+
+        def finished(rows: list[Any]) -> dict[str, Any]:
+            add_ratios(rows, EXACT, ("batch",))
+            return head | {"rows": rows}
+
+        kept = None if keep is None else lambda rows: keep(finished(rows))
+        return finished(measure(specs, cases, plan, note=note, keep=kept))
+
+
+def _write(args: HeadArgs, texts: Iterable[str], file: Path, note: Note) -> Tensor:
+    """Run the model over texts; store its head, states, and the tokens that float64 finds; return the weights."""
+    from safetensors.torch import save_file
+
+    model = load_model(args.model, dtype=torch.float32)
+    dense = dense_head(model)
+    if dense.bias is not None:
+        raise ConfigError(f"bench head: the head of {args.model} has a bias, which the dense contenders here have not")
+    note(f"states of {Path(args.model).name}")
+    states_SD = _states(model, dense, texts, load_tokenizer(args.model), 2 * args.positions)
+    weight_VD = dense.weight.detach().to(torch.bfloat16 if args.dtype == "bf16" else torch.float32).contiguous()
+    order = torch.randperm(len(states_SD), generator=torch.Generator().manual_seed(0))
+    fit, held = states_SD[order[args.positions :]], states_SD[order[: args.positions]].contiguous()
+    note("reference tokens")
+    stored = {
+        "weight": weight_VD,
+        "moment": second_moment(fit).float(),
+        "states": held,
+        "tokens": reference_tokens(held, weight_VD),
+    }
+    save_file(stored, file)
+    return weight_VD
+
+
+def reference_tokens(states_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """Find the largest logits, accumulated in float32, and hold the two largest of each state against float64.
+
+    Raises:
+        ArithmeticError: float64 ranks two logits otherwise that are further apart than float32 can blur.
+    """
+    tokens = []
+    for x_ND in states_ND.split(16):
+        logits = head_logits(x_ND, weight_VD)
+        for x, index in zip(x_ND.double(), logits.topk(2, 1).indices, strict=True):
+            rows = weight_VD[index].double()
+            first, second = (rows @ x).tolist()
+            blur = 2.0**-23 * len(x) * float((rows.abs() @ x.abs()).max())
+            if second - first > blur:
+                raise ArithmeticError(f"head_logits ranks rows {index.tolist()} otherwise than float64")
+        tokens.append(logits.argmax(1))
+    return torch.cat(tokens)
+
+
+def _states(model: Any, dense: torch.nn.Linear, texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:
+    found: list[Tensor] = []
+    hook = dense.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
+    kept: list[Tensor] = []
+    try:
+        with torch.no_grad():
+            for batch in batches_of(model, texts, tokenizer):
+                found.clear()
+                model(**batch)
+                kept.append(real_tokens(found[0], batch.get("attention_mask")).float())
+                if sum(map(len, kept)) >= count:
+                    break
+    finally:
+        hook.remove()
+    states = torch.cat(kept) if kept else torch.zeros(0, dense.in_features)
+    if len(states) < count:
+        raise ConfigError(f"--data: the texts have {len(states)} tokens, {count} are needed (--positions, twice)")
+    return states[:count]

@@ -1,0 +1,206 @@
+"""nogemm.generate: the dense model's tokens, for every kind of head; seeds, caches, ends and bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+import decoders
+import nogemm
+from nogemm import ConfigError, GenerationReport, HeadConfig, NotFiniteError
+from nogemm.decoding.sampling import Sampling, gumbel
+from nogemm.testing.compare import Mismatch, check_equal
+
+
+def dense_greedy(model: Any, ids: torch.Tensor, count: int) -> torch.Tensor:
+    """Decode without a cache: the largest of all logits, step by step."""
+    for _ in range(count):
+        ids = torch.cat((ids, model(ids).logits[:, -1].argmax(1, keepdim=True)), 1)
+    return ids
+
+
+def converted(kind: str, **choices: Any) -> Any:
+    model = decoders.make(kind)
+    nogemm.convert_head(model, HeadConfig(**choices), [{"input_ids": decoders.prompts(4, 12)}])
+    return model
+
+
+@pytest.mark.parametrize("kind", decoders.DECODERS)
+@torch.no_grad()
+def test_greedy_tokens_are_the_dense_models(kind: str) -> None:
+    model, ids = decoders.make(kind), decoders.prompts(3)
+    expected = dense_greedy(model, ids, 24)
+    theirs = model.generate(ids, max_new_tokens=24, do_sample=False, attention_mask=torch.ones_like(ids))
+    nogemm.convert_head(model, HeadConfig(leading=8))
+    report = GenerationReport()
+    check_equal("tokens", nogemm.generate(model, ids, 24, report=report), expected)
+    check_equal("transformers' own", theirs, expected)
+    dense = decoders.make(kind)
+    for how in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}, {"do_sample": True, "top_k": 5}):
+        outputs = []
+        for one in (dense, model):
+            torch.manual_seed(1)
+            outputs.append(one.generate(ids, max_new_tokens=6, attention_mask=torch.ones_like(ids), **how))
+        check_equal(f"generate of transformers {how}", *outputs)
+    assert report.tokens == 3 * 24
+    assert len(report.rows) == 3 * 24
+    assert max(report.rows) < decoders.V
+    other = ids.clone()
+    other[0, -1] = (other[0, -1] + 1) % decoders.V
+    with pytest.raises(Mismatch):
+        check_equal("another prompt", nogemm.generate(model, other, 24)[:, 5:], expected[:, 5:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_tokens_of_half_precision_are_those_of_logits_accumulated_in_float32(dtype: torch.dtype) -> None:
+    model = converted("llama tied").to(dtype)
+    ids = decoders.prompts(2)
+    got = nogemm.generate(model, ids, 12)
+    states = model.base_model(got[:, :-1]).last_hidden_state[:, 4:]
+    logits = states.double() @ model.lm_head.weight.double().T
+    chosen = logits.gather(2, got[:, 5:].unsqueeze(2))
+    # The states without a cache differ by their own rounding.
+    assert bool((logits.amax(2, keepdim=True) - chosen <= 2e-2 * logits.abs().amax()).all())
+
+
+def test_padding_on_the_left_changes_nothing() -> None:
+    model = converted("llama")
+    short, long = decoders.prompts(1, 3), decoders.prompts(1, 7)
+    both = torch.cat((torch.cat((torch.zeros(1, 4, dtype=torch.int64), short), 1), long))
+    mask = torch.ones_like(both)
+    mask[0, :4] = 0
+    got = nogemm.generate(model, both, 12, attention_mask=mask)
+    check_equal("short", got[:1, 4:], nogemm.generate(model, short, 12))
+    check_equal("long", got[1:], nogemm.generate(model, long, 12))
+
+
+def test_it_goes_on_from_a_cache_and_after_an_interruption() -> None:
+    model, ids = converted("llama"), decoders.prompts()
+    whole = nogemm.generate(model, ids, 20)
+    cache = tf.DynamicCache(config=model.config)
+    half = nogemm.generate(model, ids, 9, cache=cache)
+    check_equal("half", half, whole[:, :14])
+    check_equal("the rest", nogemm.generate(model, half, 11, cache=cache), whole)
+
+    class Stop(Exception):
+        pass
+
+    seen: list[torch.Tensor] = []
+
+    def stream(token: torch.Tensor) -> None:
+        seen.append(token)
+        if len(seen) == 6:
+            raise Stop
+
+    cache = tf.DynamicCache(config=model.config)
+    with pytest.raises(Stop):
+        nogemm.generate(model, ids, 20, cache=cache, streamer=stream)
+    so_far = torch.cat((ids, torch.stack(seen, 1)), 1)
+    check_equal("after an interruption", nogemm.generate(model, so_far, 14, cache=cache), whole)
+
+
+def test_an_end_token_ends_a_sequence_and_pads_the_rest() -> None:
+    model, ids = converted("llama"), decoders.prompts(2)
+    whole = nogemm.generate(model, ids, 12)
+    end = int(whole[0, 8])
+    got = nogemm.generate(model, ids, 12, eos_token_id=end, pad_token_id=1)
+    stop = int((whole[0, 5:] == end).int().argmax()) + 5
+    check_equal("until the end", got[0, : stop + 1], whole[0, : stop + 1])
+    assert bool((got[0, stop + 1 :] == 1).all())
+    assert int((got[1] == end).sum()) <= 1
+    check_equal("never", nogemm.generate(model, ids, 12, eos_token_id=[]), whole)
+    check_equal("no new token", nogemm.generate(model, ids, 0), ids)
+
+
+def test_samples_follow_the_seed_and_the_distribution() -> None:
+    model, ids = converted("llama"), decoders.prompts(2)
+    sample = {"do_sample": True, "top_p": 0.9, "temperature": 2.0}
+    one = nogemm.generate(model, ids, 10, seed=3, **sample)
+    check_equal("the same seed", nogemm.generate(model, ids, 10, seed=3, **sample), one)
+    assert not torch.equal(nogemm.generate(model, ids, 10, seed=4, **sample), one)
+    alone = nogemm.generate(model, ids[:1], 10, seed=3, **sample)
+    check_equal("another batch", alone, one[:1])
+    check_equal(
+        "top_k 1 is greedy", nogemm.generate(model, ids, 10, do_sample=True, top_k=1), nogemm.generate(model, ids, 10)
+    )
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
+    rule = Sampling(1.0, None, None, 0)
+    counts = torch.bincount(torch.cat([rule.draw(logits, step) for step in range(4000)]), minlength=5) / 4000
+    assert float((counts - logits.softmax(1)[0]).abs().max()) < 0.03
+    assert float(counts[4]) == 0
+    assert float(gumbel(100_000, 1, 2, 3).mean() - 0.5772) ** 2 < 1e-3
+
+
+def test_top_k_and_top_p_leave_what_they_should() -> None:
+    scores = torch.tensor([[0.4, 0.1, 0.3, 0.15, 0.05]]).log()
+    left = lambda **how: Sampling(1.0, how.get("k"), how.get("p"), 0).allowed(scores).isfinite()[0].tolist()  # noqa: E731
+    assert left(k=2) == [True, False, True, False, False]
+    assert left(p=0.39) == [True, False, False, False, False]
+    assert left(p=0.41) == [True, False, True, False, False]
+    assert left(p=0.71) == [True, False, True, True, False]
+    assert left() == [True] * 5
+    assert left(k=9, p=1.0) == [True] * 5
+
+
+def test_a_broken_state_gives_no_token() -> None:
+    model, ids = converted("llama"), decoders.prompts(2)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    # The proof of the head's place compares logits that are NaN.
+    with pytest.raises((NotFiniteError, ConfigError), match=r"position 0 is not finite|do not follow"):
+        nogemm.generate(model, ids, 4)
+    head = model.lm_head
+    states = torch.randn(4, 24)
+    states[2, 5] = torch.inf
+    with pytest.raises(NotFiniteError, match="the state at position 2 is not finite"):
+        head.choose(states)
+    with pytest.raises(NotFiniteError, match="the logits of sequence 0 are not finite"):
+        Sampling(1.0, None, None, 0).draw(torch.tensor([[torch.nan, 1.0]]), 0)
+
+
+def test_bad_input_is_named() -> None:
+    dense, model, ids = decoders.make("llama"), converted("llama"), decoders.prompts()
+    cases: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = [
+        ("the model's head is dense; call nogemm.convert_head", dense, (ids,), {}),
+        ("the prompt is empty", model, (ids[:, :0],), {}),
+        (r"input_ids must be int64 \[B, L\], got torch.float32 \(1, 5\)", model, (ids.float(),), {}),
+        (r"input_ids must be from 0 to 306, got .* to 307", model, (torch.tensor([[1, 307]]),), {}),
+        ("max_new_tokens must be an integer of at least 0, got -1", model, (ids, -1), {}),
+        ("5 tokens and max_new_tokens=60 are more than the model's 64 positions", model, (ids, 60), {}),
+        ("temperature must be above 0, got 0", model, (ids,), {"do_sample": True, "temperature": 0}),
+        ("top_p must be above 0 and at most 1, got 1.5", model, (ids,), {"do_sample": True, "top_p": 1.5}),
+        ("top_k must be an integer at least 1", model, (ids,), {"do_sample": True, "top_k": 0}),
+        ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}),
+    ]
+    for words, target, arguments, more in cases:
+        with pytest.raises(ConfigError, match=words):
+            nogemm.generate(target, *arguments, **more)
+    with pytest.raises(ConfigError, match=r"training mode; call model.eval\(\) first"):
+        nogemm.generate(converted("llama").train(), ids)
+
+
+def test_what_is_no_causal_model_is_refused() -> None:
+    bert = tf.BertForMaskedLM(
+        tf.BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    ).eval()
+    nogemm.convert_head(bert)
+    with pytest.raises(ConfigError, match="no causal language model"):
+        nogemm.generate(bert, decoders.prompts() % 60)
+
+
+def test_logits_that_do_not_follow_from_the_head_are_refused() -> None:
+    model, ids = converted("llama"), decoders.prompts()
+    own = model.forward
+
+    def negated(*args: Any, **kwargs: Any) -> Any:
+        out = own(*args, **kwargs)
+        out.logits = -out.logits
+        return out
+
+    model.forward = negated
+    with pytest.raises(ConfigError, match="do not follow from its head"):
+        nogemm.generate(model, ids)
