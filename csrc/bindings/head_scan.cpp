@@ -7,9 +7,13 @@
 #include <vector>
 
 #include "bindings/packed.h"
+#include "packed/neurons/state.h"
 
 namespace nogemm {
 namespace {
+
+using hire::Carver;
+using hire::Phases;
 
 constexpr const char* kArgmax = "head_argmax";
 constexpr const char* kLogits = "head_logits";
@@ -148,115 +152,129 @@ bool prepare(const Head& h, const float* x, const float* y, int8_t* planes, Head
 
 constexpr int64_t kFirst = 32;  // rows that are computed before the others are looked at again
 
-struct Ranked {
-  float upper;
-  int32_t row;
-};
-
 struct Best {
   int64_t index;
   float value;
   int64_t rows;
 };
 
-struct Lists {
-  std::vector<int32_t> index;
-  std::vector<float> exact;
-  std::vector<Ranked> order;
+// A token's rows that may win: lists of the pieces, one behind the other at equal distances.
+struct Rows {
+  int32_t* index;
+  float* upper;
+  int64_t count;
 };
 
-// The largest exact logit among a token's rows, which lie in one list per piece.
-Best choose(const Head& h, const float* x, HeadToken* const* parts, int64_t pieces, Lists& lists) {
-  auto& [index, exact, order] = lists;
+// Brings the pieces' lists together, without rows that another piece has ruled out.
+Rows gather(HeadToken* const* parts, int64_t pieces) {
   float floor = -std::numeric_limits<float>::infinity();
   for (int64_t p = 0; p < pieces; ++p) floor = std::max(floor, parts[p]->floor);
-  order.clear();
+  Rows rows{parts[0]->index, parts[0]->upper, 0};
   for (int64_t p = 0; p < pieces; ++p) {
     for (int64_t i = 0; i < parts[p]->count; ++i) {
       if (parts[p]->upper[i] < floor) continue;
-      order.push_back({parts[p]->upper[i], parts[p]->index[i]});
+      rows.index[rows.count] = parts[p]->index[i];
+      rows.upper[rows.count++] = parts[p]->upper[i];
     }
   }
+  return rows;
+}
+
+// The largest exact logit among a token's rows.
+Best choose(const Head& h, const float* x, Rows rows) {
   auto* const dots = kernels().head.dots[h.dtype];
-  const BundleRows rows = h.exact();
+  const BundleRows exact = h.exact();
   Best best{std::numeric_limits<int64_t>::max(), -std::numeric_limits<float>::infinity(), 0};
-  const auto compare = [&](int64_t begin, int64_t end) {
-    exact.resize(static_cast<size_t>(end - begin));
-    parallel_for(end - begin, kTogether, [&](int64_t from, int64_t to) noexcept {
-      dots(rows, index.data() + begin, from, to, end - begin, x, exact.data());
-    });
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = index[static_cast<size_t>(i)];
-      const float own = exact[static_cast<size_t>(i - begin)];
-      if (own > best.value || (own == best.value && row < best.index)) best.index = row, best.value = own;
+  const auto compare = [&](const int32_t* index, int64_t count) {
+    float value[kTogether];
+    for (int64_t begin = 0; begin < count; begin += kTogether) {
+      const int64_t end = std::min(begin + kTogether, count);
+      dots(exact, index + begin, 0, end - begin, count - begin, x, value);
+      for (int64_t i = begin; i < end; ++i) {
+        const float own = value[i - begin];
+        if (own > best.value || (own == best.value && index[i] < best.index)) best.index = index[i], best.value = own;
+      }
     }
-    best.rows += end - begin;
+    best.rows += count;
   };
-  // The most promising rows first: their logits rule out most of the others.
-  const int64_t count = static_cast<int64_t>(order.size()), first = std::min(kFirst, count);
-  index.resize(order.size());
-  std::nth_element(order.begin(), order.begin() + (first - 1), order.end(),
-                   [](const Ranked& a, const Ranked& b) { return a.upper > b.upper; });
-  for (int64_t i = 0; i < first; ++i) index[static_cast<size_t>(i)] = order[static_cast<size_t>(i)].row;
-  compare(0, first);
-  int64_t left = first;
-  for (int64_t i = first; i < count; ++i)
-    if (order[static_cast<size_t>(i)].upper >= best.value)
-      index[static_cast<size_t>(left++)] = order[static_cast<size_t>(i)].row;
-  compare(first, left);
+  // The most promising rows first: their logits rule out most of the others. places[0] is the least of the first ones.
+  int64_t places[kFirst], first = 0;
+  const auto above = [&](int64_t a, int64_t b) { return rows.upper[a] > rows.upper[b]; };
+  for (int64_t i = 0; i < rows.count; ++i) {
+    if (first < kFirst) {
+      places[first++] = i;
+      std::push_heap(places, places + first, above);
+    } else if (rows.upper[i] > rows.upper[places[0]]) {
+      std::pop_heap(places, places + first, above);
+      places[first - 1] = i;
+      std::push_heap(places, places + first, above);
+    }
+  }
+  int32_t index[kFirst];
+  for (int64_t i = 0; i < first; ++i) {
+    index[i] = rows.index[places[i]];
+    rows.upper[places[i]] = -std::numeric_limits<float>::infinity();  // done
+  }
+  compare(index, first);
+  int64_t left = 0;
+  for (int64_t i = 0; i < rows.count; ++i)
+    if (rows.upper[i] >= best.value) rows.index[left++] = rows.index[i];
+  compare(rows.index, left);
   return best;
 }
 
-// Tokens [begin, end), at most kTokens.
+// At most kTokens tokens. Threads share phases: y, each token's numbers, the scan, the rows that are left.
 void argmax_tokens(const Head& h, const float* x, int64_t count, Workspace& memory, int64_t* index, float* value,
                    int64_t* rows) {
   const HeadKernels& k = kernels().head;
   const int64_t pieces = std::min(kPieces, h.groups), most = (h.groups + pieces - 1) / pieces * kSketchRows;
   const int64_t planes = 2 * ((h.width8 + 63) / 64 + (h.width4 + 63) / 64) * 64;
-  char* at = memory.at_least(count * (h.width * 4 + 64 + planes + 64 + pieces * most * 8) + 1024);
-  const auto take = [&at](int64_t bytes) {
-    char* p = at;
-    at += (bytes + 63) / 64 * 64;
-    return p;
-  };
-  auto* y = reinterpret_cast<float*>(take(count * h.width * 4));
+  Carver carver{memory.at_least(count * (h.width * 4 + planes + pieces * (most * 8 + 2 * sizeof(HeadToken))) + 4096)};
+  auto* const y = carver.take<float>(count * h.width);
+  auto* const bytes = carver.take<int8_t>(count * planes);
+  auto* const names = carver.take<int32_t>(count * pieces * most);
+  auto* const uppers = carver.take<float>(count * pieces * most);
+  auto* const tokens = carver.take<HeadToken>(count);
+  auto* const parts = carver.take<HeadToken>(pieces * count);  // [piece][token], tokens that are finite in front
+  int64_t place[kTokens], finite = 0;
   const BundleRows project{h.project.data<char>(), h.width * 4, h.width, nullptr, nullptr};
-  parallel_for(h.width, kTogether, [&](int64_t begin, int64_t end) noexcept {
-    for (int64_t n = 0; n < count; ++n) k.rows[kF32](project, begin, end, x + n * h.width, y + n * h.width + begin);
-  });
-  // tokens[piece][n]: one token's lists of one piece. A token that is not finite has none.
-  std::vector<HeadToken> tokens;
-  std::vector<int64_t> place;
-  for (int64_t n = 0; n < count; ++n) {
-    HeadToken t{};
-    if (prepare(h, x + n * h.width, y + n * h.width, reinterpret_cast<int8_t*>(take(planes)), t)) {
-      tokens.push_back(t);
-      place.push_back(n);
+  const int64_t cuts = (h.width + kTogether - 1) / kTogether;
+  Phases phases;
+  uint32_t threads = 1;
+  NOGEMM_CALL(torch_get_num_threads(&threads));
+  parallel_for(threads, 1, [&](int64_t from, int64_t to) noexcept {
+    for (int64_t worker = from; worker < to; ++worker) {
+      phases.run(0, cuts, [&](int64_t cut) {
+        const int64_t begin = cut * kTogether, end = std::min(begin + kTogether, h.width);
+        for (int64_t n = 0; n < count; ++n) k.rows[kF32](project, begin, end, x + n * h.width, y + n * h.width + begin);
+      });
+      phases.run(1, 1, [&](int64_t) {
+        for (int64_t n = 0; n < count; ++n) {
+          HeadToken& t = tokens[finite];
+          if (prepare(h, x + n * h.width, y + n * h.width, bytes + n * planes, t)) place[finite++] = n;
+          index[n] = -1, value[n] = std::numeric_limits<float>::quiet_NaN(), rows[n] = 0;
+        }
+        for (int64_t p = 0; p < pieces; ++p) {
+          for (int64_t t = 0; t < finite; ++t) {
+            HeadToken& part = parts[p * finite + t];
+            part = tokens[t];
+            part.index = names + (t * pieces + p) * most;
+            part.upper = uppers + (t * pieces + p) * most;
+          }
+        }
+      });
+      phases.run(2, pieces, [&](int64_t p) {
+        k.scan(h.codes, h.groups * p / pieces, h.groups * (p + 1) / pieces, parts + p * finite, finite);
+      });
+      phases.run(3, finite, [&](int64_t t) {
+        HeadToken* own[kPieces];
+        for (int64_t p = 0; p < pieces; ++p) own[p] = parts + p * finite + t;
+        const int64_t n = place[t];
+        const Best best = choose(h, x + n * h.width, gather(own, pieces));
+        index[n] = best.index, value[n] = best.value, rows[n] = best.rows;
+      });
     }
-    index[n] = -1, value[n] = std::numeric_limits<float>::quiet_NaN(), rows[n] = 0;
-  }
-  const int64_t finite = static_cast<int64_t>(place.size());
-  if (finite == 0) return;
-  std::vector<HeadToken> all;
-  for (int64_t p = 0; p < pieces; ++p) {
-    for (HeadToken t : tokens) {
-      t.index = reinterpret_cast<int32_t*>(take(most * 4));
-      t.upper = reinterpret_cast<float*>(take(most * 4));
-      all.push_back(t);
-    }
-  }
-  parallel_for(pieces, 1, [&](int64_t begin, int64_t end) noexcept {
-    for (int64_t p = begin; p < end; ++p)
-      k.scan(h.codes, h.groups * p / pieces, h.groups * (p + 1) / pieces, all.data() + p * finite, finite);
   });
-  Lists lists;
-  std::vector<HeadToken*> parts(static_cast<size_t>(pieces));
-  for (int64_t t = 0; t < finite; ++t) {
-    for (int64_t p = 0; p < pieces; ++p) parts[static_cast<size_t>(p)] = &all[static_cast<size_t>(p * finite + t)];
-    const int64_t n = place[static_cast<size_t>(t)];
-    const Best best = choose(h, x + n * h.width, parts.data(), pieces, lists);
-    index[n] = best.index, value[n] = best.value, rows[n] = best.rows;
-  }
 }
 
 void head_argmax(StableIValue* stack, uint64_t, uint64_t) {

@@ -98,9 +98,9 @@ class HireHead(nn.Module):
             bias = None if self.bias is None else self.bias.detach().float()
             flat = x.detach().reshape(-1, self.in_features)
             choice = Choice(*head_argmax(flat, self.weight.detach(), bias, self.codes()))
-        broken = (choice.token < 0).nonzero()
-        if len(broken):
-            raise NotFiniteError(f"the state at position {int(broken[0])} is not finite: it has no most likely token")
+        if len(choice.token) and int(choice.token.min()) < 0:
+            place = int((choice.token < 0).int().argmax())
+            raise NotFiniteError(f"the state at position {place} is not finite: it has no most likely token")
         return choice
 
     def codes(self) -> HeadCodes:
