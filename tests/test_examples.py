@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from transformers import BertConfig, BertModel, BertTokenizer
 
+import people
+
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "green", "blue", "apple", "boat", "car", "a"]
 
@@ -50,10 +52,17 @@ def test_convert_distil_and_search(tiny: Path):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
+    model = people.gpt2(tmp_path / "gpt2")
+    said = run("generate.py", model, "a fast table", "--tokens", 12)
+    assert said.startswith("a fast table")
+    assert "same text: True" in said
+
+
 def test_every_example_is_short_and_described():
     described = (ROOT / "examples" / "README.md").read_text()
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert len(files) == 2
+    assert len(files) == 3
     for file in files:
         assert file.name in described
         assert len(file.read_text().splitlines()) < 60
