@@ -120,23 +120,31 @@ double length(const float* x, int64_t count) {
   return std::sqrt(sum);
 }
 
+// In place of an index.
+constexpr int64_t kNotFinite = -1;
+constexpr int64_t kOverflown = -2;  // src/nogemm/ops/head_scan.py answers then
+
 float up(double value) { return static_cast<float>(value * (1 + 0x1p-20)); }
 
-// The coordinates y of a token, in fixed point, with what every estimate of this token may be off by. False: not finite.
-bool prepare(const Head& h, const float* x, const float* y, int8_t* planes, HeadToken& t) {
+// The coordinates y of a token, in fixed point, with what every estimate of this token may be off by. Returns 0, or why
+// there is no answer.
+int64_t prepare(const Head& h, const float* x, const float* y, int8_t* planes, HeadToken& t) {
   const double x_length = length(x, h.width);
-  if (!std::isfinite(x_length)) return false;
+  if (!std::isfinite(x_length)) return kNotFinite;
   const HeadKernels& k = kernels().head;
   const float* limits = h.limits.data<float>();
   const double row8 = limits[0], row4 = limits[1], row = limits[2], project = limits[3], bias = limits[4],
                mean = limits[5];
-  const int64_t padded8 = (h.width8 + 63) / 64 * 64, padded4 = (h.width4 + 63) / 64 * 64;
-  const double lost8 = k.split(y, h.width8, padded8, planes, &t.eight),
-               lost4 = k.split(y + h.width8, h.width4, padded4, planes + 2 * padded8, &t.four);
   const double length8 = length(y, h.width8), length4 = length(y + h.width8, h.width4);
   double shift = 0;
   const float* own = h.mean.data<float>();
   for (int64_t i = 0; i < h.width; ++i) shift += static_cast<double>(own[i]) * x[i];
+  // Sums of codes times planes, before the rows' scales, are the largest numbers on the way.
+  constexpr double kCodes = 1e5, kMost = 1e37;
+  if (!((row8 + kCodes) * length8 + (row4 + kCodes) * length4 + std::fabs(shift) + bias < kMost)) return kOverflown;
+  const int64_t padded8 = (h.width8 + 63) / 64 * 64, padded4 = (h.width4 + 63) / 64 * 64;
+  const double lost8 = k.split(y, h.width8, padded8, planes, &t.eight),
+               lost4 = k.split(y + h.width8, h.width4, padded4, planes + 2 * padded8, &t.four);
   // Additions on the way to a dot product (dot_rows in kernels/bundles.h): two accumulators of a vector each, then lanes.
   const double sums = static_cast<double>(h.width / (2 * kernels().lanes) + kernels().lanes + 4);
   const double slack = row8 * lost8 + row4 * lost4                            // the token's own rounding
@@ -147,7 +155,7 @@ bool prepare(const Head& h, const float* x, const float* y, int8_t* planes, Head
   t.shift = static_cast<float>(shift);
   t.floor = -std::numeric_limits<float>::infinity();
   t.count = 0;
-  return true;
+  return t.slack < kMost ? 0 : kOverflown;
 }
 
 constexpr int64_t kFirst = 32;  // rows that are computed before the others are looked at again
@@ -220,6 +228,7 @@ Best choose(const Head& h, const float* x, Rows rows) {
   for (int64_t i = 0; i < rows.count; ++i)
     if (rows.upper[i] >= best.value) rows.index[left++] = rows.index[i];
   compare(rows.index, left);
+  if (best.index == std::numeric_limits<int64_t>::max()) best.index = kOverflown;  // bounds or logits are NaN
   return best;
 }
 
@@ -251,8 +260,9 @@ void argmax_tokens(const Head& h, const float* x, int64_t count, Workspace& memo
       phases.run(1, 1, [&](int64_t) {
         for (int64_t n = 0; n < count; ++n) {
           HeadToken& t = tokens[finite];
-          if (prepare(h, x + n * h.width, y + n * h.width, bytes + n * planes, t)) place[finite++] = n;
-          index[n] = -1, value[n] = std::numeric_limits<float>::quiet_NaN(), rows[n] = 0;
+          index[n] = prepare(h, x + n * h.width, y + n * h.width, bytes + n * planes, t);
+          value[n] = std::numeric_limits<float>::quiet_NaN(), rows[n] = 0;
+          if (index[n] == 0) place[finite++] = n;
         }
         for (int64_t p = 0; p < pieces; ++p) {
           for (int64_t t = 0; t < finite; ++t) {

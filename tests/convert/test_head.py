@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import decoders
@@ -124,6 +126,54 @@ def test_a_tied_embedding_that_is_edited_is_noticed() -> None:
     check_equal("after a round trip", model.lm_head.choose(states).token, logits.argmax(1))
 
 
+@pytest.mark.parametrize("kind", ["llama", "phi with a bias"])
+def test_edits_that_torch_does_not_count_are_noticed_by_generate(kind: str) -> None:
+    model, ids = decoders.make(kind), decoders.prompts(2)
+    nogemm.convert_head(model, data=texts())
+    nogemm.generate(model, ids, 2)
+    edits = [
+        lambda head: head.weight.data.add_(torch.randn(decoders.V, 24)),
+        lambda head: head.weight.data.copy_(head.weight.data.flip(0)),
+        lambda head: head.weight.data[5].mul_(50),
+        lambda head: head.weight.detach().numpy().__setitem__(7, 9.0),
+    ]
+    if kind != "llama":
+        edits.append(lambda head: head.bias.data[11].add_(1000))
+    for edit in edits:
+        edit(model.lm_head)
+        with torch.no_grad():
+            expected = ids
+            for _ in range(5):
+                expected = torch.cat((expected, model(expected).logits[:, -1].argmax(1, keepdim=True)), 1)
+        check_equal("tokens", nogemm.generate(model, ids, 5), expected)
+
+
+def test_dense_weights_load_into_a_converted_model() -> None:
+    dense, model = decoders.make("llama"), decoders.make("llama")
+    with torch.no_grad():
+        dense.lm_head.weight.normal_()
+    head = nogemm.convert_head(model, data=texts())
+    moment = None if head.moment is None else head.moment.clone()
+    model.load_state_dict(dense.state_dict())
+    assert head.moment is not None
+    assert moment is not None
+    check_equal("moment", head.moment, moment)
+    states = torch.randn(9, 24)
+    check_equal("tokens", head.choose(states).token, (states.double() @ dense.lm_head.weight.double().T).argmax(1))
+
+
+def test_resizing_the_embeddings_before_conversion_and_tied_ones_after() -> None:
+    model = decoders.make("llama tied")
+    nogemm.convert_head(model)
+    nogemm.generate(model, decoders.prompts(), 2)
+    model.resize_token_embeddings(decoders.V + 13)
+    head = find_head(model)
+    assert head is not None
+    assert head.out_features == decoders.V + 13
+    states = torch.randn(9, 24)
+    check_equal("tokens", head.choose(states).token, (states.double() @ head.weight.double().T).argmax(1))
+
+
 def test_copies_and_pickles_have_heads_of_their_own() -> None:
     model, ids = decoders.make("gpt2"), decoders.prompts()
     nogemm.convert_head(model, data=texts())
@@ -142,8 +192,19 @@ def test_what_cannot_be_converted_is_named() -> None:
         nogemm.convert_head("gpt2")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="expected a HeadConfig"):
         nogemm.convert_head(model, nogemm.DenseConfig())  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="data gave no token to the head"):
-        nogemm.convert_head(model, data=[])
+    for data, words in (
+        ([], "data gave no token to the head"),
+        ({"input_ids": torch.ones(1, 2)}, "must be a list of texts, or of mappings, not one"),
+        (5, "data must be texts or mappings of tensors, got 5"),
+        ([None], "among them is None"),
+        (torch.ones(2, 3), "among them is tensor"),
+        ([{"input_ids": [[1, 2]]}], "among them is {'input_ids'"),
+        ([{"input_ids": torch.tensor([[1, 999]])}], "the model cannot run on the data"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            nogemm.convert_head(model, data=data)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"weights of torch\.float64, not float32, bfloat16 or float16"):
+        nogemm.convert_head(decoders.make("llama").double())
     with pytest.raises(ConfigError, match=r"HeadConfig: mode must be one of exact, got .*'fast'"):
         HeadConfig(mode="fast")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="HeadConfig: leading must be an integer at least 0"):
@@ -162,6 +223,15 @@ def test_a_broken_description_is_an_error(tmp_path: Path) -> None:
     nogemm.convert_head(model, data=texts())
     nogemm.save(model, tmp_path)
     file = tmp_path / "config.json"
+    good = json.loads(file.read_text())
+    weights = tmp_path / "model.safetensors"
+    whole = load_file(weights)
+    with safe_open(weights, framework="pt") as opened:
+        metadata = opened.metadata()
+    save_file({name: value for name, value in whole.items() if "moment" not in name}, weights, metadata)
+    with pytest.raises(CheckpointError, match=r"lacks weights .* the head: moment"):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    nogemm.save(model, tmp_path)
     good = json.loads(file.read_text())
     for head, words in (
         ({"config": {"kind": "vocabulary", "colour": 1}, "moment": True}, "colour"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers as tf
@@ -18,7 +19,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_it_prints_the_dense_models_text(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tokenizer, dense = tf.AutoTokenizer.from_pretrained(model), tf.GPT2LMHeadModel.from_pretrained(model).eval()
+    tokenizer: Any = tf.AutoTokenizer.from_pretrained(model)
+    dense: Any = tf.GPT2LMHeadModel.from_pretrained(model).eval()
     ids = tokenizer("a fast", return_tensors="pt").input_ids
     expected = tokenizer.decode(dense.generate(ids, max_new_tokens=9, do_sample=False)[0, 2:], skip_special_tokens=True)
     words = ("generate", model, "--prompt", "a fast", "--max-new-tokens", 9)

@@ -148,18 +148,87 @@ def test_top_k_and_top_p_leave_what_they_should() -> None:
 
 def test_a_broken_state_gives_no_token() -> None:
     model, ids = converted("llama"), decoders.prompts(2)
+    nogemm.generate(model, ids, 2)
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
-    # The proof of the head's place compares logits that are NaN.
-    with pytest.raises((NotFiniteError, ConfigError), match=r"position 0 is not finite|do not follow"):
+    with pytest.raises(NotFiniteError, match="the state at position 0 is not finite"):
         nogemm.generate(model, ids, 4)
-    head = model.lm_head
+    fresh = converted("llama")
+    with torch.no_grad():
+        fresh.model.norm.weight[3] = torch.inf
+    with pytest.raises(NotFiniteError, match="the states of LlamaForCausalLM for the tokens"):
+        nogemm.generate(fresh, ids, 4)
     states = torch.randn(4, 24)
     states[2, 5] = torch.inf
     with pytest.raises(NotFiniteError, match="the state at position 2 is not finite"):
-        head.choose(states)
+        model.lm_head.choose(states)
     with pytest.raises(NotFiniteError, match="the logits of sequence 0 are not finite"):
         Sampling(1.0, None, None, 0).draw(torch.tensor([[torch.nan, 1.0]]), 0)
+
+
+@pytest.mark.parametrize("kind", ["gemma2 capped", "granite scaled", "llama"])
+def test_samples_are_drawn_from_the_logits_as_the_model_scales_and_caps_them(kind: str) -> None:
+    model, ids = converted(kind), decoders.prompts()
+    with torch.no_grad():
+        model.lm_head.weight.data = model.lm_head.weight.data * 3
+        shares = model(ids).logits[0, -1].float().softmax(0)
+    drawn = [int(nogemm.generate(model, ids, 1, do_sample=True, seed=seed)[0, -1]) for seed in range(600)]
+    counts = torch.bincount(torch.tensor(drawn), minlength=decoders.V) / len(drawn)
+    top = shares.topk(8).indices
+    assert float((counts[top] - shares[top]).abs().max()) < 0.08
+
+
+def test_sampling_goes_on_from_a_cache_as_one_call_would() -> None:
+    model, ids = converted("llama"), decoders.prompts()
+    sample = {"do_sample": True, "seed": 1}
+    whole = nogemm.generate(model, ids, 8, **sample)
+    cache = tf.DynamicCache(config=model.config)
+    half = nogemm.generate(model, ids, 4, cache=cache, **sample)
+    check_equal("both calls", nogemm.generate(model, half, 4, cache=cache, **sample), whole)
+
+
+def test_a_cache_that_does_not_fit_is_named() -> None:
+    model, ids = converted("llama"), decoders.prompts(2)
+    cache = tf.DynamicCache(config=model.config)
+    nogemm.generate(model, ids, 6, cache=cache)
+    for given, words, which in (
+        (ids, "the cache holds 10 tokens and input_ids 5", cache),
+        (decoders.prompts(1, 20), "the cache is of 2 sequences, input_ids of 1", cache),
+        (ids, "must be a cache of transformers, got str", "x"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            nogemm.generate(model, given, 4, cache=which)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "mamba", "rwkv"])
+def test_a_model_without_a_cache_of_keys_and_values_is_refused(kind: str) -> None:
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2}
+    model = {
+        "openai-gpt": lambda: tf.OpenAIGPTLMHeadModel(
+            tf.OpenAIGPTConfig(vocab_size=60, n_embd=16, n_layer=2, n_head=2)
+        ),
+        "mamba": lambda: tf.MambaForCausalLM(tf.MambaConfig(**small)),
+        "rwkv": lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**small, attention_hidden_size=16)),
+    }[kind]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    nogemm.convert_head(model)
+    with pytest.raises(ConfigError, match="a cache of keys and values"):
+        nogemm.generate(model, decoders.prompts() % 60)
+
+
+def test_hooks_on_the_head_are_refused() -> None:
+    model = decoders.make("llama")
+    handle = model.lm_head.register_forward_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="has forward hooks, which would be lost"):
+        nogemm.convert_head(model)
+    handle.remove()
+    head = nogemm.convert_head(model)
+    head.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(ConfigError, match="the head has forward hooks, which would not be called"):
+        nogemm.generate(model, decoders.prompts())
 
 
 def test_bad_input_is_named() -> None:
@@ -174,6 +243,11 @@ def test_bad_input_is_named() -> None:
         ("temperature must be above 0, got 0", model, (ids,), {"do_sample": True, "temperature": 0}),
         ("top_p must be above 0 and at most 1, got 1.5", model, (ids,), {"do_sample": True, "top_p": 1.5}),
         ("top_k must be an integer at least 1", model, (ids,), {"do_sample": True, "top_k": 0}),
+        ("input_ids must be a tensor", model, ([[1, 2]],), {}),
+        ("eos_token_id must be a token or several, got 'x'", model, (ids,), {"eos_token_id": "x"}),
+        ("seed must be an integer, got 1.5", model, (ids,), {"do_sample": True, "seed": 1.5}),
+        ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}),
+        ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[0, 1, 1, 2, 1]])}),
         ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[1, 1, 1, 1, 0]])}),
     ]
     for words, target, arguments, more in cases:

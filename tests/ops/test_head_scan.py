@@ -44,7 +44,7 @@ def test_it_is_the_argmax_of_the_logits(isa: str, rows: int, width: int, dtype: 
         off = (logits.double() - exact - (0 if own is None else own.double())).abs()
         assert bool((off <= bounds(x, weight, own)).all())
         for moment in (None, second_moment(x)):
-            codes = make_codes(weight, own, moment, leading=16)
+            codes = make_codes(weight, own, moment, leading=15)
             index, value, count = head_argmax(x, weight, own, codes)
             check_equal("index", index, lowest_argmax(logits))
             check_equal("value", value, logits.amax(1))
@@ -118,7 +118,7 @@ def test_states_that_are_not_finite_have_no_answer(isa: str) -> None:
     codes = make_codes(weight)
     expected = head_argmax(x, weight, None, codes)[0]
     broken = x.clone()
-    broken[1, 3], broken[3, 0], broken[5] = torch.nan, torch.inf, 1e38 * torch.ones(24)
+    broken[1, 3], broken[3, 0] = torch.nan, torch.inf
     for function in (
         lambda: head_argmax(broken, weight, None, codes),
         lambda: head_argmax_reference(broken, weight, None, *codes.tensors(), share=1.0),
@@ -131,6 +131,23 @@ def test_states_that_are_not_finite_have_no_answer(isa: str) -> None:
     empty = head_argmax(x[:0], weight, None, codes)
     assert [part.shape[0] for part in empty] == [0, 0, 0]
     assert head_logits(x[:0], weight).shape == (0, 200)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e19, 1e20, 1e30, 3e38])
+def test_numbers_whose_bounds_overflow_are_answered_by_all_rows(isa: str, size: float) -> None:
+    x, weight, _ = draw(200, 24, torch.float32, 4)
+    large = (weight / weight.abs().max() * size).clamp(-3e38, 3e38)
+    codes = make_codes(large)
+    logits = head_logits(x, large)
+    index, _, _ = head_argmax(x, large, None, codes)
+    whole = ~logits.isnan().any(1)
+    check_equal("large rows", index[whole], lowest_argmax(logits)[whole])
+    assert bool((index[~whole] == -1).all())
+    index, _, _ = head_argmax(x * size / 10, weight, None, make_codes(weight))
+    logits = head_logits(x * size / 10, weight)
+    whole = ~logits.isnan().any(1) & (x * size / 10).isfinite().all(1)
+    check_equal("large states", index[whole], lowest_argmax(logits)[whole])
+    assert bool((index[~whole] == -1).all())
 
 
 def test_a_bound_of_nothing_gives_wrong_answers(isa: str) -> None:

@@ -20,7 +20,7 @@ from nogemm.bench.contenders.head import DENSE, EXACT
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.result import origin
 from nogemm.convert.activations import batches_of, real_tokens
-from nogemm.convert.head import dense_head
+from nogemm.convert.head import dense_head, find_head
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import last_level_cache_bytes, usable_cores
 from nogemm.heads import second_moment
@@ -111,7 +111,7 @@ def _write(args: HeadArgs, texts: Iterable[str], file: Path, note: Note) -> Tens
     from safetensors.torch import save_file
 
     model = load_model(args.model, dtype=torch.float32)
-    dense = dense_head(model)
+    dense = find_head(model) or dense_head(model)
     if dense.bias is not None:
         raise ConfigError(f"bench head: the head of {args.model} has a bias, which the dense contenders here have not")
     note(f"states of {Path(args.model).name}")
@@ -149,7 +149,7 @@ def reference_tokens(states_ND: Tensor, weight_VD: Tensor) -> Tensor:
     return torch.cat(tokens)
 
 
-def _states(model: Any, dense: torch.nn.Linear, texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:
+def _states(model: Any, dense: torch.nn.Module, texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:
     found: list[Tensor] = []
     hook = dense.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
     kept: list[Tensor] = []
@@ -163,7 +163,7 @@ def _states(model: Any, dense: torch.nn.Linear, texts: Iterable[str], tokenizer:
                     break
     finally:
         hook.remove()
-    states = torch.cat(kept) if kept else torch.zeros(0, dense.in_features)
+    states = torch.cat(kept) if kept else torch.zeros(0, 1)
     if len(states) < count:
         raise ConfigError(f"--data: the texts have {len(states)} tokens, {count} are needed (--positions, twice)")
     return states[:count]

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.cli.common import Json, Trust, finish
-from nogemm.cli.models import ModelArgument
 from nogemm.errors import ConfigError
 
 
 def generate(
-    model: ModelArgument,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A decoder: directory, name in the local cache, or GGUF file.")
+    ],
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 100,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
@@ -29,7 +30,10 @@ def generate(
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Continue a text, token by token, with the tokens that the dense MODEL would give."""
+    """Continue a text with the largest logits of MODEL, proven token by token, or with tokens drawn from them.
+
+    Penalties and forced tokens of the model's generation config are not applied.
+    """
     import torch
 
     import nogemm
@@ -41,6 +45,8 @@ def generate(
     kinds = {None: None, "fp32": torch.float32, "bf16": torch.bfloat16}
     if dtype not in kinds:
         raise ConfigError(f"--dtype must be fp32 or bf16, got {dtype!r}")
+    if not sample and any(value is not None for value in (top_k, top_p, seed)):
+        raise ConfigError("--top-k, --top-p and --seed need --sample")
     loaded = load_model(model, dtype=kinds[dtype], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     if find_head(loaded) is None:

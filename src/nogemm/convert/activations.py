@@ -67,12 +67,22 @@ def collect_inputs(
 def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield the model's keyword arguments for samples, texts in batches; `tokenizer` as in `collect_inputs`."""
     if isinstance(data, (str, Mapping)):
-        raise ConfigError("convert: data must be a list of texts, not one text")
-    items = iter(data)
+        raise ConfigError("convert: data must be a list of texts, or of mappings, not one")
+    try:
+        items = iter(data)
+    except TypeError:
+        raise ConfigError(f"convert: data must be texts or mappings of tensors, got {data!r}") from None
     inner = inner_model(model)
     device = next(inner.parameters()).device
     while chunk := list(itertools.islice(items, BATCH)):
         texts = [sample for sample in chunk if isinstance(sample, str)]
+        for sample in chunk:
+            if not isinstance(sample, (str, Mapping)) or (
+                isinstance(sample, Mapping) and not all(isinstance(value, Tensor) for value in sample.values())
+            ):
+                said = repr(sample)
+                said = said if len(said) < 60 else f"{said[:60]} ..."
+                raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {said}")
         for sample in chunk:
             if not isinstance(sample, str):
                 yield {key: value.to(device) for key, value in sample.items()}

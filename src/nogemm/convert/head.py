@@ -37,8 +37,8 @@ def convert_head(
     Returns:
         the head, which is now the model's `get_output_embeddings()`.
     Raises:
-        ConfigError: the model has no vocabulary head, it is no plain linear layer, or it is converted already; the
-            model is then unchanged.
+        ConfigError: the model has no vocabulary head, it is no plain linear layer or has hooks, it is converted
+            already, or the model cannot run on `data`. The model is then unchanged.
     Cost: forward passes until 65,536 tokens are seen. The codes are made at the first use, see `make_codes`.
     """
     if not isinstance(model, nn.Module):
@@ -80,8 +80,12 @@ def dense_head(inner: nn.Module) -> nn.Linear:
             f"convert_head: the head of {name} is a {type(found).__name__}, not a plain linear layer: convert it "
             "before it is wrapped or quantised"
         )
-    if not found.weight.is_floating_point():
-        raise ConfigError(f"convert_head: the head of {name} has weights of {found.weight.dtype}")
+    if found.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ConfigError(
+            f"convert_head: the head of {name} has weights of {found.weight.dtype}, not float32, bfloat16 or float16"
+        )
+    if found._forward_hooks or found._forward_pre_hooks:
+        raise ConfigError(f"convert_head: the head of {name} has forward hooks, which would be lost; remove them")
     return found
 
 
@@ -96,7 +100,10 @@ def _moment(model: nn.Module, inner: nn.Module, dense: nn.Linear, data: Iterable
         with torch.no_grad():
             for batch in batches_of(model, data, tokenizer):
                 seen.clear()
-                inner(**batch)
+                try:
+                    inner(**batch)
+                except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                    raise ConfigError(f"convert_head: the model cannot run on the data: {error}") from error
                 for x in seen:
                     own = real_tokens(x, batch.get("attention_mask"))[: MAX_STATES - states]
                     for part in own.split(CHUNK):

@@ -22,7 +22,7 @@ from nogemm.convert.fitted import mark_random, warn_if_random
 from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
 from nogemm.errors import CheckpointError, ConfigError, PackedError
-from nogemm.heads import HeadConfig, HireHead
+from nogemm.heads import HeadConfig, HireHead, head_of
 from nogemm.layers import PackedFFN
 from nogemm.ops._threads import in_passing
 
@@ -272,6 +272,9 @@ def _check_loaded(model: Any) -> None:
     for site in survey(model, search=False).open:
         weights = [site.up.weight, site.down.weight]
         missing += [f"{site.name} (dense)" for weight in weights if not _loaded(weight)][:1]
+    head = head_of(model)
+    if head is not None and head.moment is not None and not _loaded(head.moment):
+        missing.append("the head: moment")
     if missing:
         raise CheckpointError(
             f"the checkpoint lacks weights of FFNs, or has them in another shape: {', '.join(missing[:6])}"

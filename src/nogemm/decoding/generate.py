@@ -6,7 +6,7 @@ Legend: B sequences, L tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from nogemm.convert.head import find_head
 from nogemm.decoding.sampling import Sampling
 from nogemm.decoding.states import Decoder
 from nogemm.errors import ConfigError
-from nogemm.heads import HireHead
 from nogemm.models.inner import inner_model
 
 Streamer = Callable[[Tensor], None]
@@ -66,7 +65,8 @@ def generate(
     Greedy tokens (the default) are the argmax of the head's logits, accumulated in float32 over the weights as stored,
     ties to the lowest index; each is proven, from a part of the head's bytes. Sampled tokens need all logits, and are
         argmax_v  logit[v] / temperature + noise[v]
-    over the tokens that top_k and top_p leave, with Gumbel noise that seed, step and sequence fix.
+    over the tokens that top_k and top_p leave, with Gumbel noise that seed, place in the text and sequence fix. A
+    model's generation config gives the end token; its penalties, forced tokens and other processors are not applied.
 
     Args:
         input_ids: int64 [B, L], L at least 1; shorter prompts are padded on the left, with `attention_mask` 0 there.
@@ -77,14 +77,16 @@ def generate(
         streamer: called with the new tokens [B] of every step.
         cache: transformers' cache of keys and values to go on from. It holds all tokens but the last of `input_ids`, or
             a part of them, and then all but the last of what is returned: another call may go on from there.
+            Greedy or with the same seed, both calls together give what one would have given.
         report: filled in.
     Returns:
         int64 [B, L + N] at most: prompts and new tokens.
     Raises:
-        ConfigError: the head is not converted, the model is no causal one, an argument is out of range, or the prompt
-            and N do not fit the model's positions.
+        ConfigError: the head is not converted or has hooks, the model is no causal one with a cache of keys and values,
+            an argument is out of range, or the prompt and N do not fit the model's positions or the cache.
         NotFiniteError: a state is NaN or infinite; no token is made up.
-    Cost: per token the model without its head, and `head_argmax`.
+    Cost: per token the model without its head, and `head_argmax`; per call one pass over the head, which notices
+        weights that were changed behind torch's back; for the first call with a model five more short runs of it.
     """
     inner: Any = inner_model(model)
     head = find_head(inner)
@@ -92,6 +94,8 @@ def generate(
         raise ConfigError("generate: the model's head is dense; call nogemm.convert_head(model) first")
     if inner.training:
         raise ConfigError("generate: the model is in training mode; call model.eval() first")
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ConfigError("generate: the head has forward hooks, which would not be called; remove them")
     sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else None
     _check(inner, input_ids, attention_mask, max_new_tokens)
     ends = _ends(inner, eos_token_id)
@@ -101,39 +105,59 @@ def generate(
         return input_ids.clone()
     with torch.inference_mode():
         decoder = Decoder(inner, head, input_ids, cache)
-        start = time.perf_counter()
+        if sampling is None:
+            head.refresh()
+
+        def choose(states: Tensor, place: int) -> Tensor:
+            if sampling is not None:
+                report.rows += [head.out_features] * len(states)
+                return sampling.draw(decoder.scaling(head.logits(states)), place)
+            choice = head.choose(states)
+            report.rows += choice.rows.tolist()
+            return choice.token
+
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask
-        ids, fresh = input_ids, input_ids[:, min(decoder.length, input_ids.shape[1] - 1) :]
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        for step in range(max_new_tokens):
-            token = _next(head, decoder.states(fresh, mask), sampling, step, report)
-            token = torch.where(done, pad, token)
-            report.tokens += int((~done).sum())
-            done |= torch.isin(token, ends)
-            ids, fresh = torch.cat((ids, token.unsqueeze(1)), 1), token.unsqueeze(1)
-            if mask is not None:
-                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-            now = time.perf_counter()
-            if step == 0:
-                report.prompt_seconds, start = now - start, now
-            report.seconds = now - start
+        steps = _steps(decoder, choose, input_ids, mask, ends, pad, report)
+        ids = input_ids
+        for _, token in zip(range(max_new_tokens), steps, strict=False):
+            ids = torch.cat((ids, token.unsqueeze(1)), 1)
             if streamer is not None:
                 streamer(token)
-            if bool(done.all()):
-                break
     return ids.clone()
 
 
-def _next(head: HireHead, states: Tensor, sampling: Sampling | None, step: int, report: GenerationReport) -> Tensor:
-    if sampling is None:
-        choice = head.choose(states)
-        report.rows += choice.rows.tolist()
-        return choice.token
-    report.rows += [head.out_features] * len(states)
-    return sampling.draw(head.logits(states), step)
+def _steps(
+    decoder: Decoder,
+    choose: Callable[[Tensor, int], Tensor],
+    ids_BL: Tensor,
+    mask: Tensor | None,
+    ends: Tensor,
+    pad: Tensor,
+    report: GenerationReport,
+) -> Iterator[Tensor]:
+    """Yield the next token of each sequence, `pad` behind its end, until all have ended."""
+    start = time.perf_counter()
+    place = ids_BL.shape[1]
+    fresh = ids_BL[:, min(decoder.length, place - 1) :]
+    done = torch.zeros(len(ids_BL), dtype=torch.bool)
+    while not bool(done.all()):
+        token = torch.where(done, pad, choose(decoder.states(fresh, mask), place))
+        first = report.tokens == 0
+        report.tokens += int((~done).sum())
+        done |= torch.isin(token, ends)
+        fresh, place = token.unsqueeze(1), place + 1
+        if mask is not None:
+            mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
+        now = time.perf_counter()
+        if first:
+            report.prompt_seconds, start = now - start, now
+        report.seconds = now - start
+        yield token
 
 
 def _check(model: Any, ids: Tensor, mask: Tensor | None, count: int) -> None:
+    if not isinstance(ids, Tensor):
+        raise ConfigError(f"generate: input_ids must be a tensor int64 [B, L], got {type(ids).__name__}")
     if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.shape[0] < 1:
         raise ConfigError(f"generate: input_ids must be int64 [B, L], got {ids.dtype} {tuple(ids.shape)}")
     if ids.shape[1] < 1:
@@ -144,19 +168,25 @@ def _check(model: Any, ids: Tensor, mask: Tensor | None, count: int) -> None:
     if int(ids.min()) < 0 or int(ids.max()) >= rows:
         raise ConfigError(f"generate: input_ids must be from 0 to {rows - 1}, got {int(ids.min())} to {int(ids.max())}")
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit is not None and ids.shape[1] + count > limit:
+    if limit is not None and limit > 0 and ids.shape[1] + count > limit:
         raise ConfigError(
             f"generate: {ids.shape[1]} tokens and max_new_tokens={count} are more than the model's {limit} positions"
         )
-    if mask is not None and (mask.shape != ids.shape or not bool(mask[:, -1].all())):
-        raise ConfigError("generate: attention_mask must be like input_ids, with the padding on the left")
+    if mask is None:
+        return
+    ones = mask.shape == ids.shape and bool(((mask == 0) | (mask == 1)).all()) and bool((mask[:, -1] == 1).all())
+    if not ones or bool((mask[:, 1:] < mask[:, :-1]).any()):
+        raise ConfigError("generate: attention_mask must be like input_ids, 0 for the padding on the left and then 1")
 
 
 def _ends(model: Any, given: int | Sequence[int] | None) -> Tensor:
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None) if given is None else given
     if own is None:
         own = []
-    return torch.tensor([own] if isinstance(own, int) else list(own), dtype=torch.int64)
+    ends = [own] if isinstance(own, int) else list(own)
+    if not all(isinstance(end, int) for end in ends):
+        raise ConfigError(f"generate: eos_token_id must be a token or several, got {given!r}")
+    return torch.tensor(ends, dtype=torch.int64)
 
 
 def _pad(model: Any, given: int | None, ends: Tensor) -> Tensor:

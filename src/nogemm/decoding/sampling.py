@@ -1,6 +1,6 @@
 """Sampling by noise that is fixed before the logits are known.
 
-Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise depends on seed, step and
+Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise depends on seed, place and
 sequence alone, so two ways to the same logits give the same token.
 
 Legend: B sequences, V vocabulary.
@@ -36,16 +36,18 @@ class Sampling:
         if top_k is not None:
             check_int("generate", "top_k", top_k, 1)
         self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
-        self.seed = int(torch.randint(2**31, ())) if seed is None else int(seed)
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ConfigError(f"generate: seed must be an integer, got {seed!r}")
+        self.seed = int(torch.randint(2**31, ())) if seed is None else seed
 
-    def draw(self, logits_BV: Tensor, step: int) -> Tensor:
-        """Draw one token for each sequence, int64 [B]."""
+    def draw(self, logits_BV: Tensor, place: int) -> Tensor:
+        """Draw one token for each sequence, int64 [B], for one place in the text."""
         finite = logits_BV.isfinite().all(1)
         if not bool(finite.all()):
             raise NotFiniteError(f"the logits of sequence {int((~finite).int().argmax())} are not finite")
         scores_BV = self.allowed(logits_BV / self.temperature)
         rows = range(len(scores_BV))
-        noise_BV = torch.stack([gumbel(scores_BV.shape[1], self.seed, step, row) for row in rows])
+        noise_BV = torch.stack([gumbel(scores_BV.shape[1], self.seed, place, row) for row in rows])
         return (scores_BV + noise_BV).argmax(1)
 
     def allowed(self, scores_BV: Tensor) -> Tensor:
@@ -61,8 +63,8 @@ class Sampling:
         return scores_BV
 
 
-def gumbel(count: int, seed: int, step: int, row: int) -> Tensor:
+def gumbel(count: int, seed: int, place: int, row: int) -> Tensor:
     """Return `count` numbers of Gumbel's distribution, the same for the same three numbers, float32."""
-    mixed = (seed * 1_000_003 + step) * 1_000_033 + row
+    mixed = (seed * 1_000_003 + place) * 1_000_033 + row
     source = torch.Generator().manual_seed(mixed % 2**63)
     return -torch.empty(count).exponential_(generator=source).log()

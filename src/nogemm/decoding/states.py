@@ -1,19 +1,36 @@
-"""The states that a model's head sees, and the proof that its logits follow from them in order.
+"""The states that a model's head sees, and the proof that its logits follow from them, cache and all.
 
-Legend: B sequences, D width.
+Legend: B sequences, L tokens, D width.
 """
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nogemm.errors import ConfigError
+from nogemm.errors import ConfigError, NotFiniteError
 from nogemm.heads import HireHead
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest logit
+# Of the largest number compared: two ways through the same products in this precision.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2, torch.float16: 2e-2}
+_PROVEN: weakref.WeakKeyDictionary[HireHead, tuple[weakref.ref[nn.Module], Scaling]] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What a model does to its head's logits: logit = cap tanh(scale z / cap), or scale z without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Return the model's logits for the head's."""
+        scaled = z * self.scale
+        return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
 class Decoder:
@@ -23,13 +40,16 @@ class Decoder:
         model: a causal language model of transformers whose head is `head`.
         cache: to go on from; None: a new one.
     Raises:
-        ConfigError: the model's logits are not a rising function of its head's: the largest of the one may not be the
-            largest of the other.
+        ConfigError: the model's logits are not a rising function of its head's, it does not remember by a cache of keys
+            and values, or `cache` does not fit the prompt.
+        NotFiniteError: the states of the prompt's first tokens are not finite.
     """
 
     def __init__(self, model: Any, head: HireHead, input_ids_BL: Tensor, cache: Any = None) -> None:
         self.base = base_of(model)
-        prove(model, self.base, head, input_ids_BL[:1, :2])
+        self.scaling = prove(model, self.base, head, input_ids_BL)
+        if cache is not None:
+            check_cache(cache, input_ids_BL)
         self.cache = new_cache(model) if cache is None else cache
 
     def states(self, ids_BL: Tensor, mask_BT: Tensor | None = None) -> Tensor:
@@ -57,6 +77,21 @@ def new_cache(model: Any) -> Any:
     return DynamicCache(config=model.config)
 
 
+def check_cache(cache: Any, ids_BL: Tensor) -> None:
+    """Refuse a cache that cannot lie in front of the last token of these prompts."""
+    if not callable(getattr(cache, "get_seq_length", None)):
+        raise ConfigError(f"generate: cache must be a cache of transformers, got {type(cache).__name__}")
+    held = int(cache.get_seq_length())
+    if held >= ids_BL.shape[1]:
+        raise ConfigError(
+            f"generate: the cache holds {held} tokens and input_ids {ids_BL.shape[1]}; input_ids must hold all tokens "
+            "so far, the cache at most all but the last"
+        )
+    keys = getattr(cache.layers[0], "keys", None) if held and getattr(cache, "layers", None) else None
+    if isinstance(keys, Tensor) and keys.shape[0] != ids_BL.shape[0]:
+        raise ConfigError(f"generate: the cache is of {keys.shape[0]} sequences, input_ids of {ids_BL.shape[0]}")
+
+
 def base_of(model: Any) -> nn.Module:
     """Return the part of a causal model that ends in the states of its head."""
     base = getattr(model, "base_model", None)
@@ -68,22 +103,51 @@ def base_of(model: Any) -> nn.Module:
     return base
 
 
-def prove(model: Any, base: nn.Module, head: HireHead, ids: Tensor) -> None:
-    """Compare the model's logits with those that its head gives for its base's states, scaled and capped as it says."""
-    raw = head(base(input_ids=ids, use_cache=False).last_hidden_state).float()
-    own = model(input_ids=ids, use_cache=False).logits.float()
+def prove(model: Any, base: nn.Module, head: HireHead, ids_BL: Tensor) -> Scaling:
+    """Show on three tokens that decoding by states and head is the model's own; once for each model and head."""
+    known = _PROVEN.get(head)
+    if known is not None and known[0]() is model:
+        return known[1]
+    ids = ids_BL[:1, -3:]
+    ids = ids.repeat(1, 3)[:, :3]
+    name = type(model).__name__
+    try:
+        states = base(input_ids=ids, use_cache=False).last_hidden_state
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        cache = new_cache(model)
+        for place in range(3):
+            last = base(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).last_hidden_state
+    except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        raise ConfigError(f"generate: {name} cannot be decoded with a cache of keys and values: {error}") from error
+    if not bool(states.isfinite().all()):
+        raise NotFiniteError(f"the states of {name} for the tokens {ids[0].tolist()} of the prompt are not finite")
+    scaling = _scaling(model)
+    raw = head(states).float()
+    if scaling.scale <= 0 or not _close(scaling(raw), own, head):
+        raise ConfigError(
+            f"generate: the logits of {name} do not follow from its head as its config says; use the model's own "
+            "generate, which computes them all"
+        )
+    if not _close(last[:, -1].float(), states[:, -1].float(), head):
+        raise ConfigError(
+            f"generate: {name} does not remember tokens by a cache of keys and values; use the model's own generate"
+        )
+    _PROVEN[head] = weakref.ref(model), scaling
+    return scaling
+
+
+def _scaling(model: Any) -> Scaling:
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    expected = raw * scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    if cap:
-        expected = torch.tanh(expected / cap) * cap
-    tolerance = TOLERANCE[head.weight.dtype] * float(expected.abs().amax().clamp_min(1e-6))
-    if scale <= 0 or expected.shape != own.shape or not bool(((expected - own).abs() <= tolerance).all()):
-        raise ConfigError(
-            f"generate: the logits of {type(model).__name__} do not follow from its head as its config says; use the "
-            "model's own generate, which computes them all"
-        )
+    return Scaling(scale, getattr(config, "final_logit_softcapping", None) or None)
+
+
+def _close(one: Tensor, other: Tensor, head: HireHead) -> bool:
+    """Compare within rounding; what overflows has to overflow alike."""
+    if one.shape != other.shape:
+        return False
+    size = float(other[other.isfinite()].abs().amax()) if bool(other.isfinite().any()) else 0.0
+    return bool(((one == other) | ((one - other).abs() <= TOLERANCE[head.weight.dtype] * size)).all())
 
 
 def _can_generate(model: Any) -> bool:

@@ -40,7 +40,7 @@ def make_codes(
         weight_VD: any floating dtype, finite; bias_V float32.
         moment_DD: the second moment of the states that the head will see (`second_moment`). None: as if states had no
             direction of their own; ten times as many rows are then left to compute.
-        leading: coordinates that get eight bits.
+        leading: coordinates that get eight bits, rounded up to a multiple of four.
     Raises:
         ConfigError: a weight is not finite, or shapes do not fit.
     Cost: 4 V D^2 FLOP, half of them in float64; some seconds for a head of 260,000 rows.
@@ -50,7 +50,7 @@ def make_codes(
         raise ConfigError(f"make_codes: moment must be [{width}, {width}], got {tuple(moment_DD.shape)}")
     if not bool(torch.isfinite(weight_VD).all()) or (bias_V is not None and not bool(torch.isfinite(bias_V).all())):
         raise ConfigError("make_codes: the head has weights that are not finite")
-    leading = min(leading, width)
+    leading = min(-(-leading // 4) * 4, width)  # whole steps of the scan
     mean_D = weight_VD.double().mean(0) if rows < _CHUNK else _mean(weight_VD)
     mean_D = mean_D.float()  # as the scan reads it
     project_DD, back_DD = _basis(weight_VD, mean_D.double(), moment_DD)
@@ -95,10 +95,11 @@ def _basis(weight_VD: Tensor, mean_D: Tensor, moment_DD: Tensor | None) -> tuple
     spread = spread.clamp_min(0) + RIDGE * moment.diagonal().mean().clamp_min(1e-30)
     root = ways * spread.sqrt()  # x = root u, with u of unit variance in every direction
     gram = torch.zeros(width, width, dtype=torch.float64)
+    unit = float(weight_VD.abs().max().clamp_min(1e-30))  # products of large weights would overflow float32
     for part in weight_VD.split(_CHUNK):
-        centred = part.float() - mean_D.float()
+        centred = part.float() / unit - (mean_D / unit).float()
         gram += (centred.T @ centred).double()
-    gram /= len(weight_VD)
+    gram *= unit**2 / len(weight_VD)
     variance, axes = torch.linalg.eigh(root.T @ gram @ root)
     variance, axes = variance.flip(0), axes.flip(1)  # of a logit, by coordinate; falling
     even = variance.clamp_min(float(variance[0]) * 1e-9 + 1e-30) ** 0.25

@@ -17,7 +17,7 @@ class HeadConfig(Config):
 
     Attributes:
         mode: "exact": every token is proven to be the argmax of the dense logits as it is chosen.
-        leading: coordinates of a row that get eight bits; the others have four.
+        leading: coordinates of a row that get eight bits, rounded up to a multiple of four; the others have four.
     """
 
     family: ClassVar[str] = "head"

@@ -9,16 +9,18 @@ Legend: N states, D width, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.errors import NotFiniteError, ShapeError
+from nogemm.errors import DtypeError, NotFiniteError, ShapeError
 from nogemm.heads.codes import make_codes
 from nogemm.heads.config import HeadConfig
 from nogemm.ops.head_scan import HeadCodes, head_argmax, head_logits
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class HireHead(nn.Module):
         self.bias = bias
         self.register_buffer("moment", moment)
         self._codes: tuple[tuple[object, ...], HeadCodes] | None = None
+        self._print: Tensor | None = None  # of the weights that the codes are of
 
     @property
     def in_features(self) -> int:
@@ -74,6 +77,10 @@ class HireHead(nn.Module):
     def out_features(self) -> int:
         """V."""
         return self.weight.shape[0]
+
+    @out_features.setter
+    def out_features(self, rows: int) -> None:
+        """Take note of nothing: transformers says so when it has resized the tied weights, which say it themselves."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all logits [..., V] in x's dtype."""
@@ -98,26 +105,52 @@ class HireHead(nn.Module):
             bias = None if self.bias is None else self.bias.detach().float()
             flat = x.detach().reshape(-1, self.in_features)
             choice = Choice(*head_argmax(flat, self.weight.detach(), bias, self.codes()))
-        if len(choice.token) and int(choice.token.min()) < 0:
+        if len(choice.token) and int(choice.token.min()) < 0:  # rare: worth no more than one look
             place = int((choice.token < 0).int().argmax())
             raise NotFiniteError(f"the state at position {place} is not finite: it has no most likely token")
         return choice
 
     def codes(self) -> HeadCodes:
-        """Return the codes of the weights as they are now; made anew after the weights have changed."""
+        """Return the codes of the weights; made anew after a change that torch counts.
+
+        Raises:
+            DtypeError: the weights are of another dtype than float32, bfloat16 or float16.
+        """
+        if self.weight.dtype not in _DTYPES:
+            raise DtypeError(f"HireHead: weights must be float32, bfloat16 or float16, got {self.weight.dtype}")
         key = tuple(_identity(tensor) for tensor in (self.weight, self.bias, self.moment))
         if self._codes is None or self._codes[0] != key:
             bias = None if self.bias is None else self.bias.detach().float()
             self._codes = key, make_codes(self.weight.detach(), bias, self.moment, self.config.leading)
+            self._print = self._fingerprint()
         return self._codes[1]
 
-    def drop_codes(self) -> None:
-        """Free the codes; the next choice makes them again."""
-        self._codes = None
+    def refresh(self) -> None:
+        """Make the codes anew if the weights are not those that they were made of.
+
+        Changes that torch does not count, through `weight.data` or a NumPy view, show here alone. Cost: one pass over
+        the weights.
+        """
+        self.codes()
+        if self._print is not None and not torch.equal(self._print, self._fingerprint()):
+            self._codes = None
+            self.codes()
+
+    def _fingerprint(self) -> Tensor:
+        """Return a number for each row, by a direction that no weight was made for, and the biases."""
+        source = torch.Generator().manual_seed(0)
+        own = self.logits(torch.randn(1, self.in_features, generator=source))[0]
+        return own if self.bias is None else torch.cat((own, self.bias.detach().float()))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the codes out of copies and pickles: they follow from the weights."""
-        return {**cast("dict[str, object]", self.__dict__), "_codes": None}
+        return {**cast("dict[str, object]", self.__dict__), "_codes": None, "_print": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        """Take a dense head's weights, too: then the moment stays as it is."""
+        if self.moment is not None and f"{prefix}weight" in state_dict:
+            state_dict.setdefault(f"{prefix}moment", self.moment)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def extra_repr(self) -> str:
         """Describe the head in print(model)."""
@@ -133,4 +166,7 @@ def head_of(model: nn.Module) -> HireHead | None:
 
 def _identity(tensor: Tensor | None) -> object:
     """Tell a tensor's numbers apart from what they were: the memory they lie in, and torch's count of changes to it."""
-    return None if tensor is None else (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.dtype)
+    if tensor is None:
+        return None
+    count = None if tensor.is_inference() else tensor._version
+    return tensor.data_ptr(), count, tuple(tensor.shape), tensor.dtype

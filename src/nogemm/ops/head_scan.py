@@ -19,6 +19,7 @@ from nogemm.ops._library import define
 
 ROWS = 64  # of a group; csrc/packed/neurons/format.h
 NIBBLE_OFFSET, BYTE_OFFSET = 8, 128
+OVERFLOWN = -2  # the native kernel's index of a state whose bounds are beyond float32
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def head_argmax(
         share: of the bound that counts. Below 1 nothing is proven any more, and fewer rows are computed.
     Returns:
         index int64 [N], its logit float32 [N], and how many rows were computed exactly, int64 [N]. A state that is not
-        finite has index -1 and logit NaN.
+        finite, or has a logit that is NaN, has index -1 and logit NaN.
     Raises:
         ShapeError: shapes disagree. ConfigError: share is not between 0 and 1.
     Cost: about D / 2 + K / 2 + 8 bytes a row, once for up to 16 tokens, and the rows that are left.
@@ -165,7 +166,23 @@ def head_argmax(
     _check(x_ND, weight_VD, "head_argmax")
     if not 0 <= share <= 1:
         raise ConfigError(f"head_argmax: share must be from 0 to 1, got {share}")
-    return torch.ops.nogemm.head_argmax(x_ND.float(), weight_VD, bias_V, *codes.tensors(), float(share))
+    index, value, rows = torch.ops.nogemm.head_argmax(x_ND.float(), weight_VD, bias_V, *codes.tensors(), float(share))
+    if len(index) and int(index.min()) == OVERFLOWN:
+        _all_rows(x_ND, weight_VD, bias_V, index, value, rows)
+    return index, value, rows
+
+
+def _all_rows(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, index_N: Tensor, value_N: Tensor, rows_N: Tensor
+) -> None:
+    """Answer by all logits, in place, where bounds overflowed float32; a logit that is NaN leaves no answer."""
+    for n in (index_N == OVERFLOWN).nonzero().flatten().tolist():
+        logits = head_logits(x_ND[n : n + 1], weight_VD, bias_V)[0]
+        if bool(logits.isnan().any()):
+            value_N[n], index_N[n], rows_N[n] = torch.nan, -1, 0
+            continue
+        value_N[n], rows_N[n] = logits.max(), len(logits)
+        index_N[n] = int((logits == logits.max()).int().argmax())
 
 
 def _check(x_ND: Tensor, weight_VD: Tensor, caller: str) -> None:
