@@ -194,7 +194,7 @@ def test_what_cannot_be_converted_is_named() -> None:
         nogemm.convert_head(model, nogemm.DenseConfig())  # type: ignore[arg-type]
     for data, words in (
         ([], "data gave no token to the head"),
-        ({"input_ids": torch.ones(1, 2)}, "must be a list of texts, or of mappings, not one"),
+        ({"input_ids": torch.ones(1, 2)}, "must be a list of mappings, not one mapping"),
         (5, "data must be texts or mappings of tensors, got 5"),
         ([None], "among them is None"),
         (torch.ones(2, 3), "among them is tensor"),

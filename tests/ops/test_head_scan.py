@@ -11,7 +11,8 @@ from torch import Tensor
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.heads.codes import make_codes, second_moment
 from nogemm.ops import head_argmax, head_argmax_reference, head_logits, head_logits_reference
-from nogemm.ops.head_scan import HeadCodes, lay_out_codes, read_codes
+from nogemm.ops.head_scan import HeadCodes, read_codes
+from nogemm.ops.packed_hire import lay_out_sketch
 from nogemm.testing.compare import Mismatch, check_equal
 
 SHAPES = ((1, 1), (2, 3), (63, 8), (64, 65), (65, 64), (200, 72), (1000, 100), (4133, 200))
@@ -167,7 +168,7 @@ def test_a_bound_of_nothing_gives_wrong_answers(isa: str) -> None:
 @pytest.mark.parametrize("columns", [0, 1, 8, 13])
 def test_codes_are_read_back(nibbles: bool, columns: int) -> None:
     codes = torch.randint(-8, 8, (128, columns)).to(torch.int8)
-    check_equal("codes", read_codes(lay_out_codes(codes, nibbles), nibbles)[:, :columns], codes.double())
+    check_equal("codes", read_codes(lay_out_sketch(codes, nibbles), nibbles)[:, :columns], codes.double())
 
 
 def test_float16_states_references_and_opcheck(isa: str) -> None:

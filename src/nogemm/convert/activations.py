@@ -67,7 +67,8 @@ def collect_inputs(
 def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:
     """Yield the model's keyword arguments for samples, texts in batches; `tokenizer` as in `collect_inputs`."""
     if isinstance(data, (str, Mapping)):
-        raise ConfigError("convert: data must be a list of texts, or of mappings, not one")
+        one = "text" if isinstance(data, str) else "mapping"
+        raise ConfigError(f"convert: data must be a list of {one}s, not one {one}")
     try:
         items = iter(data)
     except TypeError:

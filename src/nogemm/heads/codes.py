@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops.head_scan import ROWS, HeadCodes, lay_out_codes
+from nogemm.ops.head_scan import ROWS, HeadCodes
+from nogemm.ops.packed_hire import lay_out_sketch
 
 LEADING = 64  # coordinates in int8
 RIDGE = 0.03  # of the states' mean square, added to every direction: states that were not seen have to be bounded, too
@@ -62,8 +63,8 @@ def make_codes(
         row_CD = torch.cat((row_CD, row_CD[-1:].expand(-len(row_CD) % ROWS, -1)))  # whole groups: the last row again
         codes8, scale8, error8 = _round(row_CD[:, :leading], 127, (1.0,))
         codes4, scale4, error4 = _round(row_CD[:, leading:], 7, CLIPS)
-        eight.append(lay_out_codes(codes8, nibbles=False))
-        four.append(lay_out_codes(codes4, nibbles=True))
+        eight.append(lay_out_sketch(codes8, nibbles=False))
+        four.append(lay_out_sketch(codes4, nibbles=True))
         numbers.append(torch.stack((scale8, scale4, _up(error8), _up(error4))).view(4, -1, ROWS).permute(1, 0, 2))
         parts = (row_CD[:, :leading].norm(dim=1) + error8, row_CD[:, leading:].norm(dim=1) + error4, own_CD.norm(dim=1))
         longest = torch.maximum(longest, torch.stack([part.max() for part in parts]))

@@ -54,21 +54,8 @@ class HeadCodes:
         return tuple(getattr(self, field.name) for field in fields(self))
 
 
-def lay_out_codes(codes_VC: Tensor, nibbles: bool) -> Tensor:
-    """Order int8 codes [V, C], V a multiple of 64, as the scan reads them: [G, steps, 64, 4], unsigned."""
-    columns = 8 if nibbles else 4
-    padded = torch.nn.functional.pad(codes_VC, (0, -codes_VC.shape[1] % columns)).to(torch.int16)
-    steps = padded.shape[1] // columns
-    groups = padded.shape[0] // ROWS
-    parts = (padded + (NIBBLE_OFFSET if nibbles else BYTE_OFFSET)).view(groups, ROWS, steps, columns)
-    parts = parts.permute(0, 2, 1, 3)
-    if nibbles:
-        parts = parts[..., :4] | (parts[..., 4:] << 4)
-    return parts.to(torch.uint8).contiguous()
-
-
 def read_codes(laid_out: Tensor, nibbles: bool) -> Tensor:
-    """Undo `lay_out_codes`: float64 [64 G, C padded to a step]."""
+    """Undo `lay_out_sketch` of packed_hire.py: float64 [64 G, C padded to a step]."""
     parts = laid_out.to(torch.int16)
     if nibbles:
         parts = torch.cat((parts & 15, parts >> 4), dim=-1)

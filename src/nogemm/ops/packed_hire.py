@@ -91,7 +91,8 @@ def lay_out_sketch(codes_FR: Tensor, nibbles: bool) -> Tensor:
     columns = 8 if nibbles else 4
     padded = torch.zeros(_up(hidden, _SKETCH_ROWS), _up(width, columns), dtype=torch.int16)
     padded[:hidden, :width] = codes_FR
-    parts = (padded + (8 if nibbles else 128)).view(-1, _SKETCH_ROWS, padded.shape[1] // columns, columns)
+    groups, steps = padded.shape[0] // _SKETCH_ROWS, padded.shape[1] // columns
+    parts = (padded + (8 if nibbles else 128)).view(groups, _SKETCH_ROWS, steps, columns)
     parts = parts.permute(0, 2, 1, 3)
     if nibbles:
         parts = parts[..., :4] | (parts[..., 4:] << 4)
