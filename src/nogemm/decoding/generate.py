@@ -63,8 +63,10 @@ def generate(
     """Continue prompts with a model whose head `nogemm.convert_head` has converted.
 
     Greedy tokens (the default) are the argmax of the head's logits, accumulated in float32 over the weights as stored,
-    ties to the lowest index; each is proven, from a part of the head's bytes. Sampled tokens need all logits, and are
-        argmax_v  logit[v] / temperature + noise[v]
+    ties to the lowest index; each is proven, from a part of the head's bytes. Sampled tokens need all logits:
+
+        token = argmax_v  logit[v] / temperature + noise[v]
+
     over the tokens that top_k and top_p leave, with Gumbel noise that seed, place in the text and sequence fix. A
     model's generation config gives the end token; its penalties, forced tokens and other processors are not applied.
 
