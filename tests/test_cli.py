@@ -20,6 +20,7 @@ from nogemm import cli, ops
 from nogemm.config import layer_kinds
 from nogemm.errors import ConfigError
 from nogemm.hardware import machine
+from nogemm.hardware.held import held_to
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
@@ -149,7 +150,9 @@ def test_help_of_convert_names_every_kind_of_layer(capsys):
 def test_env_names_the_folder_of_its_results(capsys):
     assert run("env", "--processor") == 0
     facts = machine()
-    assert capsys.readouterr().out.strip().endswith(f"-{facts['family']}-{facts['model']}")
+    held = held_to()
+    ending = f"-{facts['family']}-{facts['model']}" + (f"-{held}" if held else "")
+    assert capsys.readouterr().out.strip().endswith(ending)
 
 
 def test_env_says_what_runs(tmp_path, capsys):
