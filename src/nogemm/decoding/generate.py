@@ -17,6 +17,7 @@ from nogemm.convert.head import find_head
 from nogemm.decoding.sampling import Sampling
 from nogemm.decoding.states import Decoder
 from nogemm.errors import ConfigError
+from nogemm.heads import HireHead
 from nogemm.models.inner import inner_model
 
 Streamer = Callable[[Tensor], None]
@@ -78,8 +79,8 @@ def generate(
         pad_token_id: what follows the end of a sequence while others go on; None: the model's, or the end token.
         streamer: called with the new tokens [B] of every step.
         cache: transformers' cache of keys and values to go on from. It holds all tokens but the last of `input_ids`, or
-            a part of them, and then all but the last of what is returned: another call may go on from there.
-            Greedy or with the same seed, both calls together give what one would have given.
+            a part of them, and then all but the last of what is returned. Another call goes on from there, greedy or
+            with the same seed as one call would have.
         report: filled in.
     Returns:
         int64 [B, L + N] at most: prompts and new tokens.
@@ -94,11 +95,8 @@ def generate(
     head = find_head(inner)
     if head is None:
         raise ConfigError("generate: the model's head is dense; call nogemm.convert_head(model) first")
-    if inner.training:
-        raise ConfigError("generate: the model is in training mode; call model.eval() first")
-    if head._forward_hooks or head._forward_pre_hooks:
-        raise ConfigError("generate: the head has forward hooks, which would not be called; remove them")
     sampling = Sampling(temperature, top_k, top_p, seed) if do_sample else None
+    _check_model(inner, head)
     _check(inner, input_ids, attention_mask, max_new_tokens)
     ends = _ends(inner, eos_token_id)
     pad = _pad(inner, pad_token_id, ends)
@@ -155,6 +153,13 @@ def _steps(
             report.prompt_seconds, start = now - start, now
         report.seconds = now - start
         yield token
+
+
+def _check_model(model: Any, head: HireHead) -> None:
+    if model.training:
+        raise ConfigError("generate: the model is in training mode; call model.eval() first")
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ConfigError("generate: the head has forward hooks, which would not be called; remove them")
 
 
 def _check(model: Any, ids: Tensor, mask: Tensor | None, count: int) -> None:
