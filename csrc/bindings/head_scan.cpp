@@ -22,10 +22,9 @@ constexpr int64_t kPieces = 16;    // of the codes; each keeps a list and a floo
 constexpr int64_t kTogether = 64;  // rows of a small job that one thread takes at once
 constexpr double kUnit = 0x1p-24;  // rounding of float32
 
-double take_double(StableIValue value) {
-  double result;
-  std::memcpy(&result, &value, sizeof result);
-  return result;
+BundleRows rows_of(const Tensor& weight, const Tensor& bias, Dtype dtype) {
+  return {weight.data<char>(), weight.size(1) * static_cast<int64_t>(item_size(dtype)), weight.size(1), nullptr,
+          bias.defined() ? bias.data<float>() : nullptr};
 }
 
 // The rows of the head, and what tells how far an estimate may be off.
@@ -36,11 +35,6 @@ struct Head {
   std::vector<float> padded_bias;
   HeadCodes codes;
   double share;
-
-  BundleRows exact() const {
-    return {weight.data<char>(), width * static_cast<int64_t>(item_size(dtype)), width, nullptr,
-            bias.defined() ? bias.data<float>() : nullptr};
-  }
 };
 
 Dtype rows_dtype(const Tensor& weight, const char* op) {
@@ -191,7 +185,7 @@ Rows gather(HeadToken* const* parts, int64_t pieces) {
 // The largest exact logit among a token's rows.
 Best choose(const Head& h, const float* x, Rows rows) {
   auto* const dots = kernels().head.dots[h.dtype];
-  const BundleRows exact = h.exact();
+  const BundleRows exact = rows_of(h.weight, h.bias, h.dtype);
   Best best{std::numeric_limits<int64_t>::max(), -std::numeric_limits<float>::infinity(), 0};
   const auto compare = [&](const int32_t* index, int64_t count) {
     float value[kTogether];
@@ -246,7 +240,7 @@ void argmax_tokens(const Head& h, const float* x, int64_t count, Workspace& memo
   auto* const tokens = carver.take<HeadToken>(count);
   auto* const parts = carver.take<HeadToken>(pieces * count);  // [piece][token], tokens that are finite in front
   int64_t place[kTokens], finite = 0;
-  const BundleRows project{h.project.data<char>(), h.width * 4, h.width, nullptr, nullptr};
+  const BundleRows project = rows_of(h.project, Tensor(), kF32);
   const int64_t cuts = (h.width + kTogether - 1) / kTogether;
   Phases phases;
   uint32_t threads = 1;
@@ -313,8 +307,7 @@ void head_logits(StableIValue* stack, uint64_t, uint64_t) {
   const Dtype dtype = rows_dtype(weight, kLogits);
   const int64_t tokens = x.size(0), rows = weight.size(0), width = weight.size(1);
   Tensor logits = Tensor::empty({tokens, rows}, aoti_torch_dtype_float32());
-  const BundleRows all{weight.data<char>(), width * static_cast<int64_t>(item_size(dtype)), width, nullptr,
-                       bias.defined() ? bias.data<float>() : nullptr};
+  const BundleRows all = rows_of(weight, bias, dtype);
   const float* from = x.data<float>();
   float* out = logits.mutable_data<float>();
   // Few rows at a time, for all tokens while they are in the cache.

@@ -8,12 +8,6 @@ namespace {
 
 constexpr const char* kOp = "row_adam_";
 
-float take_float(StableIValue value) {
-  double result;
-  std::memcpy(&result, &value, sizeof result);
-  return static_cast<float>(result);
-}
-
 void step(StableIValue* stack, uint64_t, uint64_t) {
   Tensor state[3] = {take_tensor(stack[0]), take_tensor(stack[1]), take_tensor(stack[2])};
   const Tensor index = take_tensor(stack[3]).contiguous(), grad = take_tensor(stack[4]).contiguous(),
@@ -42,7 +36,7 @@ void step(StableIValue* stack, uint64_t, uint64_t) {
   a.grad = grad.data<float>();
   a.arrears = arrears.data<float>();
   float* constants[] = {&a.beta1, &a.beta2, &a.step, &a.root, &a.eps, &a.keep};
-  for (int i = 0; i < 6; ++i) *constants[i] = take_float(stack[6 + i]);
+  for (int i = 0; i < 6; ++i) *constants[i] = static_cast<float>(take_double(stack[6 + i]));
   auto* const kernel = kernels().neuron.adam;
   parallel_for(index.size(0), 1 + (1 << 14) / (a.width + 1),
                [&](int64_t begin, int64_t end) noexcept { kernel(a, begin, end); });

@@ -204,6 +204,11 @@ inline int64_t take_int(StableIValue value) {
   std::memcpy(&result, &value, sizeof result);
   return result;
 }
+inline double take_double(StableIValue value) {
+  double result;
+  std::memcpy(&result, &value, sizeof result);
+  return result;
+}
 inline bool take_bool(StableIValue value) { return (value & 0xff) != 0; }
 
 // The kernel index of a tensor's dtype; ValueError naming the argument otherwise.

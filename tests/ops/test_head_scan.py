@@ -11,8 +11,8 @@ from torch import Tensor
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.heads.codes import make_codes, second_moment
 from nogemm.ops import head_argmax, head_argmax_reference, head_logits, head_logits_reference
-from nogemm.ops.head_scan import HeadCodes, read_codes
-from nogemm.ops.packed_hire import lay_out_sketch
+from nogemm.ops.head_scan import HeadCodes
+from nogemm.ops.packed_hire import lay_out_sketch, read_sketch
 from nogemm.testing.compare import Mismatch, check_equal
 
 SHAPES = ((1, 1), (2, 3), (63, 8), (64, 65), (65, 64), (200, 72), (1000, 100), (4133, 200))
@@ -88,7 +88,7 @@ def test_a_state_along_a_rows_own_rounding_is_answered_rightly(isa: str) -> None
     _, weight, _ = draw(300, 48, torch.float32)
     codes = make_codes(weight, leading=8)
     scale8, scale4, *_ = codes.numbers.double().permute(1, 0, 2).flatten(1)[:, :300]
-    rows = torch.cat((read_codes(codes.eight, False)[:300] * scale8[:, None], read_codes(codes.four, True)[:300]), 1)
+    rows = torch.cat((read_sketch(codes.eight, False)[:300] * scale8[:, None], read_sketch(codes.four, True)[:300]), 1)
     rows[:, 8:] *= scale4[:, None]
     project = codes.project.double()
     lost = (weight.double() - codes.mean.double()) @ torch.linalg.inv(project) - rows
@@ -168,7 +168,7 @@ def test_a_bound_of_nothing_gives_wrong_answers(isa: str) -> None:
 @pytest.mark.parametrize("columns", [0, 1, 8, 13])
 def test_codes_are_read_back(nibbles: bool, columns: int) -> None:
     codes = torch.randint(-8, 8, (128, columns)).to(torch.int8)
-    check_equal("codes", read_codes(lay_out_sketch(codes, nibbles), nibbles)[:, :columns], codes.double())
+    check_equal("codes", read_sketch(lay_out_sketch(codes, nibbles), nibbles)[:, :columns], codes.double())
 
 
 def test_float16_states_references_and_opcheck(isa: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from nogemm.bench import peers
 from nogemm.bench.contenders.head import DENSE, EXACT
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.result import origin
-from nogemm.convert.activations import batches_of, real_tokens
-from nogemm.convert.head import dense_head, find_head
+from nogemm.convert.head import dense_head, find_head, head_states
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import last_level_cache_bytes, usable_cores
 from nogemm.heads import second_moment
@@ -150,20 +150,13 @@ def reference_tokens(states_ND: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def _states(model: Any, dense: torch.nn.Module, texts: Iterable[str], tokenizer: Any, count: int) -> Tensor:
-    found: list[Tensor] = []
-    hook = dense.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].detach()))
     kept: list[Tensor] = []
-    try:
-        with torch.no_grad():
-            for batch in batches_of(model, texts, tokenizer):
-                found.clear()
-                model(**batch)
-                kept.append(real_tokens(found[0], batch.get("attention_mask")).float())
-                if sum(map(len, kept)) >= count:
-                    break
-    finally:
-        hook.remove()
-    states = torch.cat(kept) if kept else torch.zeros(0, 1)
-    if len(states) < count:
-        raise ConfigError(f"--data: the texts have {len(states)} tokens, {count} are needed (--positions, twice)")
-    return states[:count]
+    with closing(head_states(model, dense, texts, tokenizer)) as seen:
+        for states in seen:
+            kept.append(states.float())
+            if sum(map(len, kept)) >= count:
+                break
+    found = sum(map(len, kept))
+    if found < count:
+        raise ConfigError(f"--data: the texts have {found} tokens, {count} are needed (--positions, twice)")
+    return torch.cat(kept)[:count]

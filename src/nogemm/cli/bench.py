@@ -303,7 +303,7 @@ def head(
     against: Annotated[str | None, typer.Option(help="Dense engines, with commas [a choice of all].")] = None,
     threads: Threads = 0,
     rounds: Rounds = 7,
-    seconds: Annotated[float, typer.Option(help="Aimed at per turn.")] = 0.3,
+    seconds: Seconds = 0.3,
     json: Json = None,
 ) -> None:
     """Time a vocabulary head that names its most likely token beside dense heads."""

@@ -49,8 +49,9 @@ def generate(
         raise ConfigError("--top-k, --top-p and --seed need --sample")
     loaded = load_model(model, dtype=kinds[dtype], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    if find_head(loaded) is None:
-        nogemm.convert_head(loaded, data=None if data is None else texts(data), tokenizer=tokenizer)
+    head = find_head(loaded)
+    if head is None:
+        head = nogemm.convert_head(loaded, data=None if data is None else texts(data), tokenizer=tokenizer)
     elif data is not None:
         raise ConfigError(f"--data: the head of {model} is converted already, its codes are fitted")
     nogemm.pack(loaded)
@@ -75,8 +76,7 @@ def generate(
     rows = sum(report.rows) / max(1, len(report.rows))
     print(
         f"{report.tokens} tokens, {report.tokens_per_second:.1f} a second after the first, prompt of {ids.shape[1]} in "
-        f"{report.prompt_seconds:.2f} s; {rows:,.0f} of {find_head(loaded).out_features:,} rows of the head computed a "  # type: ignore[union-attr]
-        f"token",
+        f"{report.prompt_seconds:.2f} s; {rows:,.0f} of {head.out_features:,} rows of the head computed a token",
         file=sys.stderr,
     )
     result = {"kind": "generate", "text": shown.text, "tokens": report.tokens, "rows": rows}

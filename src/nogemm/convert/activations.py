@@ -78,12 +78,8 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
     while chunk := list(itertools.islice(items, BATCH)):
         texts = [sample for sample in chunk if isinstance(sample, str)]
         for sample in chunk:
-            if not isinstance(sample, (str, Mapping)) or (
-                isinstance(sample, Mapping) and not all(isinstance(value, Tensor) for value in sample.values())
-            ):
-                said = repr(sample)
-                said = said if len(said) < 60 else f"{said[:60]} ..."
-                raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {said}")
+            if not _is_sample(sample):
+                raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {sample!r:.60}")
         for sample in chunk:
             if not isinstance(sample, str):
                 yield {key: value.to(device) for key, value in sample.items()}
@@ -94,6 +90,12 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
         if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
             batch["decoder_input_ids"] = batch["input_ids"]
         yield {key: value.to(device) for key, value in batch.items()}
+
+
+def _is_sample(sample: object) -> bool:
+    if isinstance(sample, Mapping):
+        return all(isinstance(value, Tensor) for value in sample.values())
+    return isinstance(sample, str)
 
 
 def _find_tokenizer(model: nn.Module) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from nogemm.convert.activations import Sample, batches_of, real_tokens
 from nogemm.convert.checkpoint import attach
 from nogemm.errors import ConfigError
-from nogemm.heads import HeadConfig, HireHead, head_of, second_moment
+from nogemm.heads import HeadConfig, HireHead, head_of, output_embeddings, second_moment
 from nogemm.layers._base import is_quantised
 from nogemm.models.inner import inner_model
 
@@ -49,7 +50,7 @@ def convert_head(
     inner = inner_model(model)
     dense = dense_head(inner)
     assert isinstance(dense.weight, nn.Parameter)
-    moment = None if data is None else _moment(model, inner, dense, data, tokenizer)
+    moment = None if data is None else _moment(model, dense, data, tokenizer)
     head = HireHead(config, dense.weight, dense.bias, moment)
     head.train(dense.training)
     inner.set_output_embeddings(head)  # type: ignore[operator]
@@ -66,8 +67,7 @@ def find_head(model: nn.Module) -> HireHead | None:
 
 def dense_head(inner: nn.Module) -> nn.Linear:
     """Return the head that can be converted, or say why there is none."""
-    getter = getattr(inner, "get_output_embeddings", None)
-    found: Any = getter() if callable(getter) else None
+    found = output_embeddings(inner)
     name = type(inner).__name__
     if isinstance(found, HireHead):
         raise ConfigError(f"convert_head: the head of this {name} is converted already")
@@ -89,31 +89,43 @@ def dense_head(inner: nn.Module) -> nn.Linear:
     return found
 
 
-def _moment(model: nn.Module, inner: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> Tensor:
-    """Run the model over texts and return the second moment of what its head sees, float32."""
+def head_states(
+    model: nn.Module, head: nn.Module, data: Iterable[Sample], tokenizer: Any = None
+) -> Generator[Tensor, None, None]:
+    """Run a model over samples, in evaluation mode, and yield what its head sees: [tokens, D], padding left out.
+
+    Close it when it is left early: the model is then as it was.
+    """
+    inner = inner_model(model)
     seen: list[Tensor] = []
-    hook = dense.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
     was_training = inner.training
     inner.eval()
-    total, states = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
     try:
-        with torch.no_grad():
-            for batch in batches_of(model, data, tokenizer):
-                seen.clear()
-                try:
+        for batch in batches_of(model, data, tokenizer):
+            seen.clear()
+            try:
+                with torch.no_grad():
                     inner(**batch)
-                except (ValueError, TypeError, IndexError, RuntimeError) as error:
-                    raise ConfigError(f"convert_head: the model cannot run on the data: {error}") from error
-                for x in seen:
-                    own = real_tokens(x, batch.get("attention_mask"))[: MAX_STATES - states]
-                    for part in own.split(CHUNK):
-                        total += second_moment(part) * len(part)
-                        states += len(part)
-                if states >= MAX_STATES:
-                    break
+            except (ValueError, TypeError, IndexError, RuntimeError) as error:
+                raise ConfigError(f"convert_head: the model cannot run on the data: {error}") from error
+            for x in seen:
+                yield real_tokens(x, batch.get("attention_mask"))
     finally:
         hook.remove()
         inner.train(was_training)
-    if not states:
+
+
+def _moment(model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> Tensor:
+    """Return the second moment of the states that a model's head sees, float32."""
+    total, count = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
+    with closing(head_states(model, dense, data, tokenizer)) as seen:
+        for states in seen:
+            for part in states[: MAX_STATES - count].split(CHUNK):
+                total += second_moment(part) * len(part)
+                count += len(part)
+            if count >= MAX_STATES:
+                break
+    if not count:
         raise ConfigError("convert_head: the data gave no token to the head; is it empty?")
-    return (total / states).float()
+    return (total / count).float()

@@ -22,7 +22,7 @@ from nogemm.convert.fitted import mark_random, warn_if_random
 from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
 from nogemm.errors import CheckpointError, ConfigError, PackedError
-from nogemm.heads import HeadConfig, HireHead, head_of
+from nogemm.heads import HeadConfig, HireHead, head_of, output_embeddings
 from nogemm.layers import PackedFFN
 from nogemm.ops._threads import in_passing
 
@@ -228,8 +228,7 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
 
 def _install_head(model: Any, stored: Any) -> list[str]:
     """Give the skeleton its converted head; a base model, which has none, leaves out what belongs to it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    dense = getter() if callable(getter) else None
+    dense = output_embeddings(model)
     if dense is None:
         return [r"(^|\.)moment$"]
     try:

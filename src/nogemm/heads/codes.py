@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import ConfigError
-from nogemm.ops.head_scan import ROWS, HeadCodes
-from nogemm.ops.packed_hire import lay_out_sketch
+from nogemm.ops.head_scan import HeadCodes
+from nogemm.ops.packed_hire import SKETCH_ROWS, lay_out_sketch
 
 LEADING = 64  # coordinates in int8
 RIDGE = 0.03  # of the states' mean square, added to every direction: states that were not seen have to be bounded, too
 CLIPS = (1.0, 0.85, 0.7, 0.6)  # shares of the largest coordinate that four bits may reach; each row takes its best
-_CHUNK = 8192  # rows at once, a multiple of ROWS
+_CHUNK = 8192  # rows at once, a multiple of SKETCH_ROWS
 
 
 def second_moment(states_SD: Tensor) -> Tensor:
@@ -52,20 +52,23 @@ def make_codes(
     if not bool(torch.isfinite(weight_VD).all()) or (bias_V is not None and not bool(torch.isfinite(bias_V).all())):
         raise ConfigError("make_codes: the head has weights that are not finite")
     leading = min(-(-leading // 4) * 4, width)  # whole steps of the scan
-    mean_D = weight_VD.double().mean(0) if rows < _CHUNK else _mean(weight_VD)
-    mean_D = mean_D.float()  # as the scan reads it
+    mean_D = _mean(weight_VD).float()  # as the scan reads it
     project_DD, back_DD = _basis(weight_VD, mean_D.double(), moment_DD)
     eight, four, numbers = [], [], []
     longest = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, rows, _CHUNK):
         own_CD = weight_VD[begin : begin + _CHUNK].double()
         row_CD = (own_CD - mean_D.double()) @ back_DD
-        row_CD = torch.cat((row_CD, row_CD[-1:].expand(-len(row_CD) % ROWS, -1)))  # whole groups: the last row again
+        row_CD = torch.cat(
+            (row_CD, row_CD[-1:].expand(-len(row_CD) % SKETCH_ROWS, -1))
+        )  # whole groups: the last row again
         codes8, scale8, error8 = _round(row_CD[:, :leading], 127, (1.0,))
         codes4, scale4, error4 = _round(row_CD[:, leading:], 7, CLIPS)
         eight.append(lay_out_sketch(codes8, nibbles=False))
         four.append(lay_out_sketch(codes4, nibbles=True))
-        numbers.append(torch.stack((scale8, scale4, _up(error8), _up(error4))).view(4, -1, ROWS).permute(1, 0, 2))
+        numbers.append(
+            torch.stack((scale8, scale4, _up(error8), _up(error4))).view(4, -1, SKETCH_ROWS).permute(1, 0, 2)
+        )
         parts = (row_CD[:, :leading].norm(dim=1) + error8, row_CD[:, leading:].norm(dim=1) + error4, own_CD.norm(dim=1))
         longest = torch.maximum(longest, torch.stack([part.max() for part in parts]))
     bias = 0.0 if bias_V is None else float(bias_V.abs().max())

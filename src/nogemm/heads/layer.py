@@ -157,10 +157,15 @@ class HireHead(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.config.mode!r}"
 
 
+def output_embeddings(model: nn.Module) -> Any:
+    """Return a transformers model's head, of whatever class, or None."""
+    getter = getattr(model, "get_output_embeddings", None)
+    return getter() if callable(getter) else None
+
+
 def head_of(model: nn.Module) -> HireHead | None:
     """Return the converted head of a transformers model, or None."""
-    getter = getattr(model, "get_output_embeddings", None)
-    found = getter() if callable(getter) else None
+    found = output_embeddings(model)
     return found if isinstance(found, HireHead) else None
 
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.ops._library import define
+from nogemm.ops.packed_hire import read_sketch
 
-ROWS = 64  # of a group; csrc/packed/neurons/format.h
-NIBBLE_OFFSET, BYTE_OFFSET = 8, 128
 OVERFLOWN = -2  # the native kernel's index of a state whose bounds are beyond float32
 
 
@@ -52,15 +51,6 @@ class HeadCodes:
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors in the order of the operator's arguments."""
         return tuple(getattr(self, field.name) for field in fields(self))
-
-
-def read_codes(laid_out: Tensor, nibbles: bool) -> Tensor:
-    """Undo `lay_out_sketch` of packed_hire.py: float64 [64 G, C padded to a step]."""
-    parts = laid_out.to(torch.int16)
-    if nibbles:
-        parts = torch.cat((parts & 15, parts >> 4), dim=-1)
-    parts = parts.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-    return parts.double() - (NIBBLE_OFFSET if nibbles else BYTE_OFFSET)
 
 
 def head_logits_reference(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -108,7 +98,7 @@ def head_argmax_reference(
     bound = torch.zeros_like(estimate)
     parts = ((y_ND[:, :leading], eight, False, scale8, error8), (y_ND[:, leading:], four, True, scale4, error4))
     for y, codes, nibbles, scale, error in parts:
-        row_VC = read_codes(codes, nibbles)[:rows, : y.shape[1]] * scale.unsqueeze(1)
+        row_VC = read_sketch(codes, nibbles)[:rows, : y.shape[1]] * scale.unsqueeze(1)
         estimate = estimate + y @ row_VC.T
         bound = bound + share * y.norm(dim=1, keepdim=True) * error
     logits_NV = head_logits_reference(x_ND, weight_VD, bias_V)
@@ -116,8 +106,9 @@ def head_argmax_reference(
         estimate = estimate + bias_V.double()
     floor_N1 = (estimate - bound).amax(1, keepdim=True)
     may_win_NV = estimate + bound >= floor_N1
-    value_N, index_N = logits_NV.masked_fill(~may_win_NV, -torch.inf).max(1)
-    index_N = (logits_NV.masked_fill(~may_win_NV, -torch.inf) == value_N.unsqueeze(1)).int().argmax(1)
+    logits_NV = logits_NV.masked_fill(~may_win_NV, -torch.inf)
+    value_N = logits_NV.amax(1)
+    index_N = (logits_NV == value_N.unsqueeze(1)).int().argmax(1)  # the lowest
     finite_N = x_ND.isfinite().all(1)
     return (
         torch.where(finite_N, index_N, -1),

@@ -23,7 +23,8 @@ from nogemm.ops.sketch_and_select import KEYS
 
 _MAGIC, _VERSION = 0x4552494847474E01, 2
 _SELECT = ("topk", "statistical", "active")
-_SKETCH_ROWS = 64
+SKETCH_ROWS = 64  # of a group; csrc/packed/neurons/format.h
+_BYTE_OFFSET, _NIBBLE_OFFSET = 128, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +90,23 @@ def lay_out_sketch(codes_FR: Tensor, nibbles: bool) -> Tensor:
     """Reorder codes to [row group, step, 64 rows, 4 bytes], unsigned."""
     hidden, width = codes_FR.shape
     columns = 8 if nibbles else 4
-    padded = torch.zeros(_up(hidden, _SKETCH_ROWS), _up(width, columns), dtype=torch.int16)
+    padded = torch.zeros(_up(hidden, SKETCH_ROWS), _up(width, columns), dtype=torch.int16)
     padded[:hidden, :width] = codes_FR
-    groups, steps = padded.shape[0] // _SKETCH_ROWS, padded.shape[1] // columns
-    parts = (padded + (8 if nibbles else 128)).view(groups, _SKETCH_ROWS, steps, columns)
+    groups, steps = padded.shape[0] // SKETCH_ROWS, padded.shape[1] // columns
+    parts = (padded + (_NIBBLE_OFFSET if nibbles else _BYTE_OFFSET)).view(groups, SKETCH_ROWS, steps, columns)
     parts = parts.permute(0, 2, 1, 3)
     if nibbles:
         parts = parts[..., :4] | (parts[..., 4:] << 4)
     return parts.to(torch.uint8).contiguous()
+
+
+def read_sketch(laid_out: Tensor, nibbles: bool) -> Tensor:
+    """Undo `lay_out_sketch`: float64 [rows of whole groups, columns of whole steps]."""
+    parts = laid_out.to(torch.int16)
+    if nibbles:
+        parts = torch.cat((parts & 15, parts >> 4), dim=-1)
+    parts = parts.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    return parts.double() - (_NIBBLE_OFFSET if nibbles else _BYTE_OFFSET)
 
 
 def _rows(weight: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
@@ -123,7 +133,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     """
     library = native()
     hidden, width = w.up.shape
-    padded = _up(hidden, _SKETCH_ROWS)
+    padded = _up(hidden, SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
     rows, scales = zip(*(_rows(m, dtype) for m in kinds), strict=True)
     layout = _Layout(_up(8 * len(_fields()), ALIGNMENT))

@@ -89,16 +89,19 @@ class OurHead(HeadContender):
         rows, width = self.weight_VD.shape
         size = float(self.weight_VD.numel() * self.weight_VD.element_size())
         facts: dict[str, Any] = {"layers": self.copies, "computes_in": "fp32", "token_bytes": 4 * width}
-        found = [self._answer(self.heads[0], x) for x in self.states_ND.split(_TOGETHER)]
+        parts = self.states_ND.split(_TOGETHER)
         if self.exact:
             codes = self.heads[0].codes()
-            computed = torch.cat([self.heads[0].choose(x).rows for x in self.states_ND.split(_TOGETHER)]).double()
+            choices = [self.heads[0].choose(x) for x in parts]
+            found = [choice.token for choice in choices]
+            computed = torch.cat([choice.rows for choice in choices]).double()
             read = codes.bytes + float(computed.mean()) * size / rows
             facts |= {"rows": float(computed.mean()), "rows_p99": float(computed.quantile(0.99)), "bytes_read": read}
             facts |= {"weight_bytes": (size + codes.bytes) * self.copies}
             for head in self.heads:
                 head.codes()
         else:
+            found = [self._answer(self.heads[0], x) for x in parts]
             facts |= {"bytes_read": size, "weight_bytes": size * self.copies}
         return facts | self._agreement(torch.cat(found), 1.0)
 
