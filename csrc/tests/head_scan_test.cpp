@@ -1,4 +1,6 @@
 // The scan of a vocabulary head against plain loops: fixed point, estimates and bounds, the rows that are kept.
+#include <algorithm>
+
 #include "check.h"
 #include "packed/host/round_up.h"
 
@@ -43,81 +45,133 @@ struct Codes {
 struct Token {
   std::vector<float> y;
   std::vector<Line> planes;
-  std::vector<int32_t> index;
-  std::vector<float> upper;
+  std::vector<nogemm::HeadRow> list;
+  std::vector<float> estimates, noise;
   nogemm::HeadToken token{};
 
-  Token(std::mt19937& rng, int64_t width8, int64_t width4, int64_t rows) {
+  Token(std::mt19937& rng, int64_t width8, int64_t width4, int64_t width_rest, int64_t rows) {
     std::normal_distribution<float> draw;
-    for (int64_t i = 0; i < width8 + width4; ++i) y.push_back(draw(rng));
+    for (int64_t i = 0; i < width8 + width4 + width_rest; ++i) y.push_back(draw(rng));
+    for (int64_t i = 0; i < rows; ++i) noise.push_back(draw(rng));
     y[0] = -40;  // the largest number is negative, and far from the others
-    const int64_t padded8 = nogemm::round_up(width8, 64), padded4 = nogemm::round_up(width4, 64);
-    planes.resize(at(2 * (padded8 + padded4) / 64) + 1);
-    index.assign(at(rows), -1);
-    upper.assign(at(rows), NAN);
+    const int64_t padded8 = nogemm::round_up(width8, 64), padded4 = nogemm::round_up(width4, 64),
+                  padded_rest = nogemm::round_up(width_rest, 64);
+    planes.resize(at((2 * padded8 + padded4 + padded_rest) / 64) + 1);
+    list.assign(at(rows + kSketchRows), {NAN, -1});
+    estimates.assign(at(rows), NAN);
     auto* bytes = reinterpret_cast<int8_t*>(planes[0].bytes);
     const nogemm::HeadKernels& k = nogemm::kernels().head;
     const float lost8 = k.split(y.data(), width8, padded8, bytes, &token.eight);
-    const float lost4 = k.split(y.data() + width8, width4, padded4, bytes + 2 * padded8, &token.four);
-    expect(lost8 <= 40.0f / 32384 * std::sqrt(static_cast<float>(width8)) && lost4 >= 0, "head split: what was lost");
+    const float lost4 = k.round(y.data() + width8, width4, padded4, bytes + 2 * padded8, &token.four);
+    const float lost =
+        k.round(y.data() + width8 + width4, width_rest, padded_rest, bytes + 2 * padded8 + padded4, &token.rest);
+    expect(lost8 <= 40.0f / 32384 * std::sqrt(static_cast<float>(width8)) && lost4 >= 0 && lost >= 0,
+           "head split: what was lost");
+    for (int64_t i = 0; i < width4; ++i)
+      expect(std::fabs(coordinate(token.four, i) - static_cast<double>(y[at(width8 + i)])) <=
+                 static_cast<double>(token.four.scale) * 0.5001,
+             "head round: a coordinate");
     token.norm8 = 3, token.norm4 = 2, token.shift = 0.5f, token.slack = 0.01f, token.floor = -INFINITY;
-    token.index = index.data(), token.upper = upper.data();
+    token.list = list.data(), token.noise = noise.data();
   }
 
   // The coordinate that the planes hold.
   double coordinate(const nogemm::FixedToken& t, int64_t i) const {
-    return static_cast<double>(t.scale) * (254 * t.high[i] + t.low[i]);
+    return static_cast<double>(t.scale) * (t.low == nullptr ? t.high[i] : 254 * t.high[i] + t.low[i]);
   }
 };
 
-void scan(std::mt19937& rng, int64_t rows, int64_t width8, int64_t width4, int64_t count) {
-  const int64_t groups = nogemm::round_up(rows, kSketchRows) / kSketchRows, padded = groups * kSketchRows;
-  const Codes eight(rng, groups, width8, false), four(rng, groups, width4, true);
+// Keeps the best rows of a list by brute force.
+void thin(nogemm::HeadToken& token) {
+  std::sort(token.list, token.list + token.count, [](const nogemm::HeadRow& a, const nogemm::HeadRow& b) {
+    return a.value > b.value || (a.value == b.value && a.index < b.index);
+  });
+  token.count = std::min(token.count, token.limit);
+  if (token.count == token.limit) token.floor = token.list[token.count - 1].value;
+}
+
+struct Case {
+  int64_t rows, width8, width4, width_rest, count;
+};
+
+void scan(std::mt19937& rng, const Case& c) {
+  const int64_t groups = nogemm::round_up(c.rows, kSketchRows) / kSketchRows, padded = groups * kSketchRows;
+  const Codes eight(rng, groups, c.width8, false), four(rng, groups, c.width4, true),
+      rest(rng, groups, c.width_rest, true);
   Buffer numbers(nogemm::kBF16, padded * kHeadNumbers);
-  std::vector<float> bias(at(padded), 0.25f);
+  std::vector<float> bias(at(c.rows));
+  for (float& b : bias) b = 0.001f * static_cast<float>(rng() % 100);
   for (int64_t i = 0; i < padded * kHeadNumbers; ++i) numbers.set(i, 0.001f * static_cast<float>(1 + rng() % 7));
   std::vector<Token> tokens;
-  std::vector<nogemm::HeadToken> given;
-  for (int64_t t = 0; t < count; ++t) tokens.emplace_back(rng, width8, width4, padded);
-  for (Token& t : tokens) given.push_back(t.token);
+  std::vector<nogemm::HeadToken> given, searched;
+  for (int64_t t = 0; t < c.count; ++t) tokens.emplace_back(rng, c.width8, c.width4, c.width_rest, c.rows);
   const nogemm::HeadCodes codes{eight.memory[0].bytes,
                                 four.memory[0].bytes,
+                                rest.memory[0].bytes,
                                 numbers.as<nogemm::bf16>(),
                                 bias.data(),
                                 eight.steps,
                                 four.steps,
-                                rows};
-  nogemm::kernels().head.scan(codes, 0, groups, given.data(), count);
-  for (int64_t t = 0; t < count; ++t) {
+                                rest.steps,
+                                c.rows};
+  for (Token& t : tokens) given.push_back(t.token);
+  nogemm::kernels().head.scan(codes, 0, groups, given.data(), c.count);
+  const auto number = [&](int64_t row, int64_t which) {
+    return static_cast<double>(numbers[(row / kSketchRows * kHeadNumbers + which) * kSketchRows + row % kSketchRows]);
+  };
+  const auto estimate = [&](const Token& t, int64_t row) {
+    double sum8 = 0, sum4 = 0;
+    for (int64_t i = 0; i < c.width8; ++i)
+      sum8 += eight.values[at(row * c.width8 + i)] * t.coordinate(t.token.eight, i);
+    for (int64_t i = 0; i < c.width4; ++i) sum4 += four.values[at(row * c.width4 + i)] * t.coordinate(t.token.four, i);
+    for (int64_t i = 0; i < c.width_rest; ++i)
+      sum4 += rest.values[at(row * c.width_rest + i)] * t.coordinate(t.token.rest, i);
+    return 0.5 + static_cast<double>(bias[at(row)]) + static_cast<double>(t.noise[at(row)]) + sum8 * number(row, 0) +
+           sum4 * number(row, 1);
+  };
+  const auto bound = [&](int64_t row) { return 3 * number(row, 2) + 2 * number(row, 3) + 0.01; };
+  for (int64_t t = 0; t < c.count; ++t) {
     const nogemm::HeadToken& got = given[at(t)];
-    const auto number = [&](int64_t row, int64_t which) {
-      return static_cast<double>(numbers[(row / kSketchRows * kHeadNumbers + which) * kSketchRows + row % kSketchRows]);
-    };
-    const auto bounds = [&](int64_t row, double side) {
-      double sum8 = 0, sum4 = 0;
-      for (int64_t c = 0; c < width8; ++c)
-        sum8 += eight.values[at(row * width8 + c)] * tokens[at(t)].coordinate(got.eight, c);
-      for (int64_t c = 0; c < width4; ++c)
-        sum4 += four.values[at(row * width4 + c)] * tokens[at(t)].coordinate(got.four, c);
-      return 0.5 + 0.25 + sum8 * number(row, 0) + sum4 * number(row, 1) +
-             side * (3 * number(row, 2) + 2 * number(row, 3) + 0.01);
-    };
+    const Token& own = tokens[at(t)];
     double floor = -INFINITY;
-    for (int64_t row = 0; row < padded; ++row) floor = std::max(floor, bounds(row, -1));  // random, where heads repeat
-    const std::string what = text("head scan ", rows, "x", width8, "+", width4, " token ", t);
+    for (int64_t row = 0; row < c.rows; ++row) floor = std::max(floor, estimate(own, row) - bound(row));
+    const std::string what = text("head scan ", c.rows, "x", c.width8, "+", c.width4, "+", c.width_rest, " token ", t);
     expect(std::fabs(got.floor - floor) < 1e-4 * (1 + std::fabs(floor)), what + ": floor");
-    std::vector<bool> kept(at(rows), false);
+    std::vector<bool> kept(at(c.rows), false);
     for (int64_t i = 0; i < got.count; ++i) {
-      const int64_t row = got.index[i];
-      expect(row >= 0 && row < rows && (i == 0 || row > got.index[i - 1]), what + ": order");
-      if (row < 0 || row >= rows) return;
+      const int64_t row = got.list[i].index;
+      expect(row >= 0 && row < c.rows && (i == 0 || row > got.list[i - 1].index), what + ": order");
+      if (row < 0 || row >= c.rows) return;
       kept[at(row)] = true;
-      const double upper = bounds(row, 1);
-      expect(std::fabs(got.upper[i] - upper) < 1e-4 * (1 + std::fabs(upper)), what + ": upper bound");
+      const double upper = estimate(own, row) + bound(row);
+      expect(std::fabs(got.list[i].value - upper) < 1e-4 * (1 + std::fabs(upper)), what + ": upper bound");
     }
-    for (int64_t row = 0; row < rows; ++row)
-      expect(kept[at(row)] || bounds(row, 1) < floor + 1e-3, what + ": a row that may win is missing");
-    expect(got.count < padded || rows <= 2 * kSketchRows, what + ": no row was ruled out");
+    for (int64_t row = 0; row < c.rows; ++row)
+      expect(kept[at(row)] || estimate(own, row) + bound(row) < floor + 1e-3, what + ": a row that may win is missing");
+    expect(got.count < padded || c.rows <= 2 * kSketchRows, what + ": no row was ruled out");
+  }
+  for (Token& t : tokens) {
+    searched.push_back(t.token);
+    searched.back().limit = 5, searched.back().thin = thin, searched.back().estimates = t.estimates.data();
+    t.list.resize(at(2 * 5 + kSketchRows));
+    searched.back().list = t.list.data();
+  }
+  nogemm::kernels().head.search(codes, 0, groups, searched.data(), c.count);
+  for (int64_t t = 0; t < c.count; ++t) {
+    const std::string what = text("head search ", c.rows, "x", c.width8, "+", c.width4, " token ", t);
+    const Token& own = tokens[at(t)];
+    std::vector<double> best;
+    for (int64_t row = 0; row < c.rows; ++row) {
+      best.push_back(estimate(own, row));
+      expect(std::fabs(own.estimates[at(row)] - best.back()) < 1e-4 * (1 + std::fabs(best.back())),
+             what + ": estimate");
+    }
+    std::sort(best.rbegin(), best.rend());
+    nogemm::HeadToken& got = searched[at(t)];
+    thin(got);
+    expect(got.count == std::min<int64_t>(5, c.rows), what + ": count");
+    for (int64_t i = 0; i < got.count; ++i)
+      expect(std::fabs(got.list[i].value - best[at(i)]) < 1e-4 * (1 + std::fabs(best[at(i)])), what + ": a best row");
   }
 }
 
@@ -126,7 +180,8 @@ void scan(std::mt19937& rng, int64_t rows, int64_t width8, int64_t width4, int64
 void head_scan_tests() {
   std::mt19937 rng(11);
   for (const int64_t rows : {1, 63, 65, 500})
-    for (const int64_t count : {1, 2, 5}) scan(rng, rows, 16, 43, count);
-  scan(rng, 300, 64, 512, 3);
-  scan(rng, 300, 7, 1, 1);
+    for (const int64_t count : {1, 2, 5}) scan(rng, {rows, 16, 24, 19, count});
+  scan(rng, {300, 64, 96, 416, 4});
+  scan(rng, {300, 7, 1, 0, 1});
+  scan(rng, {300, 0, 0, 40, 3});
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -129,10 +130,16 @@ def test_samples_follow_the_seed_and_the_distribution() -> None:
     )
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -50.0]])
     rule = Sampling(1.0, None, None, 0)
-    counts = torch.bincount(torch.cat([rule.draw(logits, step) for step in range(4000)]), minlength=5) / 4000
+    counts = torch.bincount(torch.cat([rule.draw(logits, [step], [0]) for step in range(4000)]), minlength=5) / 4000
     assert float((counts - logits.softmax(1)[0]).abs().max()) < 0.03
     assert float(counts[4]) == 0
-    assert float(gumbel(100_000, 1, 2, 3).mean() - 0.5772) ** 2 < 1e-3
+    noise = gumbel(100_001, -1, 2, 3).double()
+    assert bool(noise.isfinite().all())
+    assert abs(float(noise.mean()) - 0.5772) < 0.02
+    for quantile in (0.01, 0.5, 0.99, 0.9999):  # of Gumbel's distribution, exp(-exp(-g))
+        below = float((noise <= -math.log(-math.log(quantile))).double().mean())
+        assert abs(below - quantile) < 5 * math.sqrt(quantile * (1 - quantile) / len(noise))
+    assert abs(float(torch.corrcoef(torch.stack((noise, gumbel(100_001, -1, 3, 3).double())))[0, 1])) < 0.02
 
 
 def test_top_k_and_top_p_leave_what_they_should() -> None:
@@ -151,7 +158,7 @@ def test_a_broken_state_gives_no_token() -> None:
     nogemm.generate(model, ids, 2)
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
-    with pytest.raises(NotFiniteError, match="the state at position 0 is not finite"):
+    with pytest.raises(NotFiniteError, match="the state of sequence 0 before token 5 is not finite"):
         nogemm.generate(model, ids, 4)
     fresh = converted("llama")
     with torch.no_grad():
@@ -163,7 +170,7 @@ def test_a_broken_state_gives_no_token() -> None:
     with pytest.raises(NotFiniteError, match="the state at position 2 is not finite"):
         model.lm_head.choose(states)
     with pytest.raises(NotFiniteError, match="the logits of sequence 0 are not finite"):
-        Sampling(1.0, None, None, 0).draw(torch.tensor([[torch.nan, 1.0]]), 0)
+        Sampling(1.0, None, None, 0).draw(torch.tensor([[torch.nan, 1.0]]), [0], [0])
 
 
 @pytest.mark.parametrize("kind", ["gemma2 capped", "granite scaled", "llama"])
@@ -245,6 +252,8 @@ def test_bad_input_is_named() -> None:
         ("top_k must be an integer at least 1", model, (ids,), {"do_sample": True, "top_k": 0}),
         ("input_ids must be a tensor", model, ([[1, 2]],), {}),
         ("eos_token_id must be a token or several, got 'x'", model, (ids,), {"eos_token_id": "x"}),
+        ("stop_strings need the model's tokenizer", model, (ids,), {"stop_strings": "x"}),
+        ("stop_strings must be texts that are not empty, got ''", model, (ids,), {"stop_strings": ""}),
         ("seed must be an integer, got 1.5", model, (ids,), {"do_sample": True, "seed": 1.5}),
         ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[1, 0, 1, 1, 1]])}),
         ("padding on the left", model, (ids,), {"attention_mask": torch.tensor([[0, 1, 1, 2, 1]])}),

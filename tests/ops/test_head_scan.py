@@ -1,4 +1,4 @@
-"""head_argmax and head_logits: exact on every instruction set, for any shape, dtype, state and quality of codes."""
+"""The head's ops on every instruction set, for any shape, dtype, state and quality of codes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from torch import Tensor
 
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.heads.codes import make_codes, second_moment
-from nogemm.ops import head_argmax, head_argmax_reference, head_logits, head_logits_reference
-from nogemm.ops.head_scan import HeadCodes
+from nogemm.ops import (
+    head_argmax,
+    head_argmax_reference,
+    head_logits,
+    head_logits_reference,
+    head_search,
+    head_search_reference,
+)
+from nogemm.ops.head_scan import HeadCodes, head_estimates_reference
 from nogemm.ops.packed_hire import lay_out_sketch, read_sketch
 from nogemm.testing.compare import Mismatch, check_equal
 
@@ -51,7 +58,7 @@ def test_it_is_the_argmax_of_the_logits(isa: str, rows: int, width: int, dtype: 
             check_equal("value", value, logits.amax(1))
             assert bool((count >= 1).all())
             assert bool((count <= rows).all())
-            theirs, _, kept = head_argmax_reference(x, weight, own, *codes.tensors(), share=1.0)
+            theirs, _, kept = head_argmax_reference(x, weight, own, None, *codes.tensors(), 1.0)
             margin = logits.topk(min(2, rows), 1).values
             sure = margin[:, 0] - margin[:, -1] > 2 * bounds(x, weight, own).amax(1) if rows > 1 else theirs == index
             check_equal("reference", index[sure], theirs[sure])
@@ -122,7 +129,7 @@ def test_states_that_are_not_finite_have_no_answer(isa: str) -> None:
     broken[1, 3], broken[3, 0] = torch.nan, torch.inf
     for function in (
         lambda: head_argmax(broken, weight, None, codes),
-        lambda: head_argmax_reference(broken, weight, None, *codes.tensors(), share=1.0),
+        lambda: head_argmax_reference(broken, weight, None, None, *codes.tensors(), 1.0),
     ):
         index, value, count = function()
         assert index[[1, 3]].tolist() == [-1, -1]
@@ -153,7 +160,7 @@ def test_numbers_whose_bounds_overflow_are_answered_by_all_rows(isa: str, size: 
 
 def test_a_bound_of_nothing_gives_wrong_answers(isa: str) -> None:
     """The comparisons above can fail: codes of other rows, or no bound, do not give the argmax."""
-    x, weight, _ = draw(1000, 100, torch.float32, 32)
+    x, weight, _ = draw(4000, 100, torch.float32, 256)
     expected = lowest_argmax(head_logits(x, weight))
     codes = make_codes(weight, leading=4)
     with pytest.raises(Mismatch):
@@ -176,7 +183,7 @@ def test_float16_states_references_and_opcheck(isa: str) -> None:
     codes = make_codes(weight, bias)
     half = x.to(torch.float16)
     check_equal("half", head_argmax(half, weight, bias, codes)[0], head_argmax(half.float(), weight, bias, codes)[0])
-    torch.library.opcheck(torch.ops.nogemm.head_argmax, (x, weight, bias, *codes.tensors(), 1.0))
+    torch.library.opcheck(torch.ops.nogemm.head_argmax, (x, weight, bias, None, *codes.tensors(), 1.0))
     torch.library.opcheck(torch.ops.nogemm.head_logits, (x, weight, None))
     close = (head_logits(x, weight, bias).double() - head_logits_reference(x, weight, bias).double()).abs()
     assert bool((close <= 2 * bounds(x, weight, bias)).all())
@@ -199,12 +206,119 @@ def test_errors_name_the_shapes() -> None:
         second_moment(torch.full((3, 4), torch.nan))
 
 
-@pytest.mark.parametrize("field", ["project", "mean", "eight", "four", "numbers", "limits"])
+@pytest.mark.parametrize("field", ["project", "mean", "eight", "four", "rest", "numbers", "limits"])
 def test_codes_of_another_head_are_refused(isa: str, field: str) -> None:
     x, weight, _ = draw(130, 40, torch.float32, 3)
-    codes, other = make_codes(weight, leading=8), make_codes(torch.randn(200, 48), leading=12)
+    codes, other = make_codes(weight, leading=8, sketch=16), make_codes(torch.randn(200, 48), leading=12, sketch=28)
     mixed: HeadCodes = replace(codes, **{field: getattr(other, field)[:5]})
     if isa == "reference":
         pytest.skip("the native kernel alone checks")
     with pytest.raises(ValueError, match="head_argmax"):
         head_argmax(x, weight, None, mixed)
+    with pytest.raises(ValueError, match="head_search"):
+        head_search(x, weight, None, mixed, 10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_noise_counts_as_the_logits_do(isa: str, rows: int, width: int, dtype: torch.dtype) -> None:
+    x, weight, bias = draw(rows, width, dtype)
+    noise = -torch.empty(len(x), rows).exponential_().log() * 10
+    codes = make_codes(weight, bias, second_moment(x), leading=8, sketch=24)
+    logits = head_logits(x, weight, bias) + noise
+    index, value, count = head_argmax(x, weight, bias, codes, noise_NV=noise)
+    check_equal("index", index, lowest_argmax(logits))
+    check_equal("value", value, logits.amax(1))
+    assert bool((count >= 1).all())
+    theirs = head_argmax_reference(x, weight, bias, noise, *codes.tensors(), 1.0)[0]
+    if rows > 1:
+        margin = logits.topk(2, 1).values
+        size = 2 * bounds(x, weight, bias).amax(1) + 2.0**-22 * noise.abs().amax(1)
+        sure = margin[:, 0] - margin[:, 1] > size
+        check_equal("reference", index[sure], theirs[sure])
+    broken = noise.clone()
+    broken[1, 0] = torch.nan
+    assert head_argmax(x, weight, bias, codes, noise_NV=broken)[0][1] == -1
+    with pytest.raises(ShapeError, match="noise must be"):
+        head_argmax(x, weight, bias, codes, noise_NV=noise[:-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), SHAPES)
+def test_a_search_gives_exact_logits_of_some_rows_and_estimates_of_all(
+    isa: str, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    x, weight, bias = draw(rows, width, dtype)
+    codes = make_codes(weight, bias, second_moment(x), leading=8, sketch=24)
+    exact = head_logits(x, weight, bias)
+    for noise in (None, torch.randn(len(x), rows)):
+        sums = exact if noise is None else exact + noise
+        index, value, all_logits = head_search(x, weight, bias, codes, 40, noise_NV=noise, logits=True)
+        bound = head_estimates_reference(x, bias, noise, codes, rows, width)
+        computed = all_logits == sums
+        assert bool((computed.sum(1) >= min(40, rows)).all())
+        check_equal("value", value, sums.gather(1, index.unsqueeze(1)).squeeze(1))
+        check_equal("best of those", value, sums.masked_fill(~computed, -torch.inf).amax(1))
+        blur = 2 * bounds(x, weight, bias) + 0.02 * bound[1] + 1e-4 * bound[0].abs().amax(1, keepdim=True)
+        assert bool(((all_logits.double() - sums.double()).abs() <= bound[1] + blur).all())
+        assert bool((computed | ((all_logits.double() - bound[0]).abs() <= blur + 0.1 * bound[1])).all())
+        few = head_search(x, weight, bias, codes, 40, noise_NV=noise)
+        assert few[2].shape == (len(x), 0)
+        check_equal("value of few", few[1], sums.gather(1, few[0].unsqueeze(1)).squeeze(1))
+        every = head_search(x, weight, bias, codes, rows, noise_NV=noise)
+        check_equal("all rows", every[0], lowest_argmax(sums))
+
+
+def test_a_search_finds_most_of_the_largest_logits_and_more_with_more_rows(isa: str) -> None:
+    x, weight, _ = draw(4133, 200, torch.bfloat16, 64)
+    codes = make_codes(weight, None, second_moment(x))
+    expected = lowest_argmax(head_logits(x, weight))
+    share = {
+        rows: float((head_search(x, weight, None, codes, rows)[0] == expected).double().mean()) for rows in (16, 512)
+    }
+    assert share[512] >= 0.95
+    assert share[16] <= share[512]
+    blind = make_codes(weight, None, second_moment(x), leading=4, sketch=4)
+    assert float((head_search(x, weight, None, blind, 16)[0] == expected).double().mean()) < share[16]
+    reference = head_search_reference(x, weight, None, None, *codes.tensors(), 512, False)[0]
+    assert float((reference == expected).double().mean()) >= 0.95
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+def test_a_search_does_not_depend_on_other_states_nor_on_threads(isa: str, tokens: int) -> None:
+    x, weight, bias = draw(1000, 72, torch.bfloat16, tokens)
+    codes = make_codes(weight, bias, second_moment(x))
+    noise = torch.randn(tokens, 1000)
+    torch.set_num_threads(1)
+    alone = [
+        head_search(x[n : n + 1], weight, bias, codes, 50, noise_NV=noise[n : n + 1], logits=True)
+        for n in range(tokens)
+    ]
+    torch.set_num_threads(2)
+    together = head_search(x, weight, bias, codes, 50, noise_NV=noise, logits=True)
+    for place, got in enumerate(together):
+        check_equal(f"result {place}", got, torch.cat([one[place] for one in alone]))
+
+
+def test_a_search_of_equal_broken_and_overflowing_logits(isa: str) -> None:
+    x, weight, _ = draw(500, 64, torch.float32, 6)
+    same = torch.ones(700, 64)
+    assert head_search(x, same, None, make_codes(same), 3)[0].tolist() == [0] * 6
+    broken = x.clone()
+    broken[1, 3], broken[3, 0] = torch.nan, torch.inf
+    index, value, logits = head_search(broken, weight, None, make_codes(weight), 500, logits=True)
+    whole = torch.tensor([0, 2, 4, 5])
+    assert index[[1, 3]].tolist() == [-1, -1]
+    assert bool(value[[1, 3]].isnan().all())
+    assert bool(logits[[1, 3]].isnan().all())
+    check_equal("others", index[whole], lowest_argmax(head_logits(x, weight))[whole])
+    large = weight * 1e36
+    index, _, logits = head_search(x, large, None, make_codes(large), 20, logits=True)
+    check_equal("large", index, lowest_argmax(head_logits(x, large)))
+    check_equal("large logits", logits, head_logits(x, large))
+    assert head_search(x[:0], weight, None, make_codes(weight), 5, logits=True)[2].shape == (0, 500)
+    with pytest.raises(ConfigError, match="rows must be"):
+        head_search(x, weight, None, make_codes(weight), 0)
+    torch.library.opcheck(
+        torch.ops.nogemm.head_search, (x, weight, None, None, *make_codes(weight).tensors(), 20, False)
+    )

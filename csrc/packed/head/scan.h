@@ -10,19 +10,31 @@ namespace nogemm {
 inline constexpr int64_t kHeadNumbers = 4;  // of a row: scale8, scale4, err8, err4
 
 struct HeadCodes {
-  const uint8_t *eight, *four;   // [group][step][64 rows][4 bytes], see packed/neurons/format.h
-  const bf16* numbers;           // [group][kHeadNumbers][64 rows]
-  const float* bias;             // [rows padded to groups], or null
-  int64_t steps8, steps4, rows;  // rows behind the last one repeat it
+  const uint8_t *eight, *four, *rest;  // [group][step][64 rows][4 bytes], see packed/neurons/format.h
+  const bf16* numbers;                 // [group][kHeadNumbers][64 rows]
+  const float* bias;                   // [rows], or null
+  int64_t steps8, steps4, steps_rest;  // 0: that part is not read
+  int64_t rows;                        // those behind the last one repeat it
+};
+
+// A row, and its estimate, bound or logit.
+struct HeadRow {
+  float value;
+  int32_t index;
 };
 
 struct HeadToken {
-  FixedToken eight, four;
+  FixedToken eight, four, rest;  // the last two have one plane, `high`
+  const float* noise;            // [rows], added to the logits, or null
   float norm8, norm4, shift, slack;
-  float floor;     // the best lower bound so far
-  int32_t* index;  // rows whose upper bound reached the floor as it was
-  float* upper;    // their upper bounds
+  float floor;    // scan: the best lower bound so far; search: the least estimate that is kept
+  HeadRow* list;  // scan: rows whose upper bound reached the floor as it was; search: the best estimates
   int64_t count;
+  // search: how many rows are kept; the list has room for twice as many and a group. thin leaves so many and lifts
+  // the floor.
+  int64_t limit;
+  void (*thin)(HeadToken& token);
+  float* estimates;  // search: [rows], or null
 };
 
 }  // namespace nogemm

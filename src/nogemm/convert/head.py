@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from nogemm.models.inner import inner_model
 
 MAX_STATES = 65_536
 CHUNK = 8192  # states whose moment is taken at once
+SAMPLE = 2048  # states that the rows of "high_recall" are chosen on
 
 
 def convert_head(
@@ -33,13 +35,13 @@ def convert_head(
         model: a causal or a masked language model of transformers.
         config: see `HeadConfig`.
         data: texts, or mappings of the model's keyword arguments: what the model will see. Codes that fit its states
-            leave a tenth of the rows to compute.
+            leave a tenth of the rows to compute. Mode "high_recall" needs it.
         tokenizer: for the texts; default: the one stored with the model.
     Returns:
         the head, which is now the model's `get_output_embeddings()`.
     Raises:
         ConfigError: the model has no vocabulary head, it is no plain linear layer or has hooks, it is converted
-            already, or the model cannot run on `data`. The model is then unchanged.
+            already, mode "high_recall" has no data, or the model cannot run on `data`. The model is then unchanged.
     Cost: forward passes until 65,536 tokens are seen. The codes are made at the first use, see `make_codes`.
     """
     if not isinstance(model, nn.Module):
@@ -50,8 +52,12 @@ def convert_head(
     inner = inner_model(model)
     dense = dense_head(inner)
     assert isinstance(dense.weight, nn.Parameter)
-    moment = None if data is None else _moment(model, dense, data, tokenizer)
+    if config.mode == "high_recall" and data is None:
+        raise ConfigError("convert_head: mode 'high_recall' needs data, on which its rows are chosen")
+    moment, sample = (None, None) if data is None else _moment(model, dense, data, tokenizer)
     head = HireHead(config, dense.weight, dense.bias, moment)
+    if config.mode == "high_recall" and sample is not None:
+        _calibrate(head, sample)
     head.train(dense.training)
     inner.set_output_embeddings(head)  # type: ignore[operator]
     if head_of(inner) is not head:
@@ -116,16 +122,33 @@ def head_states(
         inner.train(was_training)
 
 
-def _moment(model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> Tensor:
-    """Return the second moment of the states that a model's head sees, float32."""
+def _moment(model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return the second moment of the states that a model's head sees, float32, and some of them."""
     total, count = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
+    sample: list[Tensor] = []
     with closing(head_states(model, dense, data, tokenizer)) as seen:
         for states in seen:
             for part in states[: MAX_STATES - count].split(CHUNK):
                 total += second_moment(part) * len(part)
                 count += len(part)
+                sample.append(part[torch.randperm(len(part), generator=torch.Generator().manual_seed(count))[:SAMPLE]])
             if count >= MAX_STATES:
                 break
     if not count:
         raise ConfigError("convert_head: the data gave no token to the head; is it empty?")
-    return (total / count).float()
+    chosen = torch.cat(sample)
+    order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    return (total / count).float(), chosen[order].float()
+
+
+def _calibrate(head: HireHead, states_SD: Tensor) -> None:
+    """Choose the least of 64, 128, ... rows whose search finds the wanted share of the states' largest logits."""
+    states_SD = states_SD[states_SD.isfinite().all(1)]
+    expected = head.choose(states_SD).token
+    rows = 64
+    while True:
+        head.config = replace(head.config, rows=min(rows, head.out_features))
+        same = float((head.search(states_SD).token == expected).double().mean())
+        if same >= head.config.recall or rows >= head.out_features:
+            return
+        rows *= 2

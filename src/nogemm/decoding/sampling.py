@@ -1,15 +1,17 @@
 """Sampling by noise that is fixed before the logits are known.
 
 Adding Gumbel noise to logits and taking the largest draws from their softmax. The noise depends on seed, place and
-sequence alone, so two ways to the same logits give the same token.
+sequence alone, so two ways to the same logits give the same token, and a largest sum can be proven as a largest logit.
 
-Legend: B sequences, V vocabulary.
+Legend: B sequences, N places in sequences, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,15 +42,25 @@ class Sampling:
             raise ConfigError(f"generate: seed must be an integer, got {seed!r}")
         self.seed = int(torch.randint(2**31, ())) if seed is None else seed
 
-    def draw(self, logits_BV: Tensor, place: int) -> Tensor:
-        """Draw one token for each sequence, int64 [B], for one place in the text."""
-        finite = logits_BV.isfinite().all(1)
+    @property
+    def plain(self) -> bool:
+        """Whether every token may be drawn."""
+        return self.top_k is None and self.top_p is None
+
+    def noise(self, count: int, places: Sequence[int], rows: Sequence[int], scale: float = 1.0) -> Tensor:
+        """Return noise float32 [N, V] for logits that are `scale` times too small, for N places in N sequences."""
+        pairs = zip(places, rows, strict=True)
+        noise_NV = torch.stack([gumbel(count, self.seed, place, row) for place, row in pairs])
+        return noise_NV.mul_(self.temperature / scale)
+
+    def draw(self, logits_NV: Tensor, places: Sequence[int], rows: Sequence[int]) -> Tensor:
+        """Draw one token for each of N places in N sequences, int64 [N]."""
+        finite = logits_NV.isfinite().all(1)
         if not bool(finite.all()):
-            raise NotFiniteError(f"the logits of sequence {int((~finite).int().argmax())} are not finite")
-        scores_BV = self.allowed(logits_BV / self.temperature)
-        rows = range(len(scores_BV))
-        noise_BV = torch.stack([gumbel(scores_BV.shape[1], self.seed, place, row) for row in rows])
-        return (scores_BV + noise_BV).argmax(1)
+            raise NotFiniteError(f"the logits of sequence {rows[int((~finite).int().argmax())]} are not finite")
+        barred_NV = self.allowed(logits_NV / self.temperature) == -torch.inf
+        scores_NV = logits_NV + self.noise(logits_NV.shape[1], places, rows)
+        return scores_NV.masked_fill(barred_NV, -torch.inf).argmax(1)
 
     def allowed(self, scores_BV: Tensor) -> Tensor:
         """Set the scores of tokens that may not be drawn to minus infinity."""
@@ -64,7 +76,13 @@ class Sampling:
 
 
 def gumbel(count: int, seed: int, place: int, row: int) -> Tensor:
-    """Return `count` numbers of Gumbel's distribution, the same for the same three numbers, float32."""
-    mixed = (seed * 1_000_003 + place) * 1_000_033 + row
-    source = torch.Generator().manual_seed(mixed % 2**63)
-    return -torch.empty(count).exponential_(generator=source).log()
+    """Return `count` numbers of Gumbel's distribution, the same for the same three numbers, float32 and finite.
+
+        g = -log(-log(1 - w)),  w uniform, small ones as fine as large ones
+
+    Cost: about 4 ns a number.
+    """
+    words = np.random.SFC64([seed % 2**64, place, row]).random_raw((count + 1) // 2)
+    w = torch.from_numpy(words.view(np.uint32)[:count].astype(np.float32))
+    w = w.add_(0.5).mul_(2.0**-32).clamp_max_(1 - 2.0**-24)
+    return w.neg_().log1p_().neg_().log_().neg_()

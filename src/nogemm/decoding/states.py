@@ -69,6 +69,57 @@ class Decoder:
         """Tokens in the cache."""
         return int(self.cache.get_seq_length())
 
+    def mark(self) -> Mark:
+        """Remember the cache as it is, to go back to."""
+        return Mark(self.cache)
+
+    @property
+    def longest_rewind(self) -> int:
+        """Tokens that a `Mark` can go back by; 0: the cache has layers of another kind than those that can."""
+        if not all(type(layer).__name__ in REWINDABLE for layer in self.cache.layers):
+            return 0
+        return min((layer.sliding_window - 1 for layer in self.cache.layers if layer.is_sliding), default=2**31)
+
+
+REWINDABLE = ("DynamicLayer", "DynamicSlidingWindowLayer")
+
+
+class Mark:
+    """A cache as it was.
+
+    A layer replaces its keys and values when it takes a token, so the ones that it had are kept by holding on to them.
+    A sliding layer forgets tokens as it goes: what it has to get back is in the mark.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.kept = [
+            (layer, layer.keys, layer.values, layer.is_initialized, int(layer.get_seq_length()))
+            for layer in cache.layers
+            if type(layer).__name__ in REWINDABLE
+        ]
+
+    def rewind(self, tokens: int = 0) -> None:
+        """Go back to the mark and the first `tokens` behind it; where there are no more, nothing changes."""
+        for layer, keys, values, initialized, length in self.kept:
+            new = int(layer.get_seq_length()) - length
+            if new <= tokens:
+                continue
+            layer.keys = _rewound(keys, layer.keys, new, tokens, layer)
+            layer.values = _rewound(values, layer.values, new, tokens, layer)
+            layer.is_initialized = initialized or tokens > 0
+            if layer.is_sliding:
+                layer.cumulative_length = length + tokens
+
+
+def _rewound(before: Tensor | None, now: Tensor, new: int, tokens: int, layer: Any) -> Tensor | None:
+    if tokens == 0:
+        return before
+    begin = now.shape[-2] - new
+    parts = [] if before is None else [before]
+    kept = torch.cat((*parts, now[:, :, begin : begin + tokens]), 2)
+    return kept[:, :, -layer.sliding_window + 1 :] if layer.is_sliding else kept
+
 
 def new_cache(model: Any) -> Any:
     """Return an empty cache of keys and values of the model's kind."""

@@ -17,7 +17,8 @@ from nogemm.errors import ConfigError
 from nogemm.ops.head_scan import HeadCodes
 from nogemm.ops.packed_hire import SKETCH_ROWS, lay_out_sketch
 
-LEADING = 64  # coordinates in int8
+LEADING = 32  # coordinates in int8
+SKETCH = 128  # coordinates that a search reads, the leading ones among them
 RIDGE = 0.03  # of the states' mean square, added to every direction: states that were not seen have to be bounded, too
 CLIPS = (1.0, 0.85, 0.7, 0.6)  # shares of the largest coordinate that four bits may reach; each row takes its best
 _CHUNK = 8192  # rows at once, a multiple of SKETCH_ROWS
@@ -33,7 +34,11 @@ def second_moment(states_SD: Tensor) -> Tensor:
 
 
 def make_codes(
-    weight_VD: Tensor, bias_V: Tensor | None = None, moment_DD: Tensor | None = None, leading: int = LEADING
+    weight_VD: Tensor,
+    bias_V: Tensor | None = None,
+    moment_DD: Tensor | None = None,
+    leading: int = LEADING,
+    sketch: int = SKETCH,
 ) -> HeadCodes:
     """Make the codes of a head.
 
@@ -42,6 +47,8 @@ def make_codes(
         moment_DD: the second moment of the states that the head will see (`second_moment`). None: as if states had no
             direction of their own; ten times as many rows are then left to compute.
         leading: coordinates that get eight bits, rounded up to a multiple of four.
+        sketch: coordinates that `head_search` reads; those behind the leading ones are rounded up to a multiple of
+            eight.
     Raises:
         ConfigError: a weight is not finite, or shapes do not fit.
     Cost: 4 V D^2 FLOP, half of them in float64; some seconds for a head of 260,000 rows.
@@ -52,9 +59,10 @@ def make_codes(
     if not bool(torch.isfinite(weight_VD).all()) or (bias_V is not None and not bool(torch.isfinite(bias_V).all())):
         raise ConfigError("make_codes: the head has weights that are not finite")
     leading = min(-(-leading // 4) * 4, width)  # whole steps of the scan
+    middle = min(-(-max(sketch - leading, 0) // 8) * 8, width - leading)
     mean_D = _mean(weight_VD).float()  # as the scan reads it
     project_DD, back_DD = _basis(weight_VD, mean_D.double(), moment_DD)
-    eight, four, numbers = [], [], []
+    eight, four, rest, numbers = [], [], [], []
     longest = torch.zeros(3, dtype=torch.float64)
     for begin in range(0, rows, _CHUNK):
         own_CD = weight_VD[begin : begin + _CHUNK].double()
@@ -65,7 +73,8 @@ def make_codes(
         codes8, scale8, error8 = _round(row_CD[:, :leading], 127, (1.0,))
         codes4, scale4, error4 = _round(row_CD[:, leading:], 7, CLIPS)
         eight.append(lay_out_sketch(codes8, nibbles=False))
-        four.append(lay_out_sketch(codes4, nibbles=True))
+        four.append(lay_out_sketch(codes4[:, :middle], nibbles=True))
+        rest.append(lay_out_sketch(codes4[:, middle:], nibbles=True))
         numbers.append(
             torch.stack((scale8, scale4, _up(error8), _up(error4))).view(4, -1, SKETCH_ROWS).permute(1, 0, 2)
         )
@@ -78,6 +87,7 @@ def make_codes(
         mean=mean_D,
         eight=torch.cat(eight),
         four=torch.cat(four),
+        rest=torch.cat(rest),
         numbers=torch.cat(numbers).to(torch.bfloat16).contiguous(),
         limits=(limits * 1.001).float(),
     )

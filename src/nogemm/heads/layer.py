@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from nogemm.errors import DtypeError, NotFiniteError, ShapeError
 from nogemm.heads.codes import make_codes
 from nogemm.heads.config import HeadConfig
-from nogemm.ops.head_scan import HeadCodes, head_argmax, head_logits
+from nogemm.ops.head_scan import HeadCodes, head_argmax, head_logits, head_search
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DENSE_ABOVE = 32  # states: estimates of all logits are no faster than a matrix product of more
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class HireHead(nn.Module):
 
         logit = x W^T + b
 
-    Called, it gives all logits, as `torch.nn.Linear` does, with gradients: whatever needs them all has them.
-    `choose` names the largest logit alone.
+    Called, it gives all logits. They are those of `torch.nn.Linear`, with gradients. In the modes "high_recall" and
+    "fast" they are cheaper for up to 32 states, without gradients and out of training: the most likely rows are exact,
+    all others are the estimates of the codes, so that probabilities, perplexity and entropy stay defined
+    (`nogemm.head_error` tells how far they are off). `choose` names the largest logit alone, `search` what is most
+    likely the largest.
 
     Args:
         config: see `HeadConfig`.
@@ -84,31 +88,57 @@ class HireHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return all logits [..., V] in x's dtype."""
+        if self.config.approximate and self._may_estimate(x):
+            flat = x.reshape(-1, self.in_features)
+            return self.estimate(flat).to(x.dtype).view(*x.shape[:-1], -1)
         return F.linear(x, self.weight, self.bias)
+
+    def _may_estimate(self, x: Tensor) -> bool:
+        learning = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
+        few = x.numel() <= DENSE_ABOVE * self.in_features
+        return few and not learning and not self.training and x.device.type == "cpu"
 
     def logits(self, x: Tensor) -> Tensor:
         """Return all logits [N, V] of states [N, D], accumulated in float32: what `choose` finds the largest of."""
         bias = None if self.bias is None else self.bias.detach().float()
         return head_logits(x.detach(), self.weight.detach(), bias)
 
-    def choose(self, x: Tensor) -> Choice:
-        """Find the largest logit of each state.
+    def choose(self, x: Tensor, noise: Tensor | None = None) -> Choice:
+        """Find the largest logit of each state, and prove it.
 
         Args:
             x: [..., D]; states are read in float32.
+            noise: float32 [N, V], added to the logits.
         Raises:
             NotFiniteError: a state is not finite; the message names its place.
         """
+        return self._choice(*self._run(head_argmax, x, noise))
+
+    def search(self, x: Tensor, noise: Tensor | None = None) -> Choice:
+        """Find what is most likely the largest logit of each state: the largest of `config.rows` rows; as `choose`."""
+        index, value, _ = self._run(head_search, x, noise, self.config.rows)
+        return self._choice(index, value, torch.full_like(index, min(self.config.rows, self.out_features)))
+
+    def estimate(self, x: Tensor) -> Tensor:
+        """Return all logits [N, V] of states [N, D], float32: exact for `config.rows` rows, estimates of the others.
+
+        A state that is not finite has logits that are NaN.
+        """
+        return self._run(head_search, x, None, self.config.rows, logits=True)[2]
+
+    def _run(self, op: Any, x: Tensor, noise: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         if x.shape[-1] != self.in_features:
             raise ShapeError(f"HireHead: the head takes width {self.in_features}, x has shape {tuple(x.shape)}")
         with torch.no_grad():
             bias = None if self.bias is None else self.bias.detach().float()
             flat = x.detach().reshape(-1, self.in_features)
-            choice = Choice(*head_argmax(flat, self.weight.detach(), bias, self.codes()))
-        if len(choice.token) and int(choice.token.min()) < 0:  # rare: worth no more than one look
-            place = int((choice.token < 0).int().argmax())
+            return op(flat, self.weight.detach(), bias, self.codes(), *args, noise_NV=noise, **kwargs)
+
+    def _choice(self, token: Tensor, logit: Tensor, rows: Tensor) -> Choice:
+        if len(token) and int(token.min()) < 0:  # rare: worth no more than one look
+            place = int((token < 0).int().argmax())
             raise NotFiniteError(f"the state at position {place} is not finite: it has no most likely token")
-        return choice
+        return Choice(token, logit, rows)
 
     def codes(self) -> HeadCodes:
         """Return the codes of the weights; made anew after a change that torch counts.
@@ -121,7 +151,10 @@ class HireHead(nn.Module):
         key = tuple(_identity(tensor) for tensor in (self.weight, self.bias, self.moment))
         if self._codes is None or self._codes[0] != key:
             bias = None if self.bias is None else self.bias.detach().float()
-            self._codes = key, make_codes(self.weight.detach(), bias, self.moment, self.config.leading)
+            self._codes = (
+                key,
+                make_codes(self.weight.detach(), bias, self.moment, self.config.leading, self.config.sketch),
+            )
             self._print = self._fingerprint()
         return self._codes[1]
 

@@ -8,7 +8,14 @@ from nogemm.ops.dct import dct, dct_reference
 from nogemm.ops.gather_accumulate import gather_accumulate, gather_accumulate_reference
 from nogemm.ops.hadamard import hadamard, hadamard_reference
 from nogemm.ops.hash_codes import hash_codes, hash_codes_reference
-from nogemm.ops.head_scan import head_argmax, head_argmax_reference, head_logits, head_logits_reference
+from nogemm.ops.head_scan import (
+    head_argmax,
+    head_argmax_reference,
+    head_logits,
+    head_logits_reference,
+    head_search,
+    head_search_reference,
+)
 from nogemm.ops.neuron_rows import neuron_dot, neuron_dot_reference, neuron_sum, neuron_sum_reference
 from nogemm.ops.neurons_at_indices import neurons_at_indices
 from nogemm.ops.sketch_and_select import sketch_and_select, top_indices
@@ -33,6 +40,8 @@ __all__ = [
     "head_argmax_reference",
     "head_logits",
     "head_logits_reference",
+    "head_search",
+    "head_search_reference",
     "isa",
     "native_available",
     "neuron_dot",

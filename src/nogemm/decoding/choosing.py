@@ -1,0 +1,72 @@
+"""From states to tokens: searched for, proven, or drawn from all logits.
+
+Legend: N states, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from nogemm.decoding.sampling import Sampling
+from nogemm.decoding.states import Scaling
+from nogemm.errors import NotFiniteError
+from nogemm.heads import HireHead
+
+
+class Chooser:
+    """Chooses tokens by a head.
+
+    A greedy token is the largest logit. A sampled one is the largest sum of logit and noise, so the same search and the
+    same proof find it. Only top_k, top_p and capped logits need all logits.
+
+    Args:
+        sampling: None: greedy.
+        scaling: what the model does to the head's logits.
+    Attributes:
+        rows: of the head, computed exactly for each state so far.
+        dense: states so far whose logits were all computed.
+    """
+
+    def __init__(self, head: HireHead, sampling: Sampling | None, scaling: Scaling) -> None:
+        self.head, self.sampling, self.scaling = head, sampling, scaling
+        self.needs_all = sampling is not None and (not sampling.plain or scaling.cap is not None)
+        self.rows: list[int] = []
+        self.dense = 0
+
+    def first(self, x_ND: Tensor, place: int) -> Tensor:
+        """Choose a token for each sequence, at one place of the text: proven in mode "exact", else searched for."""
+        places, sequences = [place] * len(x_ND), list(range(len(x_ND)))
+        if self.head.config.mode == "exact":
+            return self.proven(x_ND, places, sequences)
+        if self.needs_all:
+            self.rows += [min(self.head.config.rows, self.head.out_features)] * len(x_ND)
+            return self._draw(self.head.estimate(x_ND), places, sequences)
+        return self._choose(self.head.search, x_ND, places, sequences)
+
+    def proven(self, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
+        """Choose the dense head's tokens of N states."""
+        if self.needs_all:
+            self.rows += [self.head.out_features] * len(x_ND)
+            self.dense += len(x_ND)
+            return self._draw(self.head.logits(x_ND), places, sequences)
+        return self._choose(self.head.choose, x_ND, places, sequences)
+
+    def _choose(self, how: object, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
+        noise_NV = None
+        if self.sampling is not None:
+            noise_NV = self.sampling.noise(self.head.out_features, places, sequences, self.scaling.scale)
+        try:
+            choice = how(x_ND, noise_NV)  # type: ignore[operator]
+        except NotFiniteError:
+            n = int((~x_ND.isfinite().all(1)).int().argmax())
+            raise NotFiniteError(
+                f"the state of sequence {sequences[n]} before token {places[n]} is not finite: it has no next token"
+            ) from None
+        self.rows += choice.rows.tolist()
+        return choice.token
+
+    def _draw(self, logits_NV: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
+        assert self.sampling is not None
+        return self.sampling.draw(self.scaling(logits_NV), places, sequences)
