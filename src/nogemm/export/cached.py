@@ -150,4 +150,3 @@ def _cache_shapes(model: Any, base: nn.Module) -> list[tuple[int, int]]:
     if not shapes or len(shapes) != len(states):
         raise ConfigError(f"export: {type(model).__name__} has no plain cache of keys and values")
     return shapes
-
