@@ -44,7 +44,8 @@ FLAGS = {
     "--site --seed --json",
     "bench recall": "--checkpoint --tokens --json",
     "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
-    "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds --json",
+    "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds "
+    "--json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --json",

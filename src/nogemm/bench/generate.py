@@ -1,7 +1,7 @@
 """`nogemm bench generate`: a whole decoder, exported with an exact head, beside the engines that people use instead.
 
-Every engine has the same weights, which come from one model, in its own precision, and its own dense head. Perplexity is of a text
-that the model was not fitted to. A call continues a fresh prompt greedily, the prompt included.
+Every engine has the weights of one model, in its own precision, and its own dense head. Perplexity is of a text that
+nothing was fitted to. A call continues a fresh prompt greedily, the prompt included.
 """
 
 from __future__ import annotations
@@ -232,13 +232,10 @@ def _spec(name: str, made: _Models, inputs: dict[str, Any]) -> Spec:
 
 
 def _settings(family: str, precision: str, made: _Models) -> dict[str, Any]:
-    if family in ("nogemm-openvino", "openvino"):
-        return {
-            "engine": "openvino",
-            "folder": str(made.exported("exact" if "nogemm" in family else "dense", precision)),
-        }
-    if family in ("nogemm-genai", "openvino-genai"):
-        return {"engine": "genai", "folder": str(made.exported("exact" if "nogemm" in family else "dense", precision))}
+    if family in ("nogemm-openvino", "openvino", "nogemm-genai", "openvino-genai"):
+        head = "exact" if "nogemm" in family else "dense"
+        engine = "genai" if "genai" in family else "openvino"
+        return {"engine": engine, "folder": str(made.exported(head, precision))}
     if family == "llama.cpp":
         if not is_gguf(made.name):
             raise ConfigError("llama.cpp reads GGUF files; give one as the model")

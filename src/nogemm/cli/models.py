@@ -203,7 +203,7 @@ def export(
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Write MODEL as a directory that another engine runs, its converted FFNs and its vocabulary head by our kernels."""
+    """Write MODEL as a directory that another engine runs, its converted FFNs and its head by our kernels."""
     from dataclasses import asdict
     from itertools import islice
 

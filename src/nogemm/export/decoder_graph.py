@@ -174,7 +174,7 @@ def keep_outputs(graph: Any, names: tuple[str, ...]) -> None:
 
 
 def compile_graph(graph: Any, threads: int = 0, precision: str | None = None) -> Any:
-    """Compile for one sequence of calls on this processor; precision "f32" switches every rounding of OpenVINO's off."""
+    """Compile for calls one after the other; precision "f32" switches every rounding of OpenVINO's own off."""
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads

@@ -1,4 +1,4 @@
-"""The worker's side of `nogemm bench generate`: engines that continue a prompt greedily, whole models with their caches.
+"""The worker's side of `nogemm bench generate`: engines that continue a prompt greedily, with their caches.
 
 An engine takes token ids and gives token ids. Before its clock starts it reads a text that no training saw, and its
 perplexity says whether it computes the model: a broken engine's is hundreds.
