@@ -23,7 +23,7 @@ from nogemm.errors import ConfigError, PackedError
 from nogemm.export import decoder_graph as dg
 from nogemm.export import openvino_host as host
 from nogemm.export.cached import CachedDecoder
-from nogemm.export.decoder_check import Proof, check_decoder, example_prompt
+from nogemm.export.decoder_check import check_decoder, example_prompt
 from nogemm.export.export import HOSTS
 from nogemm.export.extension import LIBRARY, extension_path
 from nogemm.export.folder import MODEL, RECORD, check_target
@@ -133,16 +133,7 @@ def export_decoder(
     library = extension_path()
     copied: Any = copy.deepcopy(inner).float()
     head = graph_head(copied, rows)
-    embedding = head.rows if head.tied else _stored(copied.get_input_embeddings().weight, ROWS.get(rows, torch.float16))
-    pack_layers(copied, dtype)
-    decoder = CachedDecoder(copied, embedding).eval()
-    factory = dg.Factory(library)
-    graph = dg.convert_body(decoder, factory)
-    dg.remember(graph, decoder)
-    graph = dg.compress_body(graph, body)
-    body_bytes = matrix_bytes(graph)
-    graph = dg.attach_head(graph, head, factory, int8=rows == "int8")
-    exact = head.codes is not None
+    decoder, graph, body_bytes = _build(copied, head, body, rows, dtype, library)
     own = _head_bytes(head, rows)
     reports: list[DecoderExportReport] = []
 
@@ -154,14 +145,14 @@ def export_decoder(
             to=to,
             body=body,
             rows=rows,
-            head="exact" if exact else "dense",
+            head="dense" if head.codes is None else "exact",
             layers=tuple(layers),
             vocabulary=head.rows.shape[0],
             width=head.rows.shape[1],
             positions=int(getattr(decoder.config, "max_position_embeddings", 0) or 0),
             bytes_per_token=body_bytes + own,
             head_bytes_per_token=own,
-            **_proof(proof),
+            **asdict(proof),
             tokenizer=write_tokenizer(tokenizer, folder),
             versions={name: version(name) for name in ("nogemm", "openvino", *(() if body == "float" else ("nncf",)))},
         )
@@ -171,6 +162,23 @@ def export_decoder(
     needed = 2 * sum(value.numel() * value.element_size() for value in copied.state_dict().values())
     replace_directory(path, write, caller="export", needed=needed, carry_over=False)
     return reports[0]
+
+
+def _build(
+    model: Any, head: dg.GraphHead, body: str, rows: str, dtype: str, library: Path
+) -> tuple[CachedDecoder, Any, int]:
+    """Return the torch model as a host sees it, its graph, and the bytes of the body's constants."""
+    embedding = head.rows
+    if not head.tied:
+        embedding = _stored(model.get_input_embeddings().weight, ROWS.get(rows, torch.float16))
+    pack_layers(model, dtype)
+    decoder = CachedDecoder(model, embedding).eval()
+    factory = dg.Factory(library)
+    graph = dg.convert_body(decoder, factory)
+    dg.remember(graph, decoder)
+    graph = dg.compress_body(graph, body)
+    body_bytes = matrix_bytes(graph)
+    return decoder, dg.attach_head(graph, head, factory, int8=rows == "int8"), body_bytes
 
 
 def graph_head(model: Any, rows: str) -> dg.GraphHead:
@@ -253,10 +261,6 @@ def _head_bytes(head: dg.GraphHead, rows: str) -> int:
         return head.codes.numel()
     items = head.rows.numel()
     return items + 4 * len(head.rows) if rows == "int8" else 4 * items  # a float head is multiplied in float32
-
-
-def _proof(proof: Proof) -> dict[str, Any]:
-    return asdict(proof)
 
 
 def _describe(model: Any, report: DecoderExportReport, folder: Path) -> None:
