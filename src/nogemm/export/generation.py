@@ -134,34 +134,45 @@ def export_decoder(
     copied: Any = copy.deepcopy(inner).float()
     head = graph_head(copied, rows)
     decoder, graph, body_bytes = _build(copied, head, body, rows, dtype, library)
-    own = _head_bytes(head, rows)
     reports: list[DecoderExportReport] = []
 
     def write(folder: Path) -> None:
         shutil.copyfile(library, folder / LIBRARY)
         dg.save_graph(graph, folder / MODEL)
         proof = check_decoder(folder / MODEL, folder / LIBRARY, decoder, head, example_prompt(decoder), body)
-        report = DecoderExportReport(
-            to=to,
-            body=body,
-            rows=rows,
-            head="dense" if head.codes is None else "exact",
-            layers=tuple(layers),
-            vocabulary=head.rows.shape[0],
-            width=head.rows.shape[1],
-            positions=int(getattr(decoder.config, "max_position_embeddings", 0) or 0),
-            bytes_per_token=body_bytes + own,
-            head_bytes_per_token=own,
-            **asdict(proof),
-            tokenizer=write_tokenizer(tokenizer, folder),
-            versions={name: version(name) for name in ("nogemm", "openvino", *(() if body == "float" else ("nncf",)))},
-        )
+        settings = {"to": to, "body": body, "rows": rows, "layers": tuple(layers)}
+        report = _report(settings, head, decoder, body_bytes, asdict(proof), write_tokenizer(tokenizer, folder))
         _describe(inner, report, folder)
         reports.append(report)
 
     needed = 2 * sum(value.numel() * value.element_size() for value in copied.state_dict().values())
     replace_directory(path, write, caller="export", needed=needed, carry_over=False)
     return reports[0]
+
+
+def _report(
+    settings: dict[str, Any],
+    head: dg.GraphHead,
+    decoder: CachedDecoder,
+    body_bytes: int,
+    proof: dict[str, Any],
+    tokenizer: bool,
+) -> DecoderExportReport:
+    own = _head_bytes(head, settings["rows"])
+    return DecoderExportReport(
+        **settings,
+        head="dense" if head.codes is None else "exact",
+        vocabulary=head.rows.shape[0],
+        width=head.rows.shape[1],
+        positions=int(getattr(decoder.config, "max_position_embeddings", 0) or 0),
+        bytes_per_token=body_bytes + own,
+        head_bytes_per_token=own,
+        **proof,
+        tokenizer=tokenizer,
+        versions={
+            name: version(name) for name in ("nogemm", "openvino", *(() if settings["body"] == "float" else ("nncf",)))
+        },
+    )
 
 
 def _build(

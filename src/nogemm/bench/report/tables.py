@@ -157,8 +157,8 @@ def generate_table(result: Mapping[str, Any]) -> TextTable:
         title="Generation",
         head=["engine", "tokens a second", "ratio", "MB a token", "perplexity"],
         rows=rows,
-        hint=f"{settings['model']}: {settings['new_tokens']} tokens behind prompts of {settings['prompt']}, fresh ones, "
-        "which take time. Ratio: time divided by that of the first line. MB a token: weights that one token reads. "
+        hint=f"{settings['model']}: {settings['new_tokens']} tokens behind fresh prompts of {settings['prompt']} "
+        "tokens, which take time, too. Ratio: time divided by that of the first line. MB a token: weights that one token reads. "
         f"Perplexity of {settings['text']} tokens; float32 has {result['perplexity_fp32']:.2f}.",
     )
 
