@@ -95,8 +95,10 @@ class OpenVINO(Engine):
         """Hold the tokens of an exact head against all logits over the same states and rows."""
         if not self.decoder.exact:
             return {}
-        ids = [int(token) for token in torch.randint(0, 1000, (8,), generator=torch.Generator().manual_seed(0))]
-        ids += self.generate(ids, 64)
+        record = self.decoder.record
+        count = min(64, (record["positions"] or 1024) - 8)
+        ids = torch.randint(0, record["vocabulary"], (8,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids += self.generate(ids, count)
         tokens, logits = self._read(ids[:-1])
         wrong = int((tokens[7:] != logits[7:].argmax(1)).sum())
         same = int((torch.tensor(ids[8:]) != tokens[7:]).sum())

@@ -158,7 +158,7 @@ def generate_table(result: Mapping[str, Any]) -> TextTable:
         head=["engine", "tokens a second", "ratio", "MB a token", "perplexity"],
         rows=rows,
         hint=f"{settings['model']}: {settings['new_tokens']} tokens behind fresh prompts of {settings['prompt']} "
-        "tokens, which take time, too. Ratio: time divided by that of the first line. MB a token: weights that one token reads. "
+        "tokens, which take time, too. Ratio: time divided by that of the first line. MB a token: weights it reads. "
         f"Perplexity of {settings['text']} tokens; float32 has {result['perplexity_fp32']:.2f}.",
     )
 
