@@ -12,7 +12,7 @@ import numpy as np
 import openvino
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from nogemm import ops
 from nogemm.export.decoder_graph import Factory
@@ -82,7 +82,8 @@ def test_every_instruction_set(isa: str, library: Path, tmp_path: Path) -> None:
     save_file({"weight": weight, "packed": packed.clone(), "x": x}, tmp_path / "in.safetensors")
     code = (
         "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_head_operator as t\n"
-        "a = t.load_file(sys.argv[2]); run = t.compiled(a['weight'], a['packed'].numpy(), pathlib.Path(sys.argv[3]))\n"
+        "from safetensors.torch import load_file\n"
+        "a = load_file(sys.argv[2]); run = t.compiled(a['weight'], a['packed'].numpy(), pathlib.Path(sys.argv[3]))\n"
         "print(run([a['x'].numpy()])[0][0].tolist())"
     )
     command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "in.safetensors"), str(library)]
