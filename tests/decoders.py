@@ -29,6 +29,7 @@ _GEMMA = {**_COMMON, "head_dim": 12, "pad_token_id": 0, "sliding_window": 8}
 DECODERS: dict[str, Callable[[], Any]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_COMMON, tie_word_embeddings=False)),
     "llama tied": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(**_COMMON, tie_word_embeddings=True)),
+    "qwen2": lambda: tf.Qwen2ForCausalLM(tf.Qwen2Config(**_COMMON, tie_word_embeddings=True)),
     "gemma2 capped": lambda: tf.Gemma2ForCausalLM(tf.Gemma2Config(**_GEMMA, final_logit_softcapping=3.0)),
     "gemma3 sliding": lambda: tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**_GEMMA)),
     "granite scaled": lambda: tf.GraniteForCausalLM(tf.GraniteConfig(**_COMMON, logits_scaling=4.0)),

@@ -29,7 +29,7 @@ FLAGS = {
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
-    "export": "--to --dtype --int8 --rest --data --trust-remote-code --json",
+    "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --trust-remote-code --json",
     "generate": "--prompt --max-new-tokens --chat --sample --temperature --top-k --top-p --seed --data --dtype "
     "--trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
@@ -44,6 +44,8 @@ FLAGS = {
     "--site --seed --json",
     "bench recall": "--checkpoint --tokens --json",
     "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
+    "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds "
+    "--json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --json",

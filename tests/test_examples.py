@@ -66,3 +66,11 @@ def test_every_example_is_short_and_described():
     for file in files:
         assert file.name in described
         assert len(file.read_text().splitlines()) < 60
+
+
+def test_an_exported_decoder_continues_a_text(tmp_path: Path):
+    model = people.gpt2(tmp_path / "gpt2")
+    said = run("export_decoder.py", model, tmp_path / "out", "a fast table", "--tokens", 12, "--body", "float")
+    assert "13 tokens equal to the dense head's" in said
+    assert "\na fast table" in said
+    assert "and one token more" in said

@@ -1,14 +1,9 @@
 // The packed layers as an OpenVINO operator: compiled once against the OpenVINO that is installed, linked with the
-// torch-free kernels, loaded with ov::Core::add_extension.
+// torch-free kernels, loaded with ov::Core::add_extension. The operators of vocabulary heads are in head.h.
 //
 // nogemm::PackedFFN(x [..., d], packed u8 [bytes]) -> y [..., d_out] in x's type. `packed` is the buffer that the packers
-// make, the same for every instruction set; see weights.h for where it is read. Work runs on OpenVINO's own threads:
-// evaluate() is called inside the task arena of the stream, and so is the loop below.
-#include <tbb/parallel_for.h>
-#include <tbb/task_arena.h>
-
+// make, the same for every instruction set; see weights.h for where it is read.
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <openvino/core/except.hpp>
@@ -19,6 +14,8 @@
 #include <string>
 #include <vector>
 
+#include "head.h"
+#include "host.h"
 #include "packed/lookup/pack.h"
 #include "packed/neurons/host.h"
 #include "packed/tree/pack.h"
@@ -40,46 +37,6 @@ constexpr Kind kKinds[] = {
     {nogemm_tree_check, nogemm_tree_workspace, nogemm_tree_forward},
     {nogemm_hire_check, nogemm_hire_workspace, nogemm_hire_forward},
 };
-
-constexpr int64_t kKept = int64_t{64} << 20;
-
-// Working memory of a calling thread, kept between calls: fresh pages cost more than the work on them.
-class Scratch {
- public:
-  char* at_least(int64_t bytes) {
-    if (bytes > bytes_) {
-      bytes_ = 0;
-      const int64_t whole = (bytes + 63) / 64 * 64;
-      memory_.reset(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(whole))));
-      OPENVINO_ASSERT(memory_, "nogemm: no memory for ", whole, " bytes of scratch");
-      bytes_ = whole;
-    }
-    return memory_.get();
-  }
-  void trim() {
-    if (bytes_ <= kKept) return;
-    memory_.reset();
-    bytes_ = 0;
-  }
-
- private:
-  struct Free {
-    void operator()(char* p) const { std::free(p); }
-  };
-  std::unique_ptr<char, Free> memory_;
-  int64_t bytes_ = 0;
-};
-
-void run_on_tbb(void*, int64_t workers, void (*body)(int64_t worker, void* arg), void* arg) {
-  tbb::parallel_for(int64_t{0}, workers, int64_t{1}, [=](int64_t w) { body(w, arg); }, tbb::static_partitioner{});
-}
-
-int64_t type_of(const ov::element::Type& type) {
-  if (type == ov::element::f32) return NOGEMM_X_FP32;
-  if (type == ov::element::bf16) return NOGEMM_X_BF16;
-  OPENVINO_ASSERT(type == ov::element::f16, "nogemm: x must be f32, bf16 or f16, got ", type);
-  return NOGEMM_X_FP16;
-}
 
 class PackedFFN : public ov::op::Op {
  public:
@@ -126,11 +83,11 @@ class PackedFFN : public ov::op::Op {
     check_width(static_cast<int64_t>(shape.back()), d);
     shape.back() = static_cast<size_t>(d_out_);
     outputs[0].set_shape(shape);
-    const int64_t tokens = static_cast<int64_t>(x.get_size()) / d, threads = tbb::this_task_arena::max_concurrency();
-    thread_local Scratch scratch;
-    const NogemmHost host{threads, run_on_tbb, nullptr};
-    kind.forward(packed, x.data(), type_of(x.get_element_type()), d, outputs[0].data(), tokens,
-                 scratch.at_least(kind.workspace(packed, tokens, threads)), &host);
+    const int64_t tokens = static_cast<int64_t>(x.get_size()) / d;
+    thread_local nogemm::Scratch scratch;
+    const NogemmHost host = nogemm::tbb_host();
+    kind.forward(packed, x.data(), nogemm::type_of(x.get_element_type()), d, outputs[0].data(), tokens,
+                 scratch.at_least(kind.workspace(packed, tokens, host.threads)), &host);
     scratch.trim();
     return true;
   }
@@ -170,4 +127,9 @@ class PackedFFN : public ov::op::Op {
 
 }  // namespace
 
-OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({std::make_shared<ov::OpExtension<PackedFFN>>()}));
+OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
+    std::make_shared<ov::OpExtension<PackedFFN>>(),
+    std::make_shared<ov::OpExtension<nogemm::HeadArgmax>>(),
+    std::make_shared<ov::OpExtension<nogemm::PeakLogits>>(),
+    std::make_shared<ov::OpExtension<nogemm::EmbedRows>>(),
+}));

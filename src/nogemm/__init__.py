@@ -38,7 +38,7 @@ from nogemm.errors import (
     PackedError,
     ShapeError,
 )
-from nogemm.export import ExportReport, export
+from nogemm.export import DecoderExportReport, ExportReport, OpenVINODecoder, export, export_decoder
 from nogemm.hardware.environment import env
 from nogemm.heads import HeadConfig
 from nogemm.layers import (
@@ -74,6 +74,7 @@ __all__ = [
     "ConversionReport",
     "Cost",
     "DataError",
+    "DecoderExportReport",
     "DenseConfig",
     "DenseProjectionConfig",
     "DistilOptions",
@@ -92,6 +93,7 @@ __all__ = [
     "NoConfig",
     "NogemmError",
     "NotFiniteError",
+    "OpenVINODecoder",
     "PackedError",
     "RandomHadamardConfig",
     "ShapeError",
@@ -111,6 +113,7 @@ __all__ = [
     "distil",
     "env",
     "export",
+    "export_decoder",
     "generate",
     "importers",
     "layer_config",

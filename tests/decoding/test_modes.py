@@ -154,8 +154,8 @@ def test_logits_of_fast_heads_are_exact_in_front_and_estimates_behind() -> None:
     close = (got - exact).abs() <= 1e-4 * exact.abs().amax()
     assert bool((close.sum(1) >= 40).all())
     assert not bool(close.all())
-    off = (got.log_softmax(1) - exact.log_softmax(1)).abs().amax()
-    assert 0 < float(off) < 0.2 * float(exact.std())
+    off = (got.log_softmax(1) - exact.log_softmax(1)).abs()
+    assert float(off.mean()) < 0.1 * float(exact.std())
     assert got.dtype == x.dtype
     many = torch.randn(33, 24)
     assert bool(((head(many) - dense.lm_head(many)).abs() <= 1e-4 * exact.abs().amax()).all())
@@ -187,12 +187,13 @@ def test_rows_of_high_recall_are_chosen_on_data(kind: str, how: dict[str, Any]) 
 
 
 def test_choices_that_cannot_be_are_named() -> None:
-    for words, choices in (
+    cases: list[tuple[str, dict[str, Any]]] = [
         ("mode must be one of .*, got .*'quick'", {"mode": "quick"}),
         ("verify_every must be an integer at least 1", {"verify_every": 0}),
         ("recall must be above 0 and at most 1, got 0", {"recall": 0}),
         ("rows must be an integer at least 1", {"rows": 0}),
-    ):
+    ]
+    for words, choices in cases:
         with pytest.raises(ConfigError, match=words):
             HeadConfig(**choices)
     with pytest.raises(ConfigError, match="mode 'high_recall' needs data"):

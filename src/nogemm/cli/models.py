@@ -191,11 +191,19 @@ def export(
     rest: Annotated[
         str, typer.Option(help="The engine's own part: float, int8, or auto, whichever is faster on this machine.")
     ] = "auto",
-    data: Annotated[str, typer.Option(help="Texts that int8 is calibrated on.")] = "sample",
+    data: Annotated[
+        str, typer.Option(help="Texts that int8 is calibrated on, and that a head's codes fit.")
+    ] = "sample",
+    generate: Annotated[bool, typer.Option("--generate", help="A decoder with its cache, to generate with.")] = False,
+    body: Annotated[str, typer.Option(help="With --generate: matrices in float, int8 or int4.")] = "int8",
+    rows: Annotated[
+        str, typer.Option(help="With --generate: vocabulary in fp16, bf16, fp32; int8, if dense.")
+    ] = "fp16",
+    head: Annotated[str, typer.Option(help="With --generate: exact, by our kernels, or dense.")] = "exact",
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Write the converted MODEL as a directory that another engine runs, its FFNs by our kernels."""
+    """Write MODEL as a directory that another engine runs, its converted FFNs and its head by our kernels."""
     from dataclasses import asdict
     from itertools import islice
 
@@ -205,6 +213,10 @@ def export(
 
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = list(islice(texts(data), 512))
+    if generate:
+        choices = {"to": to, "body": body, "rows": rows, "tokenizer": tokenizer}
+        _export_decoder(loaded, output, sample, head, choices, json)
+        return
     with progress.watching():
         progress(f"exporting {model}")
         report = nogemm.export(
@@ -214,6 +226,32 @@ def export(
     print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {chosen} ({report.reason}), {size}")
     print(f"agreement with the packed torch model {report.cosine:.5f}, worst text {report.worst:.5f}")
     print(f"inputs {', '.join(report.inputs)}; output {report.output}")
+    print(output)
+    finish(asdict(report), json)
+
+
+def _export_decoder(
+    model: Any, output: Path, sample: list[str], head: str, choices: dict[str, Any], json: Path | None
+) -> None:
+    from dataclasses import asdict
+
+    import nogemm
+    from nogemm.convert.head import find_head
+
+    if head not in ("exact", "dense"):
+        raise ConfigError(f"--head must be exact or dense, got {head!r}")
+    if head == "dense" and find_head(model) is not None:
+        raise ConfigError("--head dense: the model's head is converted; export the model that it was converted from")
+    with progress.watching():
+        if head == "exact" and find_head(model) is None:
+            progress("fitting the head's codes to the texts")
+            nogemm.convert_head(model, data=sample, tokenizer=choices["tokenizer"])
+        progress(f"exporting to {output}")
+        report = nogemm.export_decoder(model, output, **choices)
+    read = f"{report.bytes_per_token / 2**20:.0f} MiB read a token, {report.head_bytes_per_token / 2**20:.0f} of them"
+    print(f"body {report.body}, {report.head} head over {report.rows} rows; {read} by the head")
+    print(f"{report.proven} tokens equal to those of OpenVINO's own dense head, {report.near_ties} of them near ties")
+    print(f"agreement with the torch model {report.agreement:.5f}, worst state {report.worst:.5f}")
     print(output)
     finish(asdict(report), json)
 

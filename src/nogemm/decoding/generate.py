@@ -173,7 +173,8 @@ class _Run:
         done = torch.zeros(len(self.ids), dtype=torch.bool)
         while self.left > 0 and not bool(done.all()):
             tokens, mark = self._take(fresh, done)
-            for step, token in enumerate(tokens):
+            for step, chosen in enumerate(tokens):
+                token = torch.where(done, self.ending.pad, chosen)  # a string may have ended it within the window
                 first = self.report.tokens == 0
                 self.report.tokens += int((~done).sum())
                 done = self.ending.after(token, done)

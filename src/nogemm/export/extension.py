@@ -20,6 +20,9 @@ LIBRARY = "libnogemm_openvino.so"
 _SOURCE, _KERNELS = "extension.cpp", "libnogemm_kernels.a"
 _BUILD = "1"  # raise when the command below changes, so that libraries in the cache are made again
 _HEADERS = (
+    "head.h",
+    "host.h",
+    "packed/head/host.h",
     "packed/host/activations.h",
     "packed/host/host.h",
     "packed/lookup/pack.h",

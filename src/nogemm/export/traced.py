@@ -6,7 +6,7 @@ Legend: B texts, L tokens per text.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,6 +76,11 @@ def check_exportable(model: nn.Module, dtype: str) -> list[str]:
     layers = installed(model)
     if not layers:
         raise ConfigError("export: the model has no converted FFN; run nogemm.convert first")
+    return check_layers(model, layers)
+
+
+def check_layers(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
+    """Return the names of those layers that will run our operator; raises as `check_exportable`."""
     if any(isinstance(layer, PackedFFN) for layer in layers.values()):
         raise PackedError("export: the model is packed; export the unpacked model, it is packed on the way")
     inner = inner_model(model)
@@ -95,17 +100,7 @@ def host_model(model: nn.Module, dtype: str, input_names: tuple[str, ...]) -> Ho
     Raises:
         ConfigError: a layer without a native kernel, or a model that answers with no one tensor or takes no batches.
     """
-    paths = {id(module): path for path, module in model.named_modules()}
-    for name, layer in installed(model).items():
-        if isinstance(layer, _PLAIN):
-            continue
-        assert isinstance(layer, FFN)
-        packed = layer.pack(dtype, path="rows")  # an operator knows no other
-        if not packed.native:
-            raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
-        operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
-        model.set_submodule(paths[id(layer)], operator)
-    model.requires_grad_(False)
+    pack_layers(model, dtype)
     kind = type(model).__name__
     try:
         with torch.inference_mode():
@@ -121,6 +116,21 @@ def host_model(model: nn.Module, dtype: str, input_names: tuple[str, ...]) -> Ho
     if not names:
         raise ConfigError(f"export: {kind} returns neither {' nor '.join(_OUTPUTS)}")
     return HostModel(model, input_names, names[0]).eval()
+
+
+def pack_layers(model: nn.Module, dtype: str) -> None:
+    """Put a bare operator in place of each converted layer; raises ConfigError for one without a native kernel."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    for name, layer in installed(model).items():
+        if isinstance(layer, _PLAIN):
+            continue
+        assert isinstance(layer, FFN)
+        packed = layer.pack(dtype, path="rows")  # an operator knows no other
+        if not packed.native:
+            raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
+        operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
+        model.set_submodule(paths[id(layer)], operator)
+    model.requires_grad_(False)
 
 
 def _call(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> Any:

@@ -29,6 +29,8 @@ class Row(TypedDict, total=False):
         flip_rate, other_way: shares of decisions, and of tokens, that rounding sends another way.
         recall, energy, dense_energy: of HireFFN.
         memory_bytes, agreement, agreement_texts, trained: of a model.
+        new_tokens, tokens_per_second, perplexity: of a decoder that generates.
+        proven_tokens, other_tokens: held against all logits, and how many of them a tie decided otherwise.
         rows, rows_p99, positions: of a vocabulary head: computed exactly, and on how many states it was verified.
         parts: of a training step: us of forward, backward, update.
         events: hardware events a call.
@@ -78,6 +80,11 @@ class Row(TypedDict, total=False):
     rows: float
     rows_p99: float
     positions: int
+    new_tokens: int
+    tokens_per_second: float
+    perplexity: float
+    proven_tokens: int
+    other_tokens: int
     agreement_texts: int
     trained: bool
     parts: dict[str, float]

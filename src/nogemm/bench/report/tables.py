@@ -138,6 +138,31 @@ def head_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def generate_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench generate` measured."""
+    rows = []
+    for row in result["rows"]:
+        speed, ratio = row.get("tokens_per_second"), row.get("ratio")
+        rows.append(
+            [
+                row["contender"],
+                (why_not(row) or "not run") if speed is None else f"{speed:.1f}",
+                "" if ratio is None else f"{ratio:.2f}",
+                f"{row['bytes_read'] / 1e6:,.0f}" if "bytes_read" in row else "",
+                f"{row['perplexity']:.2f}" if "perplexity" in row else "",
+            ]
+        )
+    settings = result["settings"]
+    return TextTable(
+        title="Generation",
+        head=["engine", "tokens a second", "ratio", "MB a token", "perplexity"],
+        rows=rows,
+        hint=f"{settings['model']}: {settings['new_tokens']} tokens behind fresh prompts of {settings['prompt']} "
+        "tokens, which take time, too. Ratio: time divided by that of the first line. MB a token: weights it reads. "
+        f"Perplexity of {settings['text']} tokens; float32 has {result['perplexity_fp32']:.2f}.",
+    )
+
+
 def flips_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench flips` measured."""
     rows = []

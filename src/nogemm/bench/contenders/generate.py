@@ -1,0 +1,332 @@
+"""The worker's side of `nogemm bench generate`: engines that continue a prompt greedily, with their caches.
+
+An engine takes token ids and gives token ids. Before its clock starts it reads a text that no training saw, and its
+perplexity says whether it computes the model: a broken engine's is hundreds.
+
+Legend: L tokens of a prompt, N new tokens, S tokens of a text, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WORSE = 1.5  # a perplexity further above float32's is no longer called the same model
+
+
+class Engine:
+    """What all engines share.
+
+    Attributes:
+        bytes_read: weights that one token reads.
+    """
+
+    bytes_read = 0.0
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        """Continue a prompt by `count` tokens, greedily, whatever they are."""
+        raise NotImplementedError
+
+    def logits(self, ids_S: list[int]) -> Tensor:
+        """Return all logits behind each token of a text, [S, V]."""
+        raise NotImplementedError
+
+    def verify(self) -> dict[str, Any]:
+        """Return what is known of the engine's tokens; "error" if they are not what they should be."""
+        return {}
+
+
+class Torch(Engine):
+    """transformers, in eager mode."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from nogemm.models.loading import load_model
+
+        precision = settings["precision"]
+        self.model: Any = load_model(settings["model"], dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+        if precision == "int8":
+            from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
+
+            head = self.model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
+            quantize_(self.model, Int8WeightOnlyConfig())
+        item = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+        linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
+        self.bytes_read = float(item * linear)
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        from nogemm.decoding.states import new_cache
+
+        cache, fresh, made = new_cache(self.model), torch.tensor([ids_L]), []
+        for _ in range(count):
+            out = self.model(input_ids=fresh, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            fresh = out.logits[:, -1:].argmax(-1)
+            made.append(int(fresh))
+        return made
+
+    def logits(self, ids_S: list[int]) -> Tensor:
+        return self.model(input_ids=torch.tensor([ids_S]), use_cache=False).logits[0].float()
+
+
+class HireTorch(Torch):
+    """transformers in eager mode with a converted head, in our own loop."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import nogemm
+        from nogemm.models.loading import load_tokenizer
+
+        super().__init__(settings)
+        self.decode = nogemm.generate
+        config = nogemm.HeadConfig(mode=settings["mode"])
+        tokenizer = load_tokenizer(settings["model"])
+        self.head = nogemm.convert_head(self.model, config, settings["fit"], tokenizer=tokenizer)
+        dense, codes = self.head.weight.numel() * self.head.weight.element_size(), self.head.codes()
+        read = codes.bytes - codes.rest.numel() + codes.bytes / config.verify_every
+        self.bytes_read += (codes.bytes if settings["mode"] == "exact" else read) - dense
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        return self.decode(self.model, torch.tensor([ids_L]), count, eos_token_id=[])[0, len(ids_L) :].tolist()
+
+    def verify(self) -> dict[str, Any]:
+        """Hold the tokens against all logits over the same states."""
+        from nogemm.decoding.states import Decoder
+
+        ids = torch.randint(0, self.head.out_features, (1, 8), generator=torch.Generator().manual_seed(0))
+        found = self.decode(self.model, ids, 64, eos_token_id=[])
+        decoder, wrong, fresh = Decoder(self.model, self.head, ids), 0, ids
+        for token in found[0, 8:]:
+            wrong += int(self.head.logits(decoder.states(fresh)).argmax() != token)
+            fresh = token.view(1, 1)
+        facts = {"proven_tokens": 64, "other_tokens": wrong}
+        return facts if wrong == 0 else facts | {"error": f"{wrong} tokens are not the dense head's"}
+
+
+class OpenVINO(Engine):
+    """An exported decoder in our own loop."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        from nogemm.export import OpenVINODecoder
+
+        self.folder, self.threads = Path(settings["folder"]), torch.get_num_threads()
+        self.decoder = OpenVINODecoder(self.folder, threads=self.threads)
+        self.bytes_read = float(self.decoder.record["bytes_per_token"])
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        found = self.decoder.generate(torch.tensor([ids_L]), count, eos_token_id=[])
+        return found[0, len(ids_L) :].tolist()
+
+    def logits(self, ids_S: list[int]) -> Tensor:
+        return self._read(ids_S)[1]
+
+    def verify(self) -> dict[str, Any]:
+        """Hold the tokens of an exact head against all logits over the same states and rows."""
+        if not self.decoder.exact:
+            return {}
+        record = self.decoder.record
+        count = min(64, (record["positions"] or 1024) - 8)
+        ids = torch.randint(0, record["vocabulary"], (8,), generator=torch.Generator().manual_seed(0)).tolist()
+        ids += self.generate(ids, count)
+        tokens, logits = self._read(ids[:-1])
+        wrong = int((tokens[7:] != logits[7:].argmax(1)).sum())
+        same = int((torch.tensor(ids[8:]) != tokens[7:]).sum())
+        facts = {"proven_tokens": len(tokens) - 7, "other_tokens": wrong}
+        return facts if wrong <= 1 and same == 0 else facts | {"error": f"{wrong} and {same} tokens are not the head's"}
+
+    def _read(self, ids_S: list[int]) -> tuple[Tensor, Tensor]:
+        """Read a text token by token; return the tokens chosen (where the head is exact) and all logits."""
+        from nogemm.export import decoder_graph as dg
+        from nogemm.export.decoder_check import step
+        from nogemm.export.openvino_host import load
+
+        record = self.decoder.record
+        graph = load(self.folder / record["model"], self.folder / record["extension"])
+        wanted = (dg.STATE, dg.TOKEN) if self.decoder.exact else (dg.LOGITS,)
+        dg.keep_outputs(graph, wanted)
+        rows = _rows(graph, record) if self.decoder.exact else None
+        request = dg.compile_graph(graph, self.threads).create_infer_request()
+        tokens, kept = [], []
+        for place, token in enumerate(ids_S):
+            found = step(request, torch.tensor([[token]]), place + 1)
+            kept.append(torch.from_numpy(found[wanted[0]][0, 0].copy()).float())
+            tokens.append(int(found[dg.TOKEN][0, 0]) if self.decoder.exact else int(kept[-1].argmax()))
+        stacked = torch.stack(kept)
+        return torch.tensor(tokens), stacked if rows is None else _all_logits(stacked, rows)
+
+
+class GenAI(OpenVINO):
+    """An exported decoder in openvino-genai's pipeline."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__(settings)
+        import openvino_genai  # pyright: ignore[reportMissingImports]
+
+        self.genai = openvino_genai
+        extension = str(self.folder / self.decoder.record["extension"])
+        self.pipe = openvino_genai.LLMPipeline(
+            str(self.folder),
+            "CPU",
+            ATTENTION_BACKEND="SDPA",
+            INFERENCE_NUM_THREADS=self.threads,
+            extensions=[extension],
+        )
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        import openvino
+
+        ids = np.array([ids_L], np.int64)
+        inputs = self.genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+        config = self.genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, do_sample=False)
+        return list(self.pipe.generate(inputs, config).tokens[0])
+
+    def verify(self) -> dict[str, Any]:
+        ids = list(range(5, 13))
+        same = self.generate(ids, 32) == OpenVINO.generate(self, ids, 32)
+        return {} if same else {"error": "its tokens are not those of the same file in plain OpenVINO"}
+
+
+class LlamaCpp(Engine):
+    """llama.cpp, by its Python package."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import llama_cpp  # pyright: ignore[reportMissingImports]
+
+        threads = torch.get_num_threads()
+        self.model = llama_cpp.Llama(
+            settings["file"], n_ctx=1024, n_threads=threads, n_threads_batch=threads, logits_all=False, verbose=False
+        )
+        self.file = settings["file"]
+        self.bytes_read = float(Path(self.file).stat().st_size)
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        self.model.reset()
+        made, fresh = [], ids_L
+        for _ in range(count):
+            self.model.eval(fresh)
+            fresh = [int(np.argmax(self.model._ctx.get_logits_ith(-1)[: self.model.n_vocab()]))]
+            made += fresh
+        return made
+
+    def logits(self, ids_S: list[int]) -> Tensor:
+        self.model.reset()
+        kept = []
+        for token in ids_S:
+            self.model.eval([token])
+            own = self.model._ctx.get_logits_ith(-1)
+            kept.append(torch.from_numpy(np.ctypeslib.as_array(own, (self.model.n_vocab(),)).copy()))
+        return torch.stack(kept)
+
+
+class OnnxGenAI(Engine):
+    """ONNX Runtime GenAI, a folder that its model builder has written."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import onnxruntime_genai  # pyright: ignore[reportMissingImports]
+
+        self.og = onnxruntime_genai
+        folder = Path(settings["folder"])
+        config = json.loads((folder / "genai_config.json").read_text())
+        options = config["model"]["decoder"]["session_options"]
+        options["intra_op_num_threads"] = torch.get_num_threads()
+        (folder / "genai_config.json").write_text(json.dumps(config))
+        self.model = onnxruntime_genai.Model(str(folder))
+        self.bytes_read = float(sum(file.stat().st_size for file in folder.glob("*.onnx*")))
+
+    def generate(self, ids_L: list[int], count: int) -> list[int]:
+        generator = self._generator(len(ids_L) + count)
+        generator.append_tokens(np.array([ids_L], np.int32))
+        made = []
+        for _ in range(count):
+            generator.generate_next_token()
+            made.append(int(generator.get_next_tokens()[0]))
+        return made
+
+    def logits(self, ids_S: list[int]) -> Tensor:
+        generator = self._generator(len(ids_S) + 1)
+        kept = []
+        for token in ids_S:
+            generator.append_tokens(np.array([[token]], np.int32))
+            kept.append(torch.from_numpy(np.array(generator.get_logits())[0, -1].copy()).float())
+        return torch.stack(kept)
+
+    def _generator(self, length: int) -> Any:
+        params = self.og.GeneratorParams(self.model)
+        params.set_search_options(max_length=length, min_length=length, do_sample=False)
+        return self.og.Generator(self.model, params)
+
+
+ENGINES = {
+    "torch": Torch,
+    "hire": HireTorch,
+    "openvino": OpenVINO,
+    "genai": GenAI,
+    "llama.cpp": LlamaCpp,
+    "onnxruntime": OnnxGenAI,
+}
+
+
+class GenerateContender:
+    """One engine, given fresh prompts in order.
+
+    Args:
+        settings: "engine" of `ENGINES` and what it takes; "prompts": token ids; "text": token ids that are read for
+            perplexity; "reference": float32's perplexity of it, or None.
+    """
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        with torch.inference_mode():
+            self.engine: Engine = ENGINES[settings["engine"]](settings)
+        self.prompts: list[list[int]] = settings["prompts"]
+        self.text: list[int] = settings["text"]
+        self.reference = settings["reference"]
+        self.place = 0
+        self.count = 1
+
+    def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
+        self.count, self.place = case["new_tokens"], 0
+        with torch.inference_mode():
+            found = perplexity(self.engine.logits(self.text), self.text)
+            facts: dict[str, Any] = {"perplexity": found, "bytes_read": self.engine.bytes_read}
+            facts |= self.engine.verify()
+        if self.reference is not None and not found <= WORSE * self.reference:
+            facts["error"] = f"perplexity {found:.1f}, float32's is {self.reference:.1f}: another model"
+        made = self.run(self.draw())
+        if len(made) != self.count:
+            facts["error"] = f"{len(made)} tokens came where {self.count} were asked for"
+        return facts | {"verified": "error" not in facts}
+
+    def draw(self) -> list[int]:
+        self.place += 1
+        return self.prompts[self.place % len(self.prompts)]
+
+    def run(self, inputs: list[int]) -> list[int]:
+        with torch.inference_mode():
+            return self.engine.generate(inputs, self.count)
+
+
+def perplexity(logits_SV: Tensor, ids_S: list[int]) -> float:
+    """Return exp of the mean of -log p(token | those before it) over a text."""
+    targets = torch.tensor(ids_S[1:])
+    total = 0.0
+    for logits, target in zip(logits_SV[:-1].split(64), targets.split(64), strict=True):
+        total += float(torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum"))
+    return math.exp(total / len(targets))
+
+
+def _rows(graph: Any, record: dict[str, Any]) -> Tensor:
+    """Return the head's rows of a graph, [V, D]."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[record["rows"]]
+    node = next(node for node in graph.get_ops() if node.get_type_name() == "HeadArgmax")
+    own = torch.from_numpy(node.input_value(2).get_node().get_data())
+    return own.view(dtype)
+
+
+def _all_logits(states_SD: Tensor, rows_VD: Tensor) -> Tensor:
+    from nogemm.ops import head_logits
+
+    return torch.cat([head_logits(part, rows_VD) for part in states_SD.split(16)])
