@@ -153,7 +153,7 @@ def test_genai_gives_the_same_tokens(llama: tuple[Any, Path]) -> None:
         INFERENCE_PRECISION_HINT="f32",
         extensions=[str(folder / record["extension"])],
     )
-    config = openvino_genai.GenerationConfig(max_new_tokens=NEW, ignore_eos=True)
+    config = openvino_genai.GenerationConfig(max_new_tokens=NEW, ignore_eos=True, eos_token_id=1)
     found = pipe.generate(
         openvino_genai.TokenizedInputs(ov.Tensor(prompt.numpy()), ov.Tensor(np.ones((1, 6), np.int64))), config
     )

@@ -175,7 +175,7 @@ class LlamaCpp(Engine):
         made, fresh = [], ids_L
         for _ in range(count):
             self.model.eval(fresh)
-            fresh = [int(np.argmax(self.model._ctx.get_logits_ith(-1)[: self.model.n_vocab()]))]
+            fresh = [int(self._last().argmax())]
             made += fresh
         return made
 
@@ -184,9 +184,11 @@ class LlamaCpp(Engine):
         kept = []
         for token in ids_S:
             self.model.eval([token])
-            own = self.model._ctx.get_logits_ith(-1)
-            kept.append(torch.from_numpy(np.ctypeslib.as_array(own, (self.model.n_vocab(),)).copy()))
+            kept.append(torch.from_numpy(self._last().copy()))
         return torch.stack(kept)
+
+    def _last(self) -> np.ndarray:
+        return np.ctypeslib.as_array(self.model._ctx.get_logits_ith(-1), (self.model.n_vocab(),))
 
 
 class OnnxGenAI(Engine):
