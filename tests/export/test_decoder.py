@@ -80,6 +80,9 @@ def test_padding_on_the_left_streaming_and_ends(llama: tuple[Any, Path]) -> None
     found = decoder.generate(prompt, NEW, attention_mask=mask, streamer=seen.append)
     assert torch.equal(found, nogemm.generate(model, prompt, NEW, attention_mask=mask))
     assert torch.equal(torch.stack(seen, 1), found[:, 6:])
+    assert torch.equal(decoder.generate(found, 1, attention_mask=torch.ones_like(found))[:, :-1], found)  # another mask
+    more = decoder.generate(prompt, NEW + 1)
+    assert torch.equal(more, nogemm.generate(model, prompt, NEW + 1))
     end = int(found[1, 8])
     short = decoder.generate(prompt[1:], NEW, eos_token_id=end)
     assert short[0, -1] == end
