@@ -130,7 +130,8 @@ class OpenVINODecoder:
             rows = found[dg.EXACT][:, -1].tolist()
         else:
             logits = found[dg.LOGITS][:, -1]
-            token = torch.from_numpy(np.where(np.isfinite(logits).all(1), logits.argmax(1), -1))
+            best = logits.argmax(1)  # a NaN, if there is one
+            token = torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
             rows = [logits.shape[1]] * len(logits)
         if int(token.min()) < 0:
             place = int((token < 0).int().argmax())
