@@ -8,8 +8,6 @@ from __future__ import annotations
 import argparse
 import time
 
-import torch
-
 import nogemm
 from nogemm.models.loading import load_both
 
@@ -39,7 +37,7 @@ def main() -> None:
         f"{report.tokens / taken:.1f} tokens a second, {sum(report.rows) / len(report.rows):,.0f} rows computed a token"
     )
 
-    again = decoder.generate(torch.cat((ids, found[:, ids.shape[1] :]), 1), 1)  # goes on from what it remembers
+    again = decoder.generate(found, 1)  # goes on from what it remembers
     print(f"and one token more: {tokenizer.decode(again[0, -1:])}")
 
 

@@ -57,7 +57,8 @@ class OpenVINODecoder:
             self._request = dg.compile_graph(graph, threads, precision).create_infer_request()
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: OpenVINO cannot run this decoder: {error}") from error
-        self._held: Tensor | None = None  # tokens [B, L] whose keys and values the memory holds
+        # Tokens [B, L] whose keys and values the memory holds, and their mask.
+        self._held: tuple[Tensor, Tensor | None] | None = None
 
     def generate(
         self,
@@ -115,17 +116,11 @@ class OpenVINODecoder:
 
     def _next(self, ids_BL: Tensor, mask_BL: Tensor | None, report: GenerationReport) -> Tensor:
         """Run the tokens that the memory does not hold; return the next of each sequence, [B]."""
-        held = self._held
-        goes_on = (
-            held is not None
-            and mask_BL is None
-            and held.shape[0] == ids_BL.shape[0]
-            and held.shape[1] < ids_BL.shape[1]
-            and torch.equal(held, ids_BL[:, : held.shape[1]])
-        )
-        if mask_BL is not None and held is not None and held.shape[1] + 1 == ids_BL.shape[1]:
-            goes_on = torch.equal(held, ids_BL[:, :-1])  # a step of this very call
-        fresh = ids_BL if held is None or not goes_on else ids_BL[:, held.shape[1] :]
+        held, seen = (None, None) if self._held is None else self._held
+        goes_on = held is not None and _begins(ids_BL, held) and held.shape[1] < ids_BL.shape[1]
+        if goes_on and (seen is not None or mask_BL is not None):
+            goes_on = seen is not None and mask_BL is not None and _begins(mask_BL, seen)
+        fresh = ids_BL[:, held.shape[1] :] if held is not None and goes_on else ids_BL
         if not goes_on:
             self._request.reset_state()
         self._held = None  # an interrupt between here and the end leaves a memory that nobody knows
@@ -135,7 +130,8 @@ class OpenVINODecoder:
             rows = found[dg.EXACT][:, -1].tolist()
         else:
             logits = found[dg.LOGITS][:, -1]
-            token = torch.from_numpy(np.where(np.isfinite(logits).all(1), logits.argmax(1), -1))
+            best = logits.argmax(1)  # a NaN, if there is one
+            token = torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
             rows = [logits.shape[1]] * len(logits)
         if int(token.min()) < 0:
             place = int((token < 0).int().argmax())
@@ -144,7 +140,7 @@ class OpenVINODecoder:
                 "token"
             )
         report.rows += rows
-        self._held = ids_BL
+        self._held = ids_BL, mask_BL
         return token
 
     def _check(self, ids: Tensor, mask: Tensor | None, count: int) -> None:
@@ -172,6 +168,11 @@ class OpenVINODecoder:
             raise ConfigError(
                 "generate: attention_mask must be like input_ids, 0 for the padding on the left and then 1"
             )
+
+
+def _begins(whole_BL: Tensor, start_BL: Tensor) -> bool:
+    """Say whether each row begins with a row of `start_BL`."""
+    return whole_BL.shape[0] == start_BL.shape[0] and torch.equal(whole_BL[:, : start_BL.shape[1]], start_BL)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
