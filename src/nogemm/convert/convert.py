@@ -84,6 +84,8 @@ def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN
         layer, dense = layer.float(), dense.float()
         layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
         layer = layer.to(dtype)
+    if site.shape.sparsity and not layer.has_cutoff and layer.fitted == "exact":
+        layer.fitted = "closed-form"  # the neurons are the dense network's, its cutoff is not
     return layer.to(device), before
 
 
