@@ -178,7 +178,9 @@ def test_rows_are_in_memory_once(kind: str) -> None:
         assert 2 * weights + F * D <= sum(buffers.values()) <= 2 * weights + padded
         base = layer.get_buffer("packed").untyped_storage().data_ptr()
         for name in ("up", "down", *(["gate"] if gated else [])):
-            assert layer.neurons.stored(name)[0].untyped_storage().data_ptr() == base, "the batch path reads the same rows"
+            assert layer.neurons.stored(name)[0].untyped_storage().data_ptr() == base, (
+                "the batch path reads the same rows"
+            )
     left = {tuple(p.shape) for p in model.parameters()}
     assert not left & {(F, D), (D, F)}
 
@@ -238,5 +240,5 @@ def test_smooth_families_learn_and_pack(kind: str, config: Any) -> None:
 
 
 def test_select_active_names_the_activation_that_it_cannot_take() -> None:
-    with pytest.raises(nogemm.ConfigError, match='select="active" needs a ReLU-type activation, got \'silu\''):
+    with pytest.raises(nogemm.ConfigError, match="select=\"active\" needs a ReLU-type activation, got 'silu'"):
         nogemm.convert(make("llama"), ACTIVE)

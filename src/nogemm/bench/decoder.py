@@ -45,7 +45,7 @@ class DecoderArgs:
     heads: int = 32
     vocabulary: int = 50272
     active: float = 0.05
-    sketch: str = "int8"
+    sketch: str = "int4"
     prompt: int = 32
     against: tuple[str, ...] = AGAINST
     threads: int = 0

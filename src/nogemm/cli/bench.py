@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.report.tables import TextTable
+from nogemm.cli.bench_decoder import decoder
 from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_table, print_text_table
 from nogemm.cli.options import (
     Activation,
@@ -32,6 +33,7 @@ from nogemm.cli.options import (
 from nogemm.running.measured import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
+app.command("decoder")(decoder)
 
 
 @app.command("layer")
@@ -65,7 +67,7 @@ def layer(
         return result | {"dense_faster": dense_faster(result["rows"])}
 
     def show(result: dict[str, Any]) -> None:
-        _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
+        print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
         print(verdict(result["rows"]))
 
     measured("layer", json, work, show)
@@ -119,7 +121,7 @@ def model(
         "model",
         json,
         lambda note, keep: run_model_bench(args, note=note, keep=keep),
-        lambda result: _print_rows(result, ("batch", "length"), "ms", 1000.0),
+        lambda result: print_rows(result, ("batch", "length"), "ms", 1000.0),
     )
 
 
@@ -356,7 +358,8 @@ def _print_table(result: dict[str, Any], make: Callable[[dict[str, Any]], TextTa
     print_partial(result)
 
 
-def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+def print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+    """Print a result's rows: a contender's case, median and spread of its times, and what was checked."""
     from nogemm.bench.engine.result import shown_name, why_not
 
     print(result["machine_line"])

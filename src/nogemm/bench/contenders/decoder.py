@@ -5,6 +5,7 @@ Legend: L layers, D width, F neurons, H heads, T tokens in the cache, V vocabula
 
 from __future__ import annotations
 
+import gc
 import warnings
 from pathlib import Path
 from statistics import NormalDist
@@ -143,6 +144,7 @@ class TorchDecoder(DecoderContender):
 
             for layer in self.model.model.decoder.layers:  # one at a time: the whole in float32 is twice its size
                 quantize_dynamic(layer.float(), {nn.Linear}, dtype=torch.qint8, inplace=True)
+                gc.collect()
             self.model.float()
             quantize_dynamic(self.model, {nn.Linear}, dtype=torch.qint8, inplace=True)
         self.fill()
@@ -192,6 +194,7 @@ class OurDecoder(TorchDecoder):
             for sketched, rows in (layer.traffic(1) for layer in converted(self.model).values() if _hire(layer))
         )
         pack(self.model, "int8", body="int8")
+        gc.collect()
         self.fill()
         facts["bytes_read"] = float(body + read + head.codes().bytes)
         return facts
@@ -273,6 +276,8 @@ class OpenVinoDecoder(DecoderContender):
             "INFERENCE_PRECISION_HINT": "bf16" if self.precision == "bf16" else "f32",
         }
         self.request = shared_core().compile_model(graph, "CPU", config).create_infer_request()
+        del graph
+        gc.collect()
         return {"bytes_read": float(count * (1 if self.precision == "int8" else 2))}
 
     def _graph(self, step: Step) -> Any:
@@ -280,7 +285,7 @@ class OpenVinoDecoder(DecoderContender):
         from openvino._offline_transformations import apply_make_stateful_transformation
         from openvino.frontend.pytorch import patch_model
 
-        getattr(patch_model, "__make_16bit_traceable")(step)  # noqa: B009 (within a class the name would be changed)
+        vars(patch_model)["__make_16bit_traceable"](step)  # within a class the name itself would be changed
         keys, values = self.past
         past = [part for pair in zip(keys, values, strict=True) for part in pair]
         with quiet():

@@ -120,8 +120,10 @@ def _choose_by_cutoff(layer: HireFFN, x_ND: Tensor) -> Choice:
     else:
         sketch = layer.sketch()
         scores_NF = sketch.scores(x_ND, bias)
-        loose_NF = scores_NF > cutoff(scores_NF, wide) if statistical else (
-            scores_NF + sketch.margins(x_ND) > (0 if own_N1 is None else own_N1)
+        loose_NF = (
+            scores_NF > cutoff(scores_NF, wide)
+            if statistical
+            else (scores_NF + sketch.margins(x_ND) > (0 if own_N1 is None else own_N1))
         )
     limit_N1 = cutoff(scores_NF, layer.config.keep) if statistical else scores_NF.new_zeros(len(scores_NF), 1)
     limit_N1 = limit_N1 if own_N1 is None else own_N1
