@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import decoders
 import nogemm
-from nogemm.convert.body import Int8Linear, reduced, rounded_parts
+from nogemm.convert.body import Int8Linear, rounded_parts
 from nogemm.testing.compare import Mismatch
 
 HIRE = nogemm.HireConfig(keep=0.9)
@@ -23,12 +23,12 @@ HIRE = nogemm.HireConfig(keep=0.9)
 def check_rounded(y_NE: Tensor, x_ND: Tensor, linear: nn.Linear) -> None:
     """Hold int8 products against float64.
 
-    A weight is off by half its row's step, max |w| / 127 / 2, a token's number by half its own, max |x| / 127 / 2 (63
-    where tokens have 7 bits); the products are summed exactly.
+    A weight is off by half its row's step, max |w| / 127 / 2, a token's number by half its own, max |x| / 127 / 2; the
+    products are summed exactly.
     """
     x, w = x_ND.double(), linear.weight.detach().double()
     half_E1 = w.abs().amax(1, keepdim=True) / 254
-    half_N1 = x.abs().amax(1, keepdim=True) / (126 if reduced() else 254)
+    half_N1 = x.abs().amax(1, keepdim=True) / 254
     bound = x.abs() @ half_E1.expand_as(w).T + half_N1 * (w.abs() + half_E1).sum(1)
     exact = x @ w.T + (0 if linear.bias is None else linear.bias.detach().double())
     bound = bound + 1e-6 * (x.abs() @ w.abs().T + exact.abs()) + 1e-30
@@ -39,7 +39,7 @@ def check_rounded(y_NE: Tensor, x_ND: Tensor, linear: nn.Linear) -> None:
 
 @pytest.mark.parametrize(("d", "e"), [(1, 1), (7, 5), (64, 33), (200, 129)])
 @pytest.mark.parametrize("bias", [True, False])
-def test_products_stay_within_their_bound(d: int, e: int, bias: bool) -> None:
+def test_products_stay_within_their_bound(isa: str, d: int, e: int, bias: bool) -> None:
     linear = nn.Linear(d, e, bias=bias)
     rounded = Int8Linear(linear, keep=False)
     for n in (0, 1, 2, 9):
@@ -56,7 +56,7 @@ def test_products_stay_within_their_bound(d: int, e: int, bias: bool) -> None:
     assert rounded(torch.randn(2, 3, d).bfloat16()).dtype == torch.bfloat16
 
 
-def test_broken_tokens_stay_alone() -> None:
+def test_broken_tokens_stay_alone(isa: str) -> None:
     rounded = Int8Linear(nn.Linear(16, 8), keep=False)
     x = torch.randn(5, 16)
     clean = rounded(x)

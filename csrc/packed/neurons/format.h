@@ -16,7 +16,8 @@ inline constexpr int64_t kHireVersion = 3;
 inline constexpr int64_t kSketchRows = 64;  // rows of a sketch group
 
 enum HireMode : int64_t { kHireF32 = 0, kHireBF16 = 1, kHireI8 = 2 };
-enum HireSelect : int64_t { kTopK = 0, kStatistical = 1, kActive = 2, kGaussian = 3 };
+enum HireSelect : int64_t { kTopK = 0, kStatistical = 1, kActive = 2, kGaussian = 3, kScores = 4 };
+// kScores: a dense linear layer, whose answer are the scores themselves; it has no bundles.
 inline constexpr int64_t kKeySigned = -1;  // a key that is the score itself; any other is an activation
 
 // The header's fields in their order, eight bytes each: I(integer), D(double). The only list of them: Python asks for it.

@@ -123,6 +123,14 @@ void run_chunk(const Chunk& c, Phases& phases) {
       l.k->scores(rows, i * kSketchPiece, end, tokens, n);
     });
   }
+  if (h.select == kScores) {
+    phases.run(9, n, [&](int64_t i) {
+      TokenState& t = c.tokens[i];
+      for (int64_t r = 0; r < h.hidden && !t.finite; ++r) t.scores[r] = std::numeric_limits<float>::quiet_NaN();
+      l.k->write[c.dtype](t.scores, c.y + i * h.hidden * c.item, h.hidden);
+    });
+    return;
+  }
   phases.run(4, n, [&](int64_t i) {
     if (h.moments != 0) c.tokens[i].cutoff = cutoff_from_moments(h, c.tokens[i].moments);
     if (c.mask != nullptr) {
@@ -272,6 +280,8 @@ const char* hire_check(const void* packed, int64_t bytes) {
   const int64_t bundles = h->bundles + h->hidden * h->bundle_bytes;
   const int64_t sketch = h->sketch + round_up(h->hidden, kSketchRows) * h->steps * 4;
   const int64_t moments = h->moments + (h->moments == 0 ? 0 : (h->d + 2) * h->moments_stride);
+  if (h->select == kScores && (h->sketch == 0 || h->reduce != 0 || h->d_out != h->hidden))
+    return "a damaged buffer; pack the layer again";
   if (bundles > bytes || sketch > bytes || moments > bytes || (h->moments != 0) != (h->select == kGaussian) || h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
     return "a damaged buffer; pack the layer again";
   return nullptr;

@@ -70,6 +70,7 @@ struct Layer {
 
 // Most neurons that may be candidates, and kept.
 inline int64_t most_candidates(const HireHeader& h) {
+  if (h.select == kScores) return 0;
   const int64_t most = h.select == kTopK ? h.candidates * h.group : h.hidden;
   return most < h.hidden ? most : h.hidden;
 }

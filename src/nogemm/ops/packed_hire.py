@@ -22,7 +22,7 @@ from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_pa
 from nogemm.ops.sketch_and_select import KEYS
 
 _MAGIC, _VERSION = 0x4552494847474E01, 3
-_SELECT = ("topk", "statistical", "active", "gaussian")
+_SELECT = ("topk", "statistical", "active", "gaussian", "scores")
 SKETCH_ROWS = 64  # of a group; csrc/packed/neurons/format.h
 _BYTE_OFFSET, _NIBBLE_OFFSET = 128, 8
 
@@ -153,7 +153,6 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     Raises:
         NativeError: no extension. ConfigError: an activation that nogemm does not know.
     """
-    library = native()
     hidden, width = w.up.shape
     padded = _up(hidden, SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
@@ -203,13 +202,39 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
         "keep_z": w.keep_z,
         "wide_z": w.wide_z,
     }
-    total = layout.end + hidden * sum(widths)
-    values |= {"bundles": layout.end, "bytes": total}
-    buffer = aligned_buffer(total)
-    library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.nogemm_hire_prepare(buffer.data_ptr(), total)
-    _write(values, layout, torch.cat(rows, dim=1), buffer)
-    return buffer
+    return _written(values, layout, torch.cat(rows, dim=1))
+
+
+def pack_linear(codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    """Lay a dense linear layer out so that `packed_hire` answers it by `sketch_scores`: y = x W^T + b, W ~ scale codes.
+
+    Args:
+        codes_FD: int8, from -127 to 127. scale_F, bias_F: float32.
+    Returns:
+        one uint8 buffer, as from `pack_hire`; d_out is F.
+    Raises:
+        NativeError: no extension.
+    """
+    hidden, width = codes_FD.shape
+    padded = _up(hidden, SKETCH_ROWS)
+    bias_F = torch.zeros(hidden) if bias_F is None else bias_F
+    layout = _Layout(_up(8 * len(_fields()), ALIGNMENT))
+    values: dict[str, float] = dict.fromkeys(_fields(), 0) | {
+        "magic": _MAGIC,
+        "version": _VERSION,
+        "d": width,
+        "d_out": hidden,
+        "hidden": hidden,
+        "select": _SELECT.index("scores"),
+        "width": width,
+        "steps": -(-width // 4),
+        "group": hidden,
+        "groups": 1,
+        "sketch": layout.add(lay_out_sketch(codes_FD, nibbles=False)),
+        "sketch_scale": layout.add(_padded(scale_F, padded)),
+        "gate_bias": layout.add(_padded(bias_F, padded)),
+    }
+    return _written(values, layout, codes_FD.new_empty(hidden, 0).view(torch.uint8))
 
 
 @functools.cache
@@ -218,6 +243,18 @@ def _fields() -> dict[str, str]:
     library = native()
     library.nogemm_hire_fields.restype = ctypes.c_char_p
     return {word[1:]: word[0] for word in library.nogemm_hire_fields().decode().split()}
+
+
+def _written(values: dict[str, float], layout: _Layout, bundle_rows: Tensor) -> Tensor:
+    """Allocate a buffer, and write it."""
+    library = native()
+    total = layout.end + bundle_rows.numel()
+    values |= {"bundles": layout.end, "bytes": total}
+    buffer = aligned_buffer(total)
+    library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.nogemm_hire_prepare(buffer.data_ptr(), total)
+    _write(values, layout, bundle_rows, buffer)
+    return buffer
 
 
 def _write(values: dict[str, float], layout: _Layout, bundle_rows: Tensor, buffer: Tensor) -> None:
