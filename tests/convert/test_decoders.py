@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import nogemm
 from nogemm.convert.sites import installed, record_sites
-from nogemm.layers import HireFFN
+from nogemm.layers import HireFFN, PackedFFN
 from nogemm.layers.hire.packed import PackedHire
 from nogemm.ops import native_available
 from nogemm.testing.compare import Mismatch
@@ -163,7 +163,7 @@ def test_stored_and_loaded(kind: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(not native_available(), reason="the portable form keeps the layer as it is")
 @pytest.mark.parametrize("kind", ["opt", "llama with relu"])
 def test_rows_are_in_memory_once(kind: str) -> None:
-    """What is packed holds each weight once, in rows that lie side by side, and the sketch; the dense weights are gone."""
+    """What is packed holds each weight once, rows side by side, and the sketch; the dense weights are gone."""
     model = make(kind)
     nogemm.convert(model, ACTIVE)
     nogemm.pack(model, "bf16")
@@ -237,6 +237,62 @@ def test_smooth_families_learn_and_pack(kind: str, config: Any) -> None:
             nogemm.pack(model, "fp32")
         assert float((logits(model) - y).norm() / y.norm()) < 0.05
         assert torch.equal(nogemm.generate(model, prompt(), 5), decode(model, 5))
+
+
+def gemma3n() -> Any:
+    torch.manual_seed(0)
+    config = tf.Gemma3nTextConfig(
+        vocab_size=V, vocab_size_per_layer_input=V, hidden_size=D, hidden_size_per_layer_input=8, intermediate_size=F,
+        num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, head_dim=12, num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 3, activation_sparsity_pattern=[0.95, 0.8, 0.0], laurel_rank=4,
+        altup_num_inputs=2, initializer_range=0.3, eos_token_id=None,
+    )  # fmt: skip
+    model = tf.Gemma3nForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+GEMMA3N = {
+    "*.layers.[01].mlp": nogemm.HireConfig(keep=0.2, select="gaussian"),
+    "*": nogemm.DenseConfig(),
+}
+
+
+@pytest.mark.parametrize("config", [nogemm.DenseConfig(), GEMMA3N], ids=["dense", "hire"])
+def test_gemma3n_keeps_its_own_cutoff(config: Any, tmp_path: Path) -> None:
+    model, dense = gemma3n(), gemma3n()
+    report = nogemm.convert(model, config)
+    assert [site.replaced.sparsity for site in report.sites] == [0.95, 0.8, 0.0]
+    assert [site.fitted for site in report.sites] == ["exact"] * 3
+    with record_sites(model) as seen:
+        check_answers("gemma3n", logits(model), dense, logits)
+    for name, layer in nogemm.converted(model).items():
+        if isinstance(layer, HireFFN):
+            found = layer.measure(seen[name][0])
+            assert found.recall == 1.0
+            assert 0 < found.kept < 0.35
+    nogemm.save(model, tmp_path / "model")
+    again = type(model).from_pretrained(tmp_path / "model").eval()
+    check_same_model("gemma3n", again, model, logits)
+    nogemm.pack(again, "fp32")
+    for path in ("rows", "dense"):
+        for layer in installed(again).values():
+            assert isinstance(layer, PackedFFN)
+            layer.fix_path(path)
+        check_answers(path, logits(again), dense, logits)
+    assert torch.equal(decode(again), decode(dense))
+    other = gemma3n()
+    other.model.layers[0].mlp.activation_sparsity = 0.9
+    with pytest.raises(Mismatch, match="off by"):
+        check_answers("another cutoff", logits(again), other, logits)
+
+
+def test_a_cutoff_is_taken_by_the_one_choice_that_is_for_it() -> None:
+    for model, select in ((gemma3n(), "topk"), (make("llama"), "gaussian")):
+        with pytest.raises(nogemm.ConfigError, match='select="gaussian" is for dense networks with a cutoff'):
+            nogemm.convert(model, nogemm.HireConfig(select=select))  # type: ignore[arg-type]
+    report = nogemm.convert(gemma3n(), nogemm.TreeConfig(depth=2))
+    assert all(site.fitted != "exact" for site in report.sites)
 
 
 def test_select_active_names_the_activation_that_it_cannot_take() -> None:

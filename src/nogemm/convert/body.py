@@ -1,15 +1,14 @@
 """The matrices that conversion leaves as they are, attention's above all, rounded to int8 while a model is packed.
 
-The products are those of HireFFN's int8 sketch. Beside torch's own int8 products (FBGEMM) a token takes less time, as one
-call rounds, multiplies and scales, a long prompt a little more; and they give equal bits for any batch, number of threads
-and instruction set.
+The products are those of HireFFN's int8 sketch. Beside torch's own int8 products (FBGEMM) a token takes less time, as
+one call rounds, multiplies and scales, a long prompt a little more; and they give equal bits for any batch, number of
+threads and instruction set.
 
 Legend: N tokens, D inputs, E outputs.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from nogemm.errors import PackedError
@@ -25,10 +24,11 @@ from nogemm.ops.sketch_and_select import sketch_scores
 class Int8Linear(nn.Module):
     """A linear layer for evaluation, its matrix in int8 with a scale per row.
 
-        y[n, e] = size[n] scale[e] sum_d code[e, d] round(x[n, d] / size[n]) + bias[e]     size[n] = max_d |x[n, d]| / 127
+        y[n, e] = size[n] scale[e] sum_d code[e, d] round(x[n, d] / size[n]) + bias[e]
+        size[n] = max_d |x[n, d]| / 127
 
-    Each token is rounded to 8 bits with a scale of its own: what it becomes does not depend on its batch, in decoding as
-    in a prompt. Sums are exact integers. A token that is not finite gives NaN. y has x's dtype.
+    Each token is rounded to 8 bits with a scale of its own: what it becomes does not depend on its batch, in decoding
+    as in a prompt. Sums are exact integers. A token that is not finite gives NaN. y has x's dtype.
 
     Args:
         linear: what it stands for; not changed.

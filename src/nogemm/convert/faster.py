@@ -24,8 +24,7 @@ from nogemm.layers._base import PACK_DTYPES
 from nogemm.ops._threads import in_passing
 
 ROUNDS = 9
-# What each is timed in, so that a call finds its weights in memory, as in a model of many layers.
-_FLUSHED = 2
+_FLUSHED = 2  # last-level caches: what is written before a call, so that it finds its weights in memory
 
 
 def slower_sites(

@@ -35,7 +35,8 @@ class HireWeights:
         gate: [F, D] of a gated layer, else None. down: [F, E].
         activation: by any of its names; up_relu: ReLU on the gated branch, too.
         codes, scale, reduce: of the sketch; codes None if all neurons are candidates.
-        error, size: for select="active" and "gaussian", what |x| and the token's step are multiplied with to give a neuron's margin.
+        error, size: for select="active" and "gaussian", what |x| and the token's step are multiplied with to give a
+            neuron's margin.
         nibbles: the codes fit four bits.
         group, kept, candidates: counted in groups; always: groups, increasing.
         keep_z, wide_z: cutoffs of select="statistical" and "gaussian" in standard deviations above the mean.

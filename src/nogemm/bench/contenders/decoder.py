@@ -1,4 +1,4 @@
-"""The worker's side of `nogemm bench decoder`: a whole ReLU decoder, one token a call, with its cache of keys and values.
+"""The worker's side of `nogemm bench decoder`: whole ReLU decoders, a token a call, with a cache of keys and values.
 
 Legend: L layers, D width, F neurons, H heads, T tokens in the cache, V vocabulary.
 """

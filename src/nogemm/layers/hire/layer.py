@@ -76,8 +76,8 @@ class HireFFN(FFN):
             raise ConfigError(f'HireFFN: select="active" needs a ReLU-type activation, got {activation!r}')
         if (config.select == "gaussian") != (shape.sparsity > 0):
             raise ConfigError(
-                f'HireFFN: select="gaussian" is for dense networks with a cutoff of their own, and they take no other; got '
-                f"select={config.select!r} for a network of sparsity {shape.sparsity}"
+                f'HireFFN: select="gaussian" is for dense networks with a cutoff of their own, and they take no other; '
+                f"got select={config.select!r} for a network of sparsity {shape.sparsity}"
             )
         self.hidden, self.activation, self.gated = hidden, activation, gated
         self.up = nn.Parameter(torch.empty(hidden, d_model))
