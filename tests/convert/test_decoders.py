@@ -42,10 +42,11 @@ def _opt(**kwargs: Any) -> Any:
 
 
 def _t5() -> Any:
+    start: dict[str, Any] = {"decoder_start_token_id": 0}
     return tf.T5ForConditionalGeneration(
         tf.T5Config(
             vocab_size=V, d_model=D, d_kv=12, d_ff=F, num_layers=1, num_decoder_layers=1, num_heads=2,
-            decoder_start_token_id=0, eos_token_id=None,
+            eos_token_id=None, **start,
         )
     )  # fmt: skip
 

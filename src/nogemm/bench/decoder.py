@@ -101,8 +101,9 @@ def write_reference(shape: dict[str, Any], prompt: int, file: Path) -> None:
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
-        keys = torch.stack([layer.keys for layer in cache.layers]).clone()
-        values = torch.stack([layer.values for layer in cache.layers]).clone()
+        layers: list[Any] = list(cache.layers)
+        keys = torch.stack([layer.keys for layer in layers]).clone()
+        values = torch.stack([layer.values for layer in layers]).clone()
         logits = [
             model(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).logits[0, -1]
             for place in range(prompt, ids.shape[1])

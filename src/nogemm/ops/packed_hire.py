@@ -220,7 +220,9 @@ def pack_linear(codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Ten
     padded = _up(hidden, SKETCH_ROWS)
     bias_F = torch.zeros(hidden) if bias_F is None else bias_F
     layout = _Layout(_up(8 * len(_fields()), ALIGNMENT))
-    values: dict[str, float] = dict.fromkeys(_fields(), 0) | {
+    values: dict[str, float] = {}
+    values |= dict.fromkeys(_fields(), 0)
+    values |= {
         "magic": _MAGIC,
         "version": _VERSION,
         "d": width,

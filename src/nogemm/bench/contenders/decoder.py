@@ -53,7 +53,7 @@ def make_decoder(shape: dict[str, Any]) -> Any:
         activation_function="relu",
     )
     with torch.device("meta"):
-        model = OPTForCausalLM(config)
+        model: Any = OPTForCausalLM(config)
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
     source = torch.Generator().manual_seed(shape["seed"])
@@ -189,10 +189,8 @@ class OurDecoder(TorchDecoder):
         texts = torch.randint(4, self.shape["vocabulary"], (4, 64), generator=source)
         head = convert_head(self.model, data=[{"input_ids": texts}])
         body = sum(p.numel() for n, p in self.model.named_parameters() if "_proj.weight" in n)
-        read = sum(
-            sketched + rows
-            for sketched, rows in (layer.traffic(1) for layer in converted(self.model).values() if _hire(layer))
-        )
+        layers = [layer for layer in converted(self.model).values() if isinstance(layer, HireFFN)]
+        read = sum(sum(layer.traffic(1)) for layer in layers)  # a byte a number
         pack(self.model, "int8", body="int8")
         gc.collect()
         self.fill()
@@ -217,10 +215,6 @@ class OurDecoder(TorchDecoder):
         assert isinstance(head, HireHead)
         with torch.inference_mode():
             return head.choose(self._state(inputs)).token
-
-
-def _hire(layer: Any) -> bool:
-    return isinstance(layer, HireFFN)
 
 
 class Step(nn.Module):
