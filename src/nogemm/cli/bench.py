@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.report.tables import TextTable
-from nogemm.cli.bench_decoder import decoder
 from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_table, print_text_table
 from nogemm.cli.options import (
     Activation,
@@ -33,7 +32,6 @@ from nogemm.cli.options import (
 from nogemm.running.measured import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
-app.command("decoder")(decoder)
 
 
 @app.command("layer")

@@ -1,4 +1,4 @@
-"""`nogemm bench decoder`."""
+"""`nogemm bench decoder`, added to the other commands that measure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from typing import Annotated, Any
 
 import typer
 
+from nogemm.cli.bench import app, print_rows
 from nogemm.cli.common import Json
 from nogemm.cli.options import Rounds, Seconds, Seed, Threads, Width, words
 from nogemm.running.measured import measured
 
 
+@app.command("decoder")
 def decoder(
     d: Width = 2048,
     hidden: Annotated[int, typer.Option(help="Neurons of an FFN.")] = 8192,
@@ -47,8 +49,6 @@ def decoder(
     )
 
     def show(result: dict[str, Any]) -> None:
-        from nogemm.cli.bench import print_rows  # which has this command among its own
-
         print_rows(result, ("batch",), "ms", 1e3)
 
     measured("decoder", json, lambda note, keep: run_decoder_bench(args, note=note, keep=keep), show)
