@@ -43,8 +43,8 @@ FLAGS = {
     "bench train-step": "--method --set --d --hidden --activation --tokens --codes --threads --rounds --checkpoint "
     "--site --seed --json",
     "bench recall": "--checkpoint --tokens --json",
-    "bench decoder": "--d --hidden --layers --heads --vocabulary --active --sketch --prompt --against --threads --rounds "
-    "--seconds --seed --json",
+    "bench decoder": "--d --hidden --layers --heads --vocabulary --active --sketch --prompt --against --threads "
+    "--rounds --seconds --seed --json",
     "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
