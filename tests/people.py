@@ -71,6 +71,21 @@ def gpt2(folder: Path, cls: str = "GPT2LMHeadModel") -> Path:
     return folder
 
 
+def relu_decoder(folder: Path) -> Path:
+    """Save a small OPT with the tokenizer of `gpt2`."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(gpt2(folder.with_name(folder.name + "-tokenizer")))
+    torch.manual_seed(0)
+    config = tf.OPTConfig(
+        vocab_size=len(tokenizer), hidden_size=16, word_embed_proj_dim=16, ffn_dim=48, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=40, init_std=0.5, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    tf.OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def sentence_encoder(folder: Path, *modules: Any, mode: Any = "mean", **kwargs: Any) -> Path:
     """Save a SentenceTransformer: a small BERT, a pooling, and more modules."""
     from sentence_transformers import SentenceTransformer

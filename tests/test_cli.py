@@ -25,7 +25,7 @@ from nogemm.hardware.held import held_to
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
     "env": "--processor --json",
-    "convert": "--method --set --layers --data --tables --speed --trust-remote-code --json",
+    "convert": "--method --set --layers --data --tables --faster-at --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
@@ -43,6 +43,8 @@ FLAGS = {
     "bench train-step": "--method --set --d --hidden --activation --tokens --codes --threads --rounds --checkpoint "
     "--site --seed --json",
     "bench recall": "--checkpoint --tokens --json",
+    "bench decoder": "--d --hidden --layers --heads --vocabulary --active --sketch --prompt --against --threads "
+    "--rounds --seconds --seed --json",
     "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
     "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds "
     "--json",

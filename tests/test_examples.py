@@ -59,10 +59,19 @@ def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
     assert "same text: True" in said
 
 
+def test_a_relu_decoder_computes_what_fires(tmp_path: Path):
+    model = people.relu_decoder(tmp_path / "opt")
+    said = run("decoder_ffn.py", model, "a fast table", "--tokens", 6, "--keep", 0.5)
+    assert "model.decoder.layers.1" in said
+    assert "a fast table" in said
+    assert "of 6 new tokens are the dense model's" in said
+    assert "left dense" in run("decoder_ffn.py", model, "a fast table", "--tokens", 2, "--faster") or "hire" in said
+
+
 def test_every_example_is_short_and_described():
     described = (ROOT / "examples" / "README.md").read_text()
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert len(files) == 3
+    assert len(files) == 4
     for file in files:
         assert file.name in described
         assert len(file.read_text().splitlines()) < 60

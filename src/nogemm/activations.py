@@ -1,9 +1,14 @@
-"""The vocabulary of activations: what they compute, transformers' names for them, and their numbers in native code."""
+"""The vocabulary of activations: what they compute, transformers' names for them, and their numbers in native code.
+
+Legend: N tokens, F neurons.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Literal
 
 import torch
@@ -88,3 +93,17 @@ def taken_over(name: str) -> str:
     Trees could compute the others too; checkpoints that were trained with gelu in their place must stay what they are.
     """
     return name if name in ("gelu", "relu", "silu") else "gelu"
+
+
+def cutoff(scores_NF: Tensor, keep: float) -> Tensor:
+    """Return mean + z std of each token's scores, [N, 1]; a normal distribution has the share `keep` above it."""
+    z = deviations(keep)
+    if z == -math.inf:
+        return scores_NF.new_full((len(scores_NF), 1), z)
+    mean_N1 = scores_NF.mean(-1, keepdim=True)
+    return mean_N1 + z * (scores_NF - mean_N1).square().mean(-1, keepdim=True).sqrt()
+
+
+def deviations(keep: float) -> float:
+    """Return the z that a normal variable exceeds with probability `keep`; minus infinity for all."""
+    return -math.inf if keep >= 1 else NormalDist().inv_cdf(1.0 - keep)

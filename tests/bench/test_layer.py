@@ -115,7 +115,7 @@ def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pyt
     found = {row["contender"]: row.get("flip_rate", "none") for row in lookup["rows"]}
     assert found["torch-fp32"] == "none"
     assert 0 <= found["nogemm-fp32"] < found["nogemm-int8"] < 0.01
-    bench_cli._print_rows(lookup, ("batch",), "us", 1.0)
+    bench_cli.print_rows(lookup, ("batch",), "us", 1.0)
     assert f"{found['nogemm-int8']:.1e}" in capsys.readouterr().out
     page = render(Results(layers=[_layer_row(row, lookup) for row in lookup["rows"]]))
     assert "<th>flip rate</th>" in page
@@ -128,7 +128,7 @@ def test_rows_with_discrete_choices_say_how_many_rounding_turns_over(capsys: pyt
     tiny |= {"method": "dense", "set": ()}
     (row,) = run_layer_bench(LayerBenchArgs(**tiny))["rows"]
     assert "flip_rate" not in row
-    bench_cli._print_rows({"machine_line": "", "rows": [row]}, ("batch",), "us", 1.0)
+    bench_cli.print_rows({"machine_line": "", "rows": [row]}, ("batch",), "us", 1.0)
     assert "flip rate" not in capsys.readouterr().out
 
 
@@ -144,7 +144,7 @@ def test_a_layer_without_its_kernel_says_so(
 ) -> None:
     assert {row["native"] for row in result["rows"] if row["contender"] == "nogemm-fp32"} == {True}
     assert all("native" not in row for row in result["rows"] if row["contender"] != "nogemm-fp32")
-    bench_cli._print_rows(result, ("batch",), "us", 1.0)
+    bench_cli.print_rows(result, ("batch",), "us", 1.0)
     assert "not native" not in capsys.readouterr().out
 
     monkeypatch.setenv("NOGEMM_DISABLE_NATIVE", "1")  # for the worker; this process has loaded the kernels
@@ -153,7 +153,7 @@ def test_a_layer_without_its_kernel_says_so(
     (row,) = without["rows"]
     assert row["native"] is False
     assert row["verified"] is True
-    bench_cli._print_rows(without, ("batch",), "us", 1.0)
+    bench_cli.print_rows(without, ("batch",), "us", 1.0)
     out = capsys.readouterr().out
     assert "nogemm-fp32, not native" in out
     assert "not the kernel's times" in out

@@ -186,7 +186,8 @@ def _module(name: str) -> nn.Module:
     return cls(32, config) if name in ("GPT2MLP", "GPTBigCodeMLP", "GPTNeoMLP") else cls(config)
 
 
-@pytest.mark.parametrize("name", sorted(FAMILIES))
+# Gemma 3n's has a cutoff of its own, which no proof guesses: tests/convert/test_decoders.py compares it.
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"Gemma3nTextMLP"}))
 def test_listed_classes_go_through_the_same_proof(name: str) -> None:
     module = _module(name)
     adapter = listed_adapter(type(module))
@@ -196,8 +197,9 @@ def test_listed_classes_go_through_the_same_proof(name: str) -> None:
     assert prove(candidate, calls, adapter) == adapter
     own = prove(candidate, calls)  # what discovery makes of it reads the same matrices
     assert {own.up, own.gate, own.down} == {adapter.up, adapter.gate, adapter.down}
+    other = "silu" if name in ("ArceeMLP", "NemotronMLP", "PersimmonMLP") else "relu2"
     with pytest.raises(Unproven):  # negative control: the same wiring with another activation
-        prove(candidate, calls, dataclasses.replace(adapter, activation="relu2", put=""))
+        prove(candidate, calls, dataclasses.replace(adapter, activation=other, put=""))
 
 
 def test_remote_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from nogemm.layers import HireConfig, HireFFN
+from nogemm.shape import FFNShape
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class HireCase:
     d_model: int = 40
     d_out: int = 33
     hidden: int = 103
+    sparsity: float = 0.0
 
 
 CASES = (
@@ -34,6 +36,11 @@ CASES = (
     HireCase("low rank", HireConfig(keep=0.2, sketch="low_rank", rank=24), "relu", False),
     HireCase("statistical", HireConfig(keep=0.1, select="statistical"), "silu", True),
     HireCase("active", HireConfig(keep=0.1, select="active", sketch="int4"), "relu", False),
+    HireCase("gaussian", HireConfig(keep=0.2, select="gaussian"), "gelu_new", True, sparsity=0.8),
+    HireCase(
+        "gaussian int4, plain", HireConfig(keep=0.1, select="gaussian", sketch="int4"), "relu", False, 65, 64, 200, 0.95
+    ),
+    HireCase("gaussian, no sketch", HireConfig(keep=1.0, select="gaussian"), "silu", True, 15, 9, 12, 0.5),
     HireCase("everything", HireConfig(keep=1.0), "gelu", False),
     HireCase("no sketch", HireConfig(keep=0.5, oversample=9.0, group=3), "relu", True),
     HireCase("one of everything", HireConfig(keep=0.5), "silu", False, 1, 1, 1),
@@ -42,8 +49,15 @@ CASES = (
 
 def build_case(case: HireCase) -> HireFFN:
     """Build the layer in evaluation mode, with a fitted sketch and biases that matter."""
-    layer = case.config.build(
-        case.d_model, case.d_out, hidden=case.hidden, activation=case.activation, gated=case.gated
+    layer = case.config.make(
+        FFNShape(
+            d_in=case.d_model,
+            d_out=case.d_out,
+            hidden=case.hidden,
+            activation=case.activation,
+            gated=case.gated,
+            sparsity=case.sparsity,
+        )
     )
     layer.fit_sketch()
     with torch.no_grad():

@@ -12,11 +12,12 @@
 namespace nogemm {
 
 inline constexpr int64_t kHireMagic = 0x4552494847474e01ll;
-inline constexpr int64_t kHireVersion = 2;
+inline constexpr int64_t kHireVersion = 3;
 inline constexpr int64_t kSketchRows = 64;  // rows of a sketch group
 
 enum HireMode : int64_t { kHireF32 = 0, kHireBF16 = 1, kHireI8 = 2 };
-enum HireSelect : int64_t { kTopK = 0, kStatistical = 1, kActive = 2 };
+enum HireSelect : int64_t { kTopK = 0, kStatistical = 1, kActive = 2, kGaussian = 3, kScores = 4 };
+// kScores: a dense linear layer, whose answer are the scores themselves; it has no bundles.
 inline constexpr int64_t kKeySigned = -1;  // a key that is the score itself; any other is an activation
 
 // The header's fields in their order, eight bytes each: I(integer), D(double). The only list of them: Python asks for it.
@@ -50,12 +51,14 @@ inline constexpr int64_t kKeySigned = -1;  // a key that is the score itself; an
   I(always)                                                                            \
   I(margin_error)                                                                      \
   I(margin_size)                                                                       \
+  I(moments) /* gaussian: what mean and deviation are made of, see state.h */          \
+  I(moments_stride)                                                                    \
   I(bundles)                                                                           \
   I(scales) /* [3][hidden], int8 only */                                               \
   I(gate_bias)                                                                         \
   I(up_bias)                                                                           \
   I(out_bias)                                                                          \
-  D(keep_z) /* statistical: standard deviations above the mean; -infinity keeps all */ \
+  D(keep_z) /* standard deviations above the mean; -infinity keeps all */              \
   D(wide_z)
 
 struct HireHeader {

@@ -55,6 +55,13 @@ inline void pick_masked(const Layer& l, const uint8_t* mask, TokenState& t) {
   t.candidate_count = t.kept_count;
 }
 
+// Mean plus so many deviations of a token's selecting values, from its moments.
+inline float cutoff_from_moments(const HireHeader& h, const float* moments) {
+  double square = 0;
+  for (int64_t i = 1; i < h.d + 2; ++i) square += static_cast<double>(moments[i]) * moments[i];
+  return static_cast<float>(moments[0] + h.keep_z * std::sqrt(square));
+}
+
 inline void pick_candidates(const Layer& l, TokenState& t) {
   const HireHeader& h = *l.h;
   if (l.all()) {
@@ -73,13 +80,13 @@ inline void pick_candidates(const Layer& l, TokenState& t) {
     return;
   }
   const float *error = l.at(h.margin_error), *size = l.at(h.margin_size);
-  const double limit = cutoffs_of(h, t.scores).wide;
+  const double limit = h.select == kGaussian ? t.cutoff : cutoffs_of(h, t.scores).wide;
   float square = 0;
   for (int64_t i = 0; i < h.d; ++i) square += t.x[i] * t.x[i];
   const float norm = std::sqrt(square);
   t.candidate_count = 0;
   for (int64_t i = 0; i < h.hidden; ++i) {
-    const float margin = h.select == kActive ? norm * error[i] + t.sketch.scale * size[i] : 0.0f;
+    const float margin = error != nullptr ? norm * error[i] + t.sketch.scale * size[i] : 0.0f;
     if (t.scores[i] + margin > limit) t.candidates[t.candidate_count++] = static_cast<int32_t>(i);
   }
 }
@@ -88,6 +95,14 @@ inline void pick_candidates(const Layer& l, TokenState& t) {
 inline void pick_kept(const Layer& l, TokenState& t) {
   const HireHeader& h = *l.h;
   t.kept_count = 0;
+  if (h.select == kGaussian) {  // what answers is the part above the cutoff
+    for (int64_t j = 0; j < t.candidate_count; ++j) {
+      if (!(t.exact[j] > t.cutoff)) continue;
+      t.exact[t.kept_count] = t.exact[j] - t.cutoff;
+      t.kept[t.kept_count++] = t.candidates[j];
+    }
+    return;
+  }
   if (h.select != kTopK) {
     const double limit = cutoffs_of(h, l.all() ? t.exact : t.scores).keep;
     for (int64_t j = 0; j < t.candidate_count; ++j) {

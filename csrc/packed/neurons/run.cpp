@@ -25,6 +25,7 @@ void prepare(const Layer& l, const void* x, Dtype dtype, TokenState& t) {
   }
   t.finite = broken == 0;
   if (!t.finite) std::memset(t.x, 0, static_cast<size_t>(h.d) * sizeof(float));
+  t.x[h.d] = 1.0f;
   if (h.mode == kHireI8) l.k->split(t.x, h.d, round_up(h.d, 64), t.planes, &t.fixed);
 }
 
@@ -77,6 +78,18 @@ void reduce_rows(const Layer& l, TokenState& t, int64_t begin, int64_t end) {
   l.k->dots[kHireF32](rows, index, 0, end - begin, end - begin, t.x, t.reduced + begin);
 }
 
+// Rows [begin, end) of the moments times (x, 1). Rows behind the first are a triangle: what lies left of it is not read.
+void moment_rows(const Layer& l, TokenState& t, int64_t begin, int64_t end) {
+  static const float zeros[kDotPiece] = {};
+  const HireHeader& h = *l.h;
+  const int64_t first = begin == 0 ? 0 : (begin - 1) / 16 * 16;  // of a row's columns, at a cache line
+  int32_t index[kDotPiece];
+  for (int64_t i = begin; i < end; ++i) index[i - begin] = static_cast<int32_t>(i - begin);
+  const char* base = l.base + h.moments + begin * h.moments_stride + first * 4;
+  const BundleRows rows{base, h.moments_stride, h.d + 1 - first, nullptr, zeros};
+  l.k->dots[kHireF32](rows, index, 0, end - begin, end - begin, t.x + first, t.moments + begin);
+}
+
 void run_chunk(const Chunk& c, Phases& phases) {
   const Layer& l = c.layer;
   const HireHeader& h = *l.h;
@@ -85,6 +98,13 @@ void run_chunk(const Chunk& c, Phases& phases) {
     prepare(l, c.x + i * h.d * c.item, c.dtype, c.tokens[i]);
     if (!l.all() && h.reduce == 0) quantise(l, c.tokens[i]);
   });
+  if (h.moments != 0) {
+    const int64_t per = (h.d + 2 + kDotPiece - 1) / kDotPiece;
+    phases.run(10, n * per, [&](int64_t i) {
+      const int64_t begin = i % per * kDotPiece, end = begin + kDotPiece < h.d + 2 ? begin + kDotPiece : h.d + 2;
+      moment_rows(l, c.tokens[i / per], begin, end);
+    });
+  }
   if (!l.all()) {
     if (h.reduce != 0) {
       const int64_t per = (h.width + kDotPiece - 1) / kDotPiece;
@@ -103,7 +123,16 @@ void run_chunk(const Chunk& c, Phases& phases) {
       l.k->scores(rows, i * kSketchPiece, end, tokens, n);
     });
   }
+  if (h.select == kScores) {
+    phases.run(9, n, [&](int64_t i) {
+      TokenState& t = c.tokens[i];
+      for (int64_t r = 0; r < h.hidden && !t.finite; ++r) t.scores[r] = std::numeric_limits<float>::quiet_NaN();
+      l.k->write[c.dtype](t.scores, c.y + i * h.hidden * c.item, h.hidden);
+    });
+    return;
+  }
   phases.run(4, n, [&](int64_t i) {
+    if (h.moments != 0) c.tokens[i].cutoff = cutoff_from_moments(h, c.tokens[i].moments);
     if (c.mask != nullptr) {
       pick_masked(l, c.mask + i * h.hidden, c.tokens[i]);
     } else {
@@ -250,7 +279,10 @@ const char* hire_check(const void* packed, int64_t bytes) {
     return "a damaged buffer; pack the layer again";
   const int64_t bundles = h->bundles + h->hidden * h->bundle_bytes;
   const int64_t sketch = h->sketch + round_up(h->hidden, kSketchRows) * h->steps * 4;
-  if (bundles > bytes || sketch > bytes || h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
+  const int64_t moments = h->moments + (h->moments == 0 ? 0 : (h->d + 2) * h->moments_stride);
+  if (h->select == kScores && (h->sketch == 0 || h->reduce != 0 || h->d_out != h->hidden))
+    return "a damaged buffer; pack the layer again";
+  if (bundles > bytes || sketch > bytes || moments > bytes || (h->moments != 0) != (h->select == kGaussian) || h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
     return "a damaged buffer; pack the layer again";
   return nullptr;
 }

@@ -8,7 +8,7 @@
 
 namespace nogemm::hire {
 
-inline constexpr int64_t kPhases = 10;
+inline constexpr int64_t kPhases = 11;
 
 // Phases of pieces, run by however many threads come. A thread takes the next piece of the phase, and goes on
 // to the next phase when all pieces are done; it waits only for pieces that another running thread has taken.
@@ -35,11 +35,14 @@ struct Phases {
   }
 };
 
+// A token's moments, kGaussian: with x~ = (x, 1), row 0 of the section times x~ is the mean of all selecting values,
+// and the other d + 1 rows, an upper triangle, give numbers whose squares add up to their variance.
 struct TokenState {
-  float *x, *reduced, *scores, *exact, *up, *weights, *y;
+  float *x, *reduced, *scores, *exact, *up, *weights, *y, *moments;
   int8_t *codes, *planes;
   int32_t *groups, *candidates, *chosen, *kept;
   int64_t candidate_count, kept_count;
+  float cutoff;  // kGaussian
   bool finite;
   SketchToken sketch;
   FixedToken fixed;
@@ -67,6 +70,7 @@ struct Layer {
 
 // Most neurons that may be candidates, and kept.
 inline int64_t most_candidates(const HireHeader& h) {
+  if (h.select == kScores) return 0;
   const int64_t most = h.select == kTopK ? h.candidates * h.group : h.hidden;
   return most < h.hidden ? most : h.hidden;
 }
@@ -84,13 +88,14 @@ struct Carver {
 inline TokenState carve(const HireHeader& h, Carver& c) {
   TokenState t{};
   const int64_t most = most_candidates(h), padded = round_up(h.hidden, kSketchRows);
-  t.x = c.take<float>(h.d);
+  t.x = c.take<float>(h.d + 1);
   t.reduced = c.take<float>(h.width);
   t.scores = c.take<float>(padded);
   t.exact = c.take<float>(round_up(most, 16) + h.group);
   t.up = c.take<float>(most);
   t.weights = c.take<float>(most);
   t.y = c.take<float>(h.d_out);
+  t.moments = c.take<float>(h.moments == 0 ? 0 : h.d + 2);
   t.codes = c.take<int8_t>(round_up(h.width, 8) + 8);
   t.planes = c.take<int8_t>(2 * round_up(h.d, 64));
   t.groups = c.take<int32_t>(h.groups);

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nogemm.cli import bench_generate, generate, info, models, profile
+from nogemm.cli import bench_decoder, generate, info, models, profile
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
 from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts

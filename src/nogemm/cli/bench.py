@@ -65,7 +65,7 @@ def layer(
         return result | {"dense_faster": dense_faster(result["rows"])}
 
     def show(result: dict[str, Any]) -> None:
-        _print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
+        print_rows(result, ("batch", "cache", "codes"), "us", 1.0)
         print(verdict(result["rows"]))
 
     measured("layer", json, work, show)
@@ -119,7 +119,7 @@ def model(
         "model",
         json,
         lambda note, keep: run_model_bench(args, note=note, keep=keep),
-        lambda result: _print_rows(result, ("batch", "length"), "ms", 1000.0),
+        lambda result: print_rows(result, ("batch", "length"), "ms", 1000.0),
     )
 
 
@@ -356,7 +356,8 @@ def _print_table(result: dict[str, Any], make: Callable[[dict[str, Any]], TextTa
     print_partial(result)
 
 
-def _print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+def print_rows(result: dict[str, Any], keys: Sequence[str], unit: str, scale: float) -> None:
+    """Print a result's rows: a contender's case, median and spread of its times, and what was checked."""
     from nogemm.bench.engine.result import shown_name, why_not
 
     print(result["machine_line"])

@@ -41,6 +41,9 @@ def convert(
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
     tables: Annotated[str | None, typer.Option(help="Store tables as int8 or bf16 instead of fp32.")] = None,
+    faster_at: Annotated[
+        int | None, typer.Option(help="Tokens a call: an FFN that is faster dense for such calls here stays dense.")
+    ] = None,
     speed: Annotated[
         str | None, typer.Option(help="Also time the layers, packed as fp32, bf16 or int8, beside those they replace.")
     ] = None,
@@ -58,7 +61,7 @@ def convert(
     sample = None if data is None else texts(data)
     with progress.watching():
         progress(f"converting {model}")
-        report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer)
+        report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer, faster_at=faster_at)
     if tables is not None:
         nogemm.compress(loaded, tables)
     save_like(loaded, model, output, tokenizer)

@@ -28,6 +28,7 @@ class SiteAdapter:
     dropout: str | None = None
     between: tuple[str, ...] = ()
     put: str = ""
+    sparsity: str | None = None
 
     @property
     def matrices(self) -> tuple[str, ...]:
@@ -46,6 +47,7 @@ class SiteAdapter:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(data).items()}
             adapter = cls(**values)
             words = (*adapter.matrices, adapter.activation, adapter.put, *adapter.between, adapter.dropout or "")
+            words = (*words, adapter.sparsity or "")
             if not all(isinstance(word, str) for word in words):
                 raise TypeError("a path must be a string")
         except (TypeError, ValueError) as error:
@@ -72,6 +74,12 @@ _SPLIT_PRE_NORM = SiteAdapter(
 # fc1 and fc2 inline in the decoder layer, which also flattens to [tokens, width] and adds dropout and residual.
 _INLINE = SiteAdapter(up="fc1", activation="activation_fn", down="fc2", put="fc1")
 _GATED = SiteAdapter(gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj")
+_UP_DOWN = SiteAdapter(up="up_proj", activation="act_fn", down="down_proj")
+_H_4H = SiteAdapter(up="dense_h_to_4h", activation="act", down="dense_4h_to_h")
+# The gate's values go through a cutoff of the class's own, at this share of them.
+_GATED_CUTOFF = SiteAdapter(
+    gate="gate_proj", up="up_proj", activation="act_fn", down="down_proj", sparsity="activation_sparsity"
+)
 _GATE_UP = SiteAdapter(up="gate_up_proj", activation="activation_fn", down="down_proj", fused=True)
 _WI_WO_GLU = SiteAdapter(up="Wi", activation="act", down="Wo", fused=True)
 _FC = SiteAdapter(up="fc1", activation="activation_fn", down="fc2")
@@ -113,6 +121,9 @@ GROUPS: dict[SiteAdapter, tuple[str, ...]] = {
         "NomicBertMLP",
         "EuroBertMLP",
     ),
+    _UP_DOWN: ("NemotronMLP", "ArceeMLP"),
+    _H_4H: ("PersimmonMLP",),
+    _GATED_CUTOFF: ("Gemma3nTextMLP",),
     _GATE_UP: ("Phi3MLP", "GlmMLP", "Glm4MLP"),
     _WI_WO_GLU: ("ModernBertMLP",),
     _FC: ("ViTMLP", "DeiTMLP", "ViTMAEMLP", "Dinov2MLP", "CLIPMLP", "SiglipMLP", "PhiMLP"),

@@ -167,7 +167,8 @@ class Site:
         """
         w = self.weights()
         matrices = (w["up.weight"], w.get("up.bias"), w["down.weight"], w.get("down.bias"))
-        dense = DenseFFN.from_weights(*matrices, w.get("gate.weight"), w.get("gate.bias"), self.activation)
+        gate = w.get("gate.weight"), w.get("gate.bias")
+        dense = DenseFFN.from_weights(*matrices, *gate, self.activation, self.shape.sparsity)
         return dense.to(matrices[0].device).train(self.owner.training)
 
     def borrow(self) -> Borrowed:

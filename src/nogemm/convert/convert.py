@@ -14,6 +14,7 @@ from nogemm.convert._families import is_listed
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.discover import in_words
+from nogemm.convert.faster import slower_sites
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.convert.sites import Refusal, Site, Survey, installed, remember, site_names, survey
@@ -32,6 +33,8 @@ def convert(
     data: Iterable[Sample] | None = None,
     *,
     tokenizer: Any = None,
+    faster_at: int | None = None,
+    timed_in: str = "int8",
 ) -> ConversionReport:
     """Replace FFNs of a transformers model (or of the one inside a SentenceTransformer) in place.
 
@@ -43,11 +46,15 @@ def convert(
         layers: "all", site indices in model order (encoder before decoder), or globs on site names.
         data: texts, or mappings of the model's keyword arguments, for closed-form fits.
         tokenizer: for the texts; default: the one stored with the model.
+        faster_at: tokens a call, 1 for decoding. A site whose new layer is measured to be slower here than its dense
+            FFN for such calls stays dense, and the report says so. None: nothing is measured, all are converted.
+        timed_in: "fp32", "bf16" or "int8", what both are packed in for that.
     Returns:
         what changed, one entry per site.
     Raises:
         ConfigError: the model has no site, a name or glob matches nothing, or a chosen site is converted already, has a
-            wrapped or quantised matrix, or is a mixture of experts. The model is unchanged then.
+            wrapped or quantised matrix, or is a mixture of experts; or `faster_at` or `timed_in` is none. The model is
+            unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"convert: expected a model, got {model!r}; load it first, for example by AutoModel")
@@ -57,6 +64,11 @@ def convert(
     chosen = _choose(model, config, layers, found)
     inputs = {} if data is None else collect_inputs(model, [site for site, _ in chosen], data, tokenizer)
     built = [(site, *_build(site, cfg, inputs.get(site.name))) for site, cfg in chosen]
+    slower: list[Refusal] = []
+    if faster_at is not None:
+        slower = slower_sites([(site, layer) for site, layer, _ in built], inputs, faster_at, timed_in)
+        left = {refusal.name for refusal in slower}
+        built = [entry for entry in built if entry[0].name not in left]
     reports = []
     for site, layer, before in built:
         site.install(layer)
@@ -67,7 +79,7 @@ def convert(
         if not is_listed(type(site.owner).__name__, site.adapter):
             remember(site.owner, site.adapter)
     attach(inner_model(model))
-    return ConversionReport(tuple(reports), (*found.blocked, *found.refused))
+    return ConversionReport(tuple(reports), (*found.blocked, *found.refused), tuple(slower))
 
 
 def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN, Cost]:
@@ -84,6 +96,8 @@ def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN
         layer, dense = layer.float(), dense.float()
         layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
         layer = layer.to(dtype)
+    if site.shape.sparsity and not layer.has_cutoff and layer.fitted == "exact":
+        layer.fitted = "closed-form"  # the neurons are the dense network's, its cutoff is not
     return layer.to(device), before
 
 

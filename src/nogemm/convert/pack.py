@@ -7,6 +7,7 @@ from typing import overload
 
 from torch import nn
 
+from nogemm.convert.body import restore_body, round_body, rounded_parts
 from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
@@ -15,12 +16,18 @@ from nogemm.layers import FFN, PackedFFN
 from nogemm.layers._base import check_packing
 from nogemm.models.inner import inner_model
 
+BODIES = (None, "int8")
+
 
 @overload
 def pack(target: FFN, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> PackedFFN: ...
 @overload
-def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> nn.Module: ...
-def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> nn.Module:
+def pack(
+    target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto", body: str | None = None
+) -> nn.Module: ...
+def pack(
+    target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto", body: str | None = None
+) -> nn.Module:
     """Lay weights out for the native kernels: one call per FFN, for evaluation only.
 
     A layer gives a new packed layer and stays untouched. A model is changed in place: its converted FFNs become packed
@@ -33,11 +40,17 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
             neurons that a token needs, "dense" multiplies with all of them and masks, "auto" takes what is quicker on
             this machine for the tokens at hand (`nogemm env` shows where it changes; the first use measures it, about
             a second). The neurons are the same; sums are rounded in another order.
+        body: of a model, "int8": its other linear layers, attention's above all, are rounded to int8 with a scale per
+            row and computed by torch's int8 products. None leaves them. The vocabulary head stays as it is.
     Raises:
         PackedError: training mode, or packed already.
-        ConfigError: unknown dtype or path, or the model has no converted FFN.
+        ConfigError: unknown dtype, path or body, or the model has no converted FFN.
     """
+    if body not in BODIES:
+        raise ConfigError(f'pack: body must be None or "int8", got body={body!r}')
     if isinstance(target, FFN):
+        if body is not None:
+            raise ConfigError("pack: body is of a model; a layer alone has none")
         packed = target.pack(dtype, path)
         if keep:
             packed.keep(target)
@@ -53,10 +66,12 @@ def pack(target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str =
         packed.keep(layer if keep else None)
         model.set_submodule(place, packed)
         del layer
+    if body == "int8":
+        round_body(model, keep)
     head = head_of(model)
     if head is not None:
         head.codes()  # now, not at the first token
-    _tell_quantizers(model, packed=bool(installed(model)))
+    _tell_quantizers(model, packed=bool(installed(model)) or body is not None)
     return target
 
 
@@ -68,12 +83,14 @@ def unpack(model: nn.Module) -> nn.Module:
     """
     inner = inner_model(model)
     packed = {name: layer for name, layer in installed(inner).items() if isinstance(layer, PackedFFN)}
-    if any(layer.source is None for layer in packed.values()):
+    rounded = rounded_parts(inner)
+    if any(layer.source is None for layer in packed.values()) or any(not layer.source for layer in rounded):
         raise PackedError("unpack: the unpacked weights were freed (keep=False); load the checkpoint again")
     paths = {id(module): path for path, module in inner.named_modules()}
     for layer in packed.values():
         assert layer.source is not None
         inner.set_submodule(paths[id(layer)], layer.source)
+    restore_body(inner)
     _tell_quantizers(inner, packed=False)
     return model
 
@@ -84,7 +101,7 @@ def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     check_packing(dtype, path)
     if not layers and head_of(inner_model(model)) is None:
         raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
-    if any(isinstance(layer, PackedFFN) for layer in layers.values()):
+    if any(isinstance(layer, PackedFFN) for layer in layers.values()) or rounded_parts(model):
         raise PackedError("pack: the model is packed already")
     if inner_model(model).training or any(layer.training for layer in layers.values()):
         raise PackedError("pack: the model is in training mode; call model.eval() first")

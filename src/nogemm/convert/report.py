@@ -59,10 +59,12 @@ class ConversionReport:
     Attributes:
         sites: one entry per converted site, in model order.
         refused: what looks like an FFN and was left dense because it cannot be converted, with the reason.
+        slower: what was left dense because the layer in its place would be slower here, with both times.
     """
 
     sites: tuple[SiteReport, ...]
     refused: tuple[Refusal, ...] = ()
+    slower: tuple[Refusal, ...] = ()
 
     @property
     def before(self) -> Cost:
@@ -75,12 +77,13 @@ class ConversionReport:
         return sum((site.after for site in self.sites), Cost(0.0, 0.0, 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {"sites": [...], "before": cost, "after": cost, "refused": [...]}, JSON-ready."""
+        """Return {"sites": [...], "before": cost, "after": cost, "refused": [...], "slower": [...]}, JSON-ready."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "refused": [asdict(refusal) for refusal in self.refused],
+            "slower": [asdict(refusal) for refusal in self.slower],
         }
 
     def __str__(self) -> str:
@@ -96,6 +99,7 @@ class ConversionReport:
             ]
             lines.append("  ".join(cells).rstrip())
         lines += [f"left dense: {words}" for words in in_words(self.refused)]
+        lines += [f"left dense, as it is faster: {words}" for words in in_words(self.slower)]
         return "\n".join(lines)
 
 

@@ -22,6 +22,7 @@ from nogemm.convert._reading import (
     is_module,
     linear_fault,
     linear_shape,
+    look_up,
     read_linear,
 )
 from nogemm.convert._site import Installed, Site, WithDropout, remember, remembered
@@ -291,6 +292,7 @@ def _make_site(name: str, owner: nn.Module, places: Sequence[tuple[nn.Module, st
             hidden=hidden,
             activation=activation_name(owner, adapter.activation),
             gated=adapter.fused or adapter.gate is not None,
+            sparsity=0.0 if adapter.sparsity is None else float(look_up(owner, adapter.sparsity)),
         ),
         owner=owner,
         places=list(places),

@@ -102,6 +102,7 @@ class FFN(nn.Module, ABC):
         chunk: consecutive tokens of a call whose route is chosen together.
         retrieves: whether how many neurons a token computes depends on the token, see `counted_neurons`.
         has_sketch: whether a sketch names the neurons, see `recall_rows`.
+        has_cutoff: whether it computes a cutoff that is the dense network's own, see `FFNShape.sparsity`.
         dynamic_int8: whether its int8 form rounds activations too, with one step for a whole call.
     """
 
@@ -111,6 +112,7 @@ class FFN(nn.Module, ABC):
     chunk = 1
     retrieves = False
     has_sketch = False
+    has_cutoff = False
     storage: str | None = None
 
     def __init__(self, config: LayerConfig, shape: FFNShape) -> None:

@@ -21,8 +21,8 @@ from nogemm.ops._library import LIBRARY, native
 from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows
 from nogemm.ops.sketch_and_select import KEYS
 
-_MAGIC, _VERSION = 0x4552494847474E01, 2
-_SELECT = ("topk", "statistical", "active")
+_MAGIC, _VERSION = 0x4552494847474E01, 3
+_SELECT = ("topk", "statistical", "active", "gaussian", "scores")
 SKETCH_ROWS = 64  # of a group; csrc/packed/neurons/format.h
 _BYTE_OFFSET, _NIBBLE_OFFSET = 128, 8
 
@@ -35,10 +35,12 @@ class HireWeights:
         gate: [F, D] of a gated layer, else None. down: [F, E].
         activation: by any of its names; up_relu: ReLU on the gated branch, too.
         codes, scale, reduce: of the sketch; codes None if all neurons are candidates.
-        error, size: for select="active", what |x| and the token's step are multiplied with to give a neuron's margin.
+        error, size: for select="active" and "gaussian", what |x| and the token's step are multiplied with to give a
+            neuron's margin.
         nibbles: the codes fit four bits.
         group, kept, candidates: counted in groups; always: groups, increasing.
-        keep_z, wide_z: cutoffs of select="statistical" in standard deviations above the mean.
+        keep_z, wide_z: cutoffs of select="statistical" and "gaussian" in standard deviations above the mean.
+        moments: for select="gaussian", [D + 2, D + 1] from `moment_rows`.
     """
 
     gate: Tensor | None
@@ -63,6 +65,27 @@ class HireWeights:
     error: Tensor | None = None
     size: Tensor | None = None
     nibbles: bool = False
+    moments: Tensor | None = None
+
+
+def moment_rows(weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    """Make what gives mean and deviation of all F values W x + b of a token without computing them.
+
+    With x~ = (x, 1), w~ = (w, b) and C the covariance of the rows w~, the values' mean is <mean of w~, x~> and their
+    variance x~ C x~. Row 0 is that mean, the others are R, an upper triangle with R^T R = C: the variance is |R x~|^2,
+    which no rounding makes negative.
+
+    Returns:
+        float32 [D + 2, D + 1].
+    Cost: F D^2 multiply-adds and a Cholesky factor, in float64.
+    """
+    rows = torch.cat((weight_FD.detach().double(), bias_F.detach().double().unsqueeze(1)), 1)
+    mean = rows.mean(0, keepdim=True)
+    rows = rows - mean
+    covariance = rows.T @ rows / len(rows)
+    least = 1e-13 * covariance.diagonal().sum().clamp_min(1e-300)  # a lift far below float32: C need not have full rank
+    covariance.diagonal().add_(least)
+    return torch.cat((mean, torch.linalg.cholesky(covariance, upper=True))).float()
 
 
 class _Layout:
@@ -131,7 +154,6 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     Raises:
         NativeError: no extension. ConfigError: an activation that nogemm does not know.
     """
-    library = native()
     hidden, width = w.up.shape
     padded = _up(hidden, SKETCH_ROWS)
     kinds = [m for m in (w.gate, w.up, w.down) if m is not None]
@@ -141,6 +163,8 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     stacked = [s for s in (scales[0], scales[-2], scales[-1]) if s is not None]
     codes_width = width if w.codes is None else w.codes.shape[1]
     widths = [r.shape[1] for r in rows]
+    marginal = w.select in ("active", "gaussian")
+    moments = None if w.moments is None else torch.nn.functional.pad(w.moments, (0, -w.moments.shape[1] % 16))
     values: dict[str, float] = {
         "magic": _MAGIC,
         "version": _VERSION,
@@ -168,8 +192,10 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
         "sketch_scale": layout.add(None if w.scale is None else _padded(w.scale, padded)),
         "reduce": layout.add(None if w.reduce is None or w.codes is None else w.reduce.float()),
         "always": layout.add(w.always.to(torch.int32) if w.always is not None and static else None),
-        "margin_error": layout.add(w.error) if w.select == "active" else 0,
-        "margin_size": layout.add(w.size) if w.select == "active" else 0,
+        "margin_error": layout.add(w.error) if marginal else 0,
+        "margin_size": layout.add(w.size) if marginal else 0,
+        "moments": layout.add(moments),
+        "moments_stride": 0 if moments is None else 4 * moments.shape[1],
         "gate_bias": layout.add(_padded(w.up_bias if w.gate_bias is None else w.gate_bias, padded)),
         "up_bias": layout.add(w.up_bias.detach().float()),
         "out_bias": layout.add(w.bias.detach().float()),
@@ -177,13 +203,41 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
         "keep_z": w.keep_z,
         "wide_z": w.wide_z,
     }
-    total = layout.end + hidden * sum(widths)
-    values |= {"bundles": layout.end, "bytes": total}
-    buffer = aligned_buffer(total)
-    library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
-    library.nogemm_hire_prepare(buffer.data_ptr(), total)
-    _write(values, layout, torch.cat(rows, dim=1), buffer)
-    return buffer
+    return _written(values, layout, torch.cat(rows, dim=1))
+
+
+def pack_linear(codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
+    """Lay a dense linear layer out so that `packed_hire` answers it by `sketch_scores`: y = x W^T + b, W ~ scale codes.
+
+    Args:
+        codes_FD: int8, from -127 to 127. scale_F, bias_F: float32.
+    Returns:
+        one uint8 buffer, as from `pack_hire`; d_out is F.
+    Raises:
+        NativeError: no extension.
+    """
+    hidden, width = codes_FD.shape
+    padded = _up(hidden, SKETCH_ROWS)
+    bias_F = torch.zeros(hidden) if bias_F is None else bias_F
+    layout = _Layout(_up(8 * len(_fields()), ALIGNMENT))
+    values: dict[str, float] = {}
+    values |= dict.fromkeys(_fields(), 0)
+    values |= {
+        "magic": _MAGIC,
+        "version": _VERSION,
+        "d": width,
+        "d_out": hidden,
+        "hidden": hidden,
+        "select": _SELECT.index("scores"),
+        "width": width,
+        "steps": -(-width // 4),
+        "group": hidden,
+        "groups": 1,
+        "sketch": layout.add(lay_out_sketch(codes_FD, nibbles=False)),
+        "sketch_scale": layout.add(_padded(scale_F, padded)),
+        "gate_bias": layout.add(_padded(bias_F, padded)),
+    }
+    return _written(values, layout, codes_FD.new_empty(hidden, 0).view(torch.uint8))
 
 
 @functools.cache
@@ -192,6 +246,18 @@ def _fields() -> dict[str, str]:
     library = native()
     library.nogemm_hire_fields.restype = ctypes.c_char_p
     return {word[1:]: word[0] for word in library.nogemm_hire_fields().decode().split()}
+
+
+def _written(values: dict[str, float], layout: _Layout, bundle_rows: Tensor) -> Tensor:
+    """Allocate a buffer, and write it."""
+    library = native()
+    total = layout.end + bundle_rows.numel()
+    values |= {"bundles": layout.end, "bytes": total}
+    buffer = aligned_buffer(total)
+    library.nogemm_hire_prepare.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.nogemm_hire_prepare(buffer.data_ptr(), total)
+    _write(values, layout, bundle_rows, buffer)
+    return buffer
 
 
 def _write(values: dict[str, float], layout: _Layout, bundle_rows: Tensor, buffer: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from nogemm.activations import ACTIVATIONS
+from nogemm.activations import ACTIVATIONS, cutoff
 from nogemm.config import check_choice, layer_of
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN, Route, each_alone
@@ -27,10 +27,13 @@ class DenseFFN(FFN):
         y = W_down act(W_up x + b_up) + b_down          (plain)
         y = W_down (act(W_gate x + b_gate) * (W_up x + b_up)) + b_down          (gated)
 
+    Where the network has a sparsity of its own (`FFNShape.sparsity`), act(s) is act(max(s - cutoff, 0)).
+
     Cost: 2 F (D + d_out) FLOP per token, plus 2 F D for the gate; every weight is read once per call.
     """
 
     dynamic_int8 = True
+    has_cutoff = True
 
     def __init__(self, config: DenseConfig, shape: FFNShape, *, bias: bool = True) -> None:
         super().__init__(config, shape)
@@ -52,11 +55,17 @@ class DenseFFN(FFN):
         gate_FD: Tensor | None = None,
         gate_bias_F: Tensor | None = None,
         activation: str = "gelu",
+        sparsity: float = 0.0,
     ) -> DenseFFN:
         """Wrap copies of dense weights, all [out, in]; absent biases become zeros."""
         hidden, d_model = up_FD.shape
         shape = FFNShape(
-            d_in=d_model, d_out=down_DF.shape[0], hidden=hidden, activation=activation, gated=gate_FD is not None
+            d_in=d_model,
+            d_out=down_DF.shape[0],
+            hidden=hidden,
+            activation=activation,
+            gated=gate_FD is not None,
+            sparsity=sparsity,
         )
         layer = cls(DenseConfig(hidden=hidden), shape).to(up_FD.dtype)
         pairs = [(layer.up, up_FD, up_bias_F), (layer.down, down_DF, down_bias_D)]
@@ -73,8 +82,12 @@ class DenseFFN(FFN):
         """Return what the second matrix multiplies, [N, F]."""
         act = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return act(self.up(x_ND))
-        return act(self.gate(x_ND)) * self.up(x_ND)
+            return act(self._above(self.up(x_ND)))
+        return act(self._above(self.gate(x_ND))) * self.up(x_ND)
+
+    def _above(self, scores_NF: Tensor) -> Tensor:
+        sparsity = self.shape.sparsity
+        return torch.relu(scores_NF - cutoff(scores_NF, 1.0 - sparsity)) if sparsity else scores_NF
 
     def routes(self, x_ND: Tensor) -> Route:
         """Name all neurons: a dense layer reads them for every token."""

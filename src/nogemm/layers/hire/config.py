@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 RELU_TYPES = ("relu", "relu2", "drelu")
 
 SketchKind = Literal["int8", "int4", "low_rank"]
-Select = Literal["topk", "statistical", "active"]
+Select = Literal["topk", "statistical", "active", "gaussian"]
 
 
 @register
@@ -33,7 +33,8 @@ class HireConfig(LayerConfig["HireFFN"]):
         static: neurons that are always computed (rounded up to whole groups); they are part of what is kept.
         select: "topk": the keep F largest absolute activations of a token. "statistical": all above mean + z std of the
             token's pre-activations, with z such that a normal distribution keeps `keep`. "active": all that are
-            not zero, ReLU types only; `keep` is then the share that is expected.
+            not zero, ReLU types only; `keep` is then the share that is expected. "gaussian": all above the cutoff that
+            is the dense network's own (Gemma3n), found exactly from the weights' moments; `keep` as for "active".
         activation: replaces the dense layer's; "drelu" is ReLU on both branches of a gated layer.
     """
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.activations import ACTIVATIONS, activation
+from nogemm.activations import ACTIVATIONS, activation, cutoff
 from nogemm.config import check_choice, check_int, layer_of
 from nogemm.cost import Cost, distinct_rows
 from nogemm.errors import ConfigError
@@ -60,6 +60,7 @@ class HireFFN(FFN):
     """
 
     has_sketch = True
+    has_cutoff = True
     always: Tensor
 
     def __init__(self, config: HireConfig, shape: FFNShape) -> None:
@@ -73,6 +74,11 @@ class HireFFN(FFN):
             raise ConfigError('HireFFN: activation "drelu" needs a gated layer; a plain one has "relu"')
         if config.select == "active" and activation not in RELU_TYPES:
             raise ConfigError(f'HireFFN: select="active" needs a ReLU-type activation, got {activation!r}')
+        if (config.select == "gaussian") != (shape.sparsity > 0):
+            raise ConfigError(
+                f'HireFFN: select="gaussian" is for dense networks with a cutoff of their own, and they take no other; '
+                f"got select={config.select!r} for a network of sparsity {shape.sparsity}"
+            )
         self.hidden, self.activation, self.gated = hidden, activation, gated
         self.up = nn.Parameter(torch.empty(hidden, d_model))
         self.up_bias = nn.Parameter(torch.zeros(hidden))
@@ -145,7 +151,7 @@ class HireFFN(FFN):
     def routes(self, x_ND: Tensor) -> Route:
         kept_NK = self.choose(x_ND).kept_NK
         first, second = activations(self.activation)
-        weights_NK = first(neuron_dot(x_ND, kept_NK, *self.selector))
+        weights_NK = first(self.selecting(x_ND, kept_NK))
         if self.gated:
             up_NK = neuron_dot(x_ND, kept_NK, self.up, self.up_bias)
             weights_NK = weights_NK * (up_NK if second is None else second(up_NK))
@@ -157,9 +163,20 @@ class HireFFN(FFN):
             self._cached = None  # the step that follows may leave no trace: torch's fused optimisers count no version
         return self.at(x_ND, chosen.kept_NK, chosen.known_NK)
 
+    def selecting(self, x_ND: Tensor, index_NK: Tensor) -> Tensor:
+        """Return what the activation of the named neurons is taken of, [N, K]."""
+        dots_NK = neuron_dot(x_ND, index_NK, *self.selector)
+        return dots_NK - self.cutoff(x_ND).to(dots_NK.dtype) if self.config.select == "gaussian" else dots_NK
+
+    def cutoff(self, x_ND: Tensor) -> Tensor:
+        """Return the dense network's own cutoff for each token, float32 [N, 1], by all pre-activations."""
+        return cutoff(F.linear(x_ND, *self.selector).float(), 1.0 - self.shape.sparsity)
+
     def at(self, x_ND: Tensor, index_NK: Tensor, known_NK: Tensor | None = None) -> Tensor:
         """Answer with the given neurons only; `known` as in `nogemm.ops.neurons_at_indices`."""
         first, second = activations(self.activation)
+        if known_NK is None and self.config.select == "gaussian":
+            known_NK = self.selecting(x_ND, index_NK).detach()
         y_NE = neurons_at_indices(
             x_ND,
             index_NK,
@@ -186,6 +203,8 @@ class HireFFN(FFN):
         else:
             flops = 2.0 * self.d_model * self.hidden
         flops += 2.0 * (exact * self.d_model + kept * (self.d_model * self.gated + self.d_out))
+        if self.config.select == "gaussian":
+            flops += self.d_model**2
         sketch, rows = self.traffic(n_tokens)
         return Cost(n_tokens * flops, sketch + rows * self.up.element_size(), stored)
 
@@ -200,7 +219,8 @@ class HireFFN(FFN):
             sketch = len(reduce) * (4.0 * self.d_model + self.hidden)
         rows = self._touched(n_tokens, exact) * self.d_model
         rows += self._touched(n_tokens, kept) * (self.d_model * self.gated + self.d_out)
-        return (0.0 if exact == self.hidden else sketch), rows
+        moments = 2.0 * self.d_model**2 if self.config.select == "gaussian" else 0.0  # a float32 triangle
+        return moments + (0.0 if exact == self.hidden else sketch), rows
 
     def _exact_and_kept(self) -> tuple[int, int]:
         """Count the neurons of a token that are computed exactly, and that are kept."""
@@ -215,7 +235,7 @@ class HireFFN(FFN):
         """Copy the dense layer: exact where no neuron that fires is left out, up to what the sketch misses."""
         if copy_dense(self, dense):
             self.fit_sketch()
-            whole = self.config.select == "active" or self.config.keep >= 1
+            whole = self.config.select in ("active", "gaussian") or self.config.keep >= 1
             self.fitted = "exact" if whole and dense.activation == self.activation else "closed-form"
         return self.fitted
 

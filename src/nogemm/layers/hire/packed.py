@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nogemm.activations import cutoff, deviations
 from nogemm.layers._base import Kernel, PackedFFN, Route, packed_of
 from nogemm.layers.hire.layer import HireFFN, activations
-from nogemm.layers.hire.sketch import deviations, lists_of
+from nogemm.layers.hire.sketch import lists_of
 from nogemm.layers.neurons.all import AllNeurons, dense_from, dense_us, rows_us
 from nogemm.ops import native_available
-from nogemm.ops.packed_hire import HireWeights, pack_hire, packed_hire, packed_hire_chosen
+from nogemm.ops.packed_hire import HireWeights, moment_rows, pack_hire, packed_hire, packed_hire_chosen
 from nogemm.ops.sketch_and_select import selection_keys, top_indices
 
 
@@ -33,8 +34,9 @@ class PackedHire(PackedFFN):
         self.hidden, self.gated = layer.hidden, layer.gate is not None
         self.key, self.kept, self.candidates = layer.key, layer.kept, layer.candidates
         self.select, self.group = layer.config.select, layer.config.group
+        self.above = 1.0 - layer.shape.sparsity
         if self.native:
-            weights = _weights(layer)
+            weights = _weights(layer, dtype)
             with torch.no_grad():
                 packed = pack_hire(weights, dtype)
             self.sketched = weights.codes is not None
@@ -80,7 +82,10 @@ class PackedHire(PackedFFN):
             return packed_hire(x_ND, self.get_buffer("packed"), self.d_out)
         x = x_ND.float()
         selecting_NF = self.neurons.selector(x)
-        y_NE = self.neurons.masked(x, self._answering(x_ND, selecting_NF), selecting_NF)
+        answering_NF = self._answering(x_ND, selecting_NF)
+        if self.select == "gaussian":
+            selecting_NF = torch.relu(selecting_NF - cutoff(selecting_NF, self.above))
+        y_NE = self.neurons.masked(x, answering_NF, selecting_NF)
         return (y_NE + self.get_buffer("bias")).to(x_ND.dtype)
 
     def _answering(self, x_ND: Tensor, selecting_NF: Tensor) -> Tensor | None:
@@ -99,14 +104,16 @@ class PackedHire(PackedFFN):
         return mask_NG.repeat_interleave(self.group, 1)[:, : self.hidden]
 
 
-def _weights(layer: HireFFN) -> HireWeights:
+def _weights(layer: HireFFN, dtype: str) -> HireWeights:
     """Collect what the kernel packs."""
     config = layer.config
     groups = -(-layer.hidden // config.group)
     wide = min(1.0, config.keep * config.oversample)
     everything = {"topk": layer.candidates >= groups, "statistical": wide >= 1, "active": config.keep >= 1}
+    everything["gaussian"] = everything["active"]
+    gaussian = config.select == "gaussian"
     sketch = None if everything[config.select] else layer.sketch()
-    marginal = sketch is not None and config.select == "active"
+    marginal = sketch is not None and config.select in ("active", "gaussian")
     error, size = sketch.margin_factors(layer.d_model) if sketch is not None and marginal else (None, None)
     return HireWeights(
         gate=layer.gate,
@@ -123,7 +130,7 @@ def _weights(layer: HireFFN) -> HireWeights:
         kept=layer.kept,
         candidates=layer.candidates,
         always=layer.always,
-        keep_z=deviations(config.keep),
+        keep_z=deviations(1.0 - layer.shape.sparsity if gaussian else config.keep),
         wide_z=deviations(wide),
         codes=None if sketch is None else sketch.codes_FR,
         scale=None if sketch is None else sketch.scale_F,
@@ -131,4 +138,5 @@ def _weights(layer: HireFFN) -> HireWeights:
         error=error,
         size=size,
         nibbles=config.sketch == "int4" and not layer.training,
+        moments=moment_rows(*layer.rounded(dtype).selector) if gaussian else None,
     )

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nogemm.activations import cutoff
 from nogemm.layers.hire.routing import members_of
-from nogemm.layers.hire.sketch import cutoff, lists_of
+from nogemm.layers.hire.sketch import lists_of
 from nogemm.ops.sketch_and_select import selection_keys, top_indices
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def measure_recall(layer: HireFFN, x_ND: Tensor) -> HireReport:
             best = mask_of(members_of(layer, top_indices(keys, layer.kept)), layer.hidden)
         else:
             statistical = layer.config.select == "statistical"
-            best = scores_NF > (cutoff(scores_NF, layer.config.keep) if statistical else 0.0)
+            limit = layer.cutoff(x_ND) if layer.config.select == "gaussian" else 0.0
+            best = scores_NF > (cutoff(scores_NF, layer.config.keep) if statistical else limit)
         found = (mask_of(computed_NK, layer.hidden) & best).sum(-1)
         recall = torch.where(best.any(-1), found / best.sum(-1).clamp_min(1), 1.0).mean()
         y, ideal = (layer.at(x_ND, index) - layer.bias for index in (kept_NK, lists_of(best)))

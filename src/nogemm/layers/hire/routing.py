@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nogemm.layers.hire.sketch import cutoff, lists_of
+from nogemm.activations import cutoff
+from nogemm.layers.hire.sketch import lists_of
 from nogemm.ops import neuron_dot
 from nogemm.ops.neurons_at_indices import finite_tokens
 from nogemm.ops.sketch_and_select import selection_keys, sketch_and_select, top_indices
@@ -110,7 +111,8 @@ def _candidate_keys(layer: HireFFN, exact_NK: Tensor, candidates_NC: Tensor, mem
 def _choose_by_cutoff(layer: HireFFN, x_ND: Tensor) -> Choice:
     """Choose by a cutoff on pre-activations, so each token has as many neurons as lie above."""
     weight, bias = layer.selector
-    statistical = layer.config.select == "statistical"
+    select, statistical = layer.config.select, layer.config.select == "statistical"
+    own_N1 = layer.cutoff(x_ND) if select == "gaussian" else None
     wide = min(1.0, layer.config.keep * layer.config.oversample)
     if (wide if statistical else layer.config.keep) >= 1:
         scores_NF = F.linear(x_ND, weight, bias).float()
@@ -118,8 +120,14 @@ def _choose_by_cutoff(layer: HireFFN, x_ND: Tensor) -> Choice:
     else:
         sketch = layer.sketch()
         scores_NF = sketch.scores(x_ND, bias)
-        loose_NF = scores_NF > cutoff(scores_NF, wide) if statistical else scores_NF + sketch.margins(x_ND) > 0
+        loose_NF = (
+            scores_NF > cutoff(scores_NF, wide)
+            if statistical
+            else (scores_NF + sketch.margins(x_ND) > (0 if own_N1 is None else own_N1))
+        )
     limit_N1 = cutoff(scores_NF, layer.config.keep) if statistical else scores_NF.new_zeros(len(scores_NF), 1)
+    limit_N1 = limit_N1 if own_N1 is None else own_N1
     candidates_NK = lists_of(loose_NF)
     exact_NK = neuron_dot(x_ND, candidates_NK, weight, bias)
-    return Choice(candidates_NK, candidates_NK.masked_fill(~(exact_NK.float() > limit_N1), -1), exact_NK)
+    kept_NK = candidates_NK.masked_fill(~(exact_NK.float() > limit_N1), -1)
+    return Choice(candidates_NK, kept_NK, exact_NK if own_N1 is None else (exact_NK - own_N1).to(exact_NK.dtype))

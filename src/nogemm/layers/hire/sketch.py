@@ -5,9 +5,7 @@ Legend: N tokens, D width, F neurons, R width of the sketch (D, or the rank), L 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import torch
 from torch import Tensor
@@ -117,20 +115,6 @@ def make_sketch(weight_FD: Tensor, kind: str, reduce_RD: Tensor | None, lift_DR:
     rows = weight @ lift_DR.float() if low_rank and lift_DR is not None else weight
     codes, scale = quantise_neurons(rows, 4 if kind == "int4" else 8)
     return Sketch(codes, scale, reduce_RD.float() if low_rank and reduce_RD is not None else None, weight_FD)
-
-
-def cutoff(scores_NF: Tensor, keep: float) -> Tensor:
-    """Return mean + z std of each token's scores, [N, 1]; a normal distribution has the share `keep` above it."""
-    z = deviations(keep)
-    if z == -math.inf:
-        return scores_NF.new_full((len(scores_NF), 1), z)
-    mean_N1 = scores_NF.mean(-1, keepdim=True)
-    return mean_N1 + z * (scores_NF - mean_N1).square().mean(-1, keepdim=True).sqrt()
-
-
-def deviations(keep: float) -> float:
-    """Return the z that a normal variable exceeds with probability `keep`; minus infinity for all."""
-    return -math.inf if keep >= 1 else NormalDist().inv_cdf(1.0 - keep)
 
 
 def lists_of(mask_NF: Tensor) -> Tensor:
