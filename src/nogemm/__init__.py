@@ -28,9 +28,11 @@ from nogemm.convert import (
 from nogemm.convert.head import convert_head
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
+from nogemm.distributed import shard_head, shard_hire
 from nogemm.errors import (
     CheckpointError,
     ConfigError,
+    DistributedError,
     DtypeError,
     NativeError,
     NogemmError,
@@ -78,6 +80,7 @@ __all__ = [
     "DenseProjectionConfig",
     "DistilOptions",
     "DistilReport",
+    "DistributedError",
     "DtypeError",
     "ExportReport",
     "GenerationReport",
@@ -118,6 +121,8 @@ __all__ = [
     "refused",
     "register_site",
     "save",
+    "shard_head",
+    "shard_hire",
     "sites",
     "unpack",
 ]
