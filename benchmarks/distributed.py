@@ -80,7 +80,14 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=0.3, help="aimed at per turn")
     args = parser.parse_args(words)
-    settings = {**vars(args), "model": Path(args.model).name, "threads": 1, "top": TOP, "seed": 0}
+    settings = {
+        **vars(args),
+        "model": Path(args.model).name,
+        "data": Path(args.data).name,
+        "threads": 1,
+        "top": TOP,
+        "seed": 0,
+    }
     del settings["json"]
 
     def work(note: Note, keep: Keep) -> dict[str, Any]:
