@@ -31,7 +31,9 @@ def test_one_rank_is_one_process() -> None:
     found, right = sharded.choose(x), head.choose(x)
     assert torch.equal(found.token, right.token)
     assert torch.equal(sharded.logits(x), head.logits(x))
-    assert torch.equal(sharded.top_k(x, 5).token, head.logits(x).sort(dim=1, descending=True).indices[:, :5])
+    assert torch.equal(
+        sharded.top_k(x, 5).token, head.logits(x).sort(dim=1, descending=True, stable=True).indices[:, :5]
+    )
     report = sharded.report()
     assert (report.transport, report.calls, report.bytes_sent) == ("none", 0, 0)
     ffn = an_ffn()
@@ -154,7 +156,7 @@ def test_lists_are_laid_out_and_merged() -> None:
 def test_marks_tell_states_apart_and_forgive_rounding() -> None:
     x, along = states(200), direction(24)
     own = marks(x, along)
-    check_marks(torch.stack((own, marks(x.bfloat16(), along), marks(1e30 * x, along))))
+    check_marks(torch.stack((own, marks(x.bfloat16(), along), marks(1e15 * x, along))))
     check_mean_marks(own, own, 4)
     other = marks(states(200, seed=5), along)
     assert int(((own - other).abs() < 0.05).sum()) < 20  # of 200 single states; a text has more than one
