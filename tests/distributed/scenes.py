@@ -133,6 +133,22 @@ def lists(rank: int, ranks: int) -> Facts:
 
 
 @scene
+def some_ranks(rank: int, ranks: int) -> Facts:
+    """The last two ranks share a head of their own; the others have nothing to do with it."""
+    group = dist.new_group([ranks - 2, ranks - 1])
+    if rank < ranks - 2:
+        return {"token": "not in the group", "outside": said(lambda: join(group))}
+    exchange = join(group)
+    head, x = shard_head(a_head(), exchange), states()
+    return {
+        "token": torch.equal(head.choose(x).token, a_head().choose(x).token),
+        "rank": exchange.rank,
+        "ranks": exchange.ranks,
+        "transport": exchange.transport,
+    }
+
+
+@scene
 def ffns(rank: int, ranks: int) -> Facts:
     facts: Facts = {}
     x = states(50)

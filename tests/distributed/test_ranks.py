@@ -71,6 +71,13 @@ def test_the_token_is_one_process_s(facts: Facts) -> None:
             assert N <= fact["rows"] < N * V
 
 
+def test_some_ranks_share_a_head(facts: Facts) -> None:
+    inside = [{"token": True, "rank": rank, "ranks": 2, "transport": "shared memory"} for rank in range(2)]
+    assert seen(facts, "some_ranks")[-2:] == inside
+    for fact in seen(facts, "some_ranks")[:-2]:
+        assert "ConfigError: join: this process is not in the group" in fact["outside"]
+
+
 def test_lists_are_merged(facts: Facts) -> None:
     for fact in seen(facts, "lists"):
         assert [k for k in (1, 30, V) if not (fact[f"top {k}"] and fact[f"logits {k}"])] == []
