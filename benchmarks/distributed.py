@@ -80,6 +80,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--positions", type=int, default=500, help="states that are verified and timed")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--seconds", type=float, default=0.3, help="aimed at per turn")
+    parser.add_argument("--no-times", action="store_true", help="recall alone, which needs no idle machine")
     args = parser.parse_args(words)
     settings = {
         **vars(args),
@@ -95,6 +96,8 @@ def main(words: list[str] | None = None) -> None:
         result = origin(settings)
         with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
             result |= prepare(args, Path(folder), note)
+            if args.no_times:
+                return result
             keep(result)
             note(f"timing on {args.ranks} ranks")
             run_ranks(args, Path(folder))
@@ -102,8 +105,11 @@ def main(words: list[str] | None = None) -> None:
 
     def show(result: dict[str, Any]) -> None:
         table = distributed_table(result)
-        for row in (table.head, *table.rows):
-            print("  ".join(f"{cell:>16}" for cell in row))
+        for line in (table.head, *table.rows):
+            print("  ".join(f"{cell:>16}" for cell in line))
+        for row in result["recall"]:
+            found = f"recall {row['recall']:.4f}, expected {row['expected']:.4f}"
+            print(f"{row['k']} of {row['n']:,} ({row['of']}), {row['ranks']} ranks, dealt {row['dealt']}: {found}")
 
     measured("distributed", args.json, work, show)
 

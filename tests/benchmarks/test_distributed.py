@@ -31,8 +31,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     words = ["--model", str(people.gpt2(tmp_path / "gpt2")), "--data", str(tmp_path / "texts.txt"), "--ranks", "1"]
     words += ["--positions", "40", "--rounds", "1", "--seconds", "0.001", "--json", str(tmp_path / "out.json")]
 
-    def measure() -> dict[str, Any]:
-        distributed.main(words)
+    def measure(*more: str) -> dict[str, Any]:
+        distributed.main([*words, *more])
         return json.loads((tmp_path / "out.json").read_text())
 
     return measure
@@ -65,6 +65,12 @@ def test_a_head_that_names_other_tokens_has_no_time(run: Any, monkeypatch: pytes
             assert not row["verified"]
             assert "does not match the reference" in row["error"]
             assert "us_median" not in row
+
+
+def test_recall_alone(run: Any) -> None:
+    result = run("--no-times")
+    assert result["rows"] == []
+    assert len(result["recall"]) == 12
 
 
 def test_recall_is_counted() -> None:
