@@ -135,7 +135,7 @@ def lists(rank: int, ranks: int) -> Facts:
 @scene
 def some_ranks(rank: int, ranks: int) -> Facts:
     """The last two ranks share a head of their own; the others have nothing to do with it."""
-    group = dist.new_group([ranks - 2, ranks - 1])
+    group: Any = dist.new_group([ranks - 2, ranks - 1])
     if rank < ranks - 2:
         return {"token": "not in the group", "outside": said(lambda: join(group))}
     exchange = join(group)
