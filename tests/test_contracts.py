@@ -30,6 +30,7 @@ ORDER = [
     {"layers", "heads"},
     {"models"},
     {"convert"},
+    {"distributed"},
     {"decoding"},
     {"export"},
     {"train", "bench"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(example: str, *words: object) -> str:
+def run(example: str, *words: object, launcher: Sequence[str] = ()) -> str:
     """Run an example as its user would; return what it printed."""
-    command = [sys.executable, str(ROOT / "examples" / example), *map(str, words)]
+    command = [sys.executable, *launcher, str(ROOT / "examples" / example), *map(str, words)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
@@ -68,10 +69,19 @@ def test_a_relu_decoder_computes_what_fires(tmp_path: Path):
     assert "left dense" in run("decoder_ffn.py", model, "a fast table", "--tokens", 2, "--faster") or "hire" in said
 
 
+def test_ranks_share_a_head(tmp_path: Path):
+    model = people.gpt2(tmp_path / "gpt2")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    said = run("distributed.py", model, "a fast table", "--tokens", 12, launcher=torchrun)
+    assert "2 ranks over shared memory, (5, 4) rows" in said
+    assert "16 bytes a token, all logits would be 20; same text: True" in said
+    assert "4 tokens by lists: recall 0.857 is expected" in said
+
+
 def test_every_example_is_short_and_described():
     described = (ROOT / "examples" / "README.md").read_text()
     files = sorted((ROOT / "examples").glob("*.py"))
-    assert len(files) == 4
+    assert len(files) >= 4
     for file in files:
         assert file.name in described
         assert len(file.read_text().splitlines()) < 60

@@ -28,9 +28,11 @@ from nogemm.convert import (
 from nogemm.convert.head import convert_head
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
+from nogemm.distributed import shard_head, shard_hire
 from nogemm.errors import (
     CheckpointError,
     ConfigError,
+    DistributedError,
     DtypeError,
     NativeError,
     NogemmError,
@@ -79,6 +81,7 @@ __all__ = [
     "DenseProjectionConfig",
     "DistilOptions",
     "DistilReport",
+    "DistributedError",
     "DtypeError",
     "ExportReport",
     "GenerationReport",
@@ -121,6 +124,8 @@ __all__ = [
     "refused",
     "register_site",
     "save",
+    "shard_head",
+    "shard_hire",
     "sites",
     "unpack",
 ]

@@ -34,3 +34,7 @@ class PackedError(NogemmError, RuntimeError):
 
 class NativeError(NogemmError, RuntimeError):
     """The native extension is absent, broken, or does not support what was asked of it."""
+
+
+class DistributedError(NogemmError, RuntimeError):
+    """Another rank ended, did not answer in time, or sent something else than was asked of it."""

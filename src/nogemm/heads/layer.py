@@ -172,7 +172,7 @@ class HireHead(nn.Module):
     def _fingerprint(self) -> Tensor:
         """Return a number for each row, by a direction that no weight was made for, and the biases."""
         source = torch.Generator().manual_seed(0)
-        own = self.logits(torch.randn(1, self.in_features, generator=source))[0]
+        own = HireHead.logits(self, torch.randn(1, self.in_features, generator=source))[0]  # of the rows that lie here
         return own if self.bias is None else torch.cat((own, self.bias.detach().float()))
 
     def __getstate__(self) -> dict[str, object]:

@@ -17,6 +17,7 @@ from typing import Any
 from nogemm.bench.engine.result import shown_name, why_not
 from nogemm.bench.report.tables import (
     TextTable,
+    distributed_table,
     flips_table,
     head_table,
     hire_recall_table,
@@ -296,6 +297,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "projections": projections_table,
     "hire-recall": hire_recall_table,
     "flips": flips_table,
+    "distributed": distributed_table,
     "head": head_table,
     "lsh": lsh_table,
     "operator-host": operator_table,

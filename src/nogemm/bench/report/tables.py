@@ -163,6 +163,27 @@ def generate_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def distributed_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `benchmarks/distributed.py` measured of heads on several ranks."""
+    rows = []
+    for row in result["rows"]:
+        us, ratio = row.get("us_median"), row.get("ratio")
+        time = (why_not(row) or "not run") if us is None else f"{us:,.0f}"
+        sent = f"{row['bytes_sent']:,.0f}" if "bytes_sent" in row else ""
+        share = f"{row['bytes_sent'] / row['naive_bytes']:.3%}" if row.get("naive_bytes") else ""
+        found = [f"{row[name]:.4f}" if name in row else "" for name in ("recall", "expected_recall")]
+        rows.append(
+            [row["contender"], str(row["ranks"]), time, "" if ratio is None else f"{ratio:.2f}", sent, share, *found]
+        )
+    return TextTable(
+        title="Vocabulary heads on several ranks",
+        head=["head", "ranks", "us", "speed", "bytes sent", "of all logits", "recall", "expected"],
+        rows=rows,
+        hint=f"{result['settings']['model']}: {result['vocabulary']:,} rows of {result['width']} numbers, one thread a "
+        "rank. Microseconds a state; speed: the first line's time divided by it; bytes that a rank sends for a state.",
+    )
+
+
 def flips_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench flips` measured."""
     rows = []
