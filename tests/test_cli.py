@@ -50,7 +50,8 @@ FLAGS = {
     "--json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
-    "--project --threads --rounds --seconds --checkpoint --site --seed --json",
+    "--project --threads --rounds --seconds --checkpoint --site --seed --sparsity --data --keep --tokens "
+    "--layerwise --trust-remote-code --json",
     "report": "--output -o --title --json",
 }
 
@@ -311,6 +312,12 @@ def test_wrong_input_elsewhere_is_one_line(tiny, tmp_path, capsys):
     assert "nonsense" in failed(capsys, "bench", "layer", "--against", "nonsense")
     assert "--counters" in failed(capsys, "profile", "--counters", "guess")
     assert "--project" in failed(capsys, "profile", "--method", "tree", "--project")
+    assert "--keep needs --sparsity" in failed(capsys, "profile", "--keep", "0.1")
+    assert "--d does not go with --sparsity" in failed(capsys, "profile", "--sparsity", tiny, "--d", "8")
+    assert "'few'" in failed(capsys, "profile", "--sparsity", tiny, "--keep", "few")
+    assert "1.5" in failed(capsys, "profile", "--sparsity", tiny, "--keep", "1.5")
+    assert "absent.txt" in failed(capsys, "profile", "--sparsity", tiny, "--data", tmp_path / "absent.txt")
+    assert "are needed" in failed(capsys, "profile", "--sparsity", tiny, "--data", tmp_path / "texts.jsonl")
 
 
 @pytest.mark.parametrize(

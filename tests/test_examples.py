@@ -78,6 +78,16 @@ def test_ranks_share_a_head(tmp_path: Path):
     assert "4 tokens by lists: recall 0.857 is expected" in said
 
 
+def test_sparse_layers_are_named(tmp_path: Path):
+    model = people.gpt2(tmp_path / "gpt2")
+    (tmp_path / "texts.txt").write_text("\n".join(people.TEXTS * 2))
+    said = run("sparsity.py", model, tmp_path / "texts.txt", "--tokens", 30, "--keep", "0.1,1")
+    assert "transformer.h.1.mlp: " in said
+    values = [float(line.rpartition(": ")[2]) for line in said.splitlines() if line.startswith("perplexity")]
+    assert len(values) == 3
+    assert values[0] == values[2]  # all neurons, and a share of one
+
+
 def test_every_example_is_short_and_described():
     described = (ROOT / "examples" / "README.md").read_text()
     files = sorted((ROOT / "examples").glob("*.py"))

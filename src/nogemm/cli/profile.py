@@ -1,4 +1,4 @@
-"""The command `profile`: where a layer's time goes, and what it makes the machine do."""
+"""The command `profile`: where a layer's time goes; with `--sparsity`, which FFNs of a model are sparse."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_text_table
+from nogemm.cli.common import Json, Trust, checkout_has_papers, papers, print_partial, print_text_table
 from nogemm.cli.options import (
     Activation,
     Batch,
@@ -23,11 +23,19 @@ from nogemm.cli.options import (
     Threads,
     Width,
     layer_args,
+    words,
 )
+from nogemm.errors import ConfigError
 from nogemm.running.measured import measured
+
+# What each of the two modes takes; the rest belongs to both.
+_OF_LAYER = ("method", "set_", "d", "hidden", "activation", "gated", "batch", "against", "counters", "counts")
+_OF_LAYER += ("project", "checkpoint", "site")
+_OF_MODEL = ("data", "keep", "tokens", "layerwise", "trust_remote_code")
 
 
 def profile(
+    context: typer.Context,
     method: Method = "lookup",
     set_: Set = None,
     d: Width = 384,
@@ -46,9 +54,28 @@ def profile(
     checkpoint: Checkpoint = None,
     site: Site = 0,
     seed: Seed = 0,
+    sparsity: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Measure instead how sparse the FFNs of this model are.")
+    ] = None,
+    data: Annotated[str, typer.Option(help="Of --sparsity: a file of texts, or `sample`.")] = "sample",
+    keep: Annotated[str, typer.Option(help="Of --sparsity: shares of the neurons, with commas.")] = "0.05,0.1,0.25,0.5",
+    tokens: Annotated[int, typer.Option(help="Of --sparsity: tokens of the data.")] = 2048,
+    layerwise: Annotated[
+        bool, typer.Option("--layerwise", help="Of --sparsity: also judge the model with one FFN cut at a time.")
+    ] = False,
+    trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Say where a layer's time goes: phases, bandwidths, misses, energy, beside what the machine can do."""
+    """Say where a layer's time goes: phases, bandwidths, misses, energy, beside what the machine can do.
+
+    With --sparsity: which FFNs of a model are sparse, what sketches find, what that would save, and what it costs.
+    """
+    _check_mode(context, sparsity is not None)
+    if sparsity is not None:
+        chosen = {"dtype": dtype, "threads": threads, "rounds": rounds, "seconds": seconds, "seed": seed}
+        chosen |= {"keep": _shares(keep), "tokens": tokens, "layerwise": layerwise}
+        _sparsity(sparsity, data, chosen, trust_remote_code, json)
+        return
     layer = layer_args(locals())
     from nogemm.bench.profile.profile import ProfileArgs, run_profile
     from nogemm.bench.profile.tables import energy_table, profile_table, projection_table
@@ -68,3 +95,40 @@ def profile(
         print_partial(result)
 
     measured("profile", json, lambda note, keep: run_profile(args, figures=figures, note=note, keep=keep), show)
+
+
+def _check_mode(context: typer.Context, of_model: bool) -> None:
+    """Refuse options of the other mode, which would be read and have no effect."""
+    foreign, reason = (_OF_LAYER, "does not go with") if of_model else (_OF_MODEL, "needs")
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in foreign and source is not None and source.name != "DEFAULT":
+            raise ConfigError(f"{parameter.opts[0]} {reason} --sparsity")
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(word) for word in words(text))
+    except ValueError:
+        raise ConfigError(f"--keep: expected shares such as 0.05,0.1, got {text!r}") from None
+
+
+def _sparsity(model: str, data: str, chosen: dict[str, Any], trust: bool, json: Any) -> None:
+    from nogemm.bench.sparsity.profile import SparsityOptions, run_sparsity
+    from nogemm.bench.sparsity.tables import sparsity_tables
+
+    options = SparsityOptions(**chosen)
+
+    def show(result: dict[str, Any]) -> None:
+        print(result["machine_line"])
+        for table in sparsity_tables(result):
+            print(f"\n{table.title}")
+            print_text_table(table)
+        print_partial(result)
+
+    measured(
+        "sparsity",
+        json,
+        lambda note, keep: run_sparsity(model, data, options, trust_remote_code=trust, note=note, keep=keep),
+        show,
+    )

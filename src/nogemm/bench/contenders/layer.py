@@ -55,6 +55,8 @@ class DenseStack(nn.Module):
 class LayerContender:
     """Draw tokens for C copies of a layer, fresh or warm; what both kinds of contender share."""
 
+    copied_batch = COPIED_BATCH
+
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.pool: TokenPool | None = None
@@ -65,7 +67,7 @@ class LayerContender:
     def _open(self, case: dict[str, Any], dtype: torch.dtype) -> None:
         self.batch = case["batch"]
         self.fresh, self.repeated = case["cache"] == "fresh", None
-        self.copies = COPIES if self.fresh and self.batch <= COPIED_BATCH else 1
+        self.copies = COPIES if self.fresh and self.batch <= self.copied_batch else 1
         if self.pool is None or self.pool.tokens_ND.dtype != dtype:
             self.pool = TokenPool(Path(self.settings["pool"]), self.settings["d"], dtype)
 
@@ -141,8 +143,11 @@ class OurContender(LayerContender):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
-        self.layer = our_layer(settings)
+        self.layer = self._made(settings)
         self.packed: list[PackedFFN] = []
+
+    def _made(self, settings: dict[str, Any]) -> FFN:
+        return our_layer(settings)
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         dtype = self.settings["dtype"]

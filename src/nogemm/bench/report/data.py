@@ -2,7 +2,7 @@
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
-table each), "profile". A file without a kind is told by its rows.
+table each), "profile", "sparsity". A file without a kind is told by its rows.
 Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
 """
 
@@ -111,6 +111,7 @@ class Results:
     sites: list[SiteRow] = field(default_factory=list)
     tables: list[TextTable] = field(default_factory=list)
     profiles: list[Mapping[str, Any]] = field(default_factory=list)
+    sparsities: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -292,6 +293,12 @@ def _read_profile(data: Mapping[str, Any], results: Results) -> None:
     results.profiles.append(data)
 
 
+def _read_sparsity(data: Mapping[str, Any], results: Results) -> None:
+    for name in ("settings", "model", "tokens", "layers", "quality", "predicted", "speed"):
+        data[name]
+    results.sparsities.append(data)
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "methods": methods_table,
     "projections": projections_table,
@@ -317,5 +324,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "study": _read_study,
     "demo": _read_demo,
     "profile": _read_profile,
+    "sparsity": _read_sparsity,
     **{kind: _table_reader(make) for kind, make in _TABLES.items()},
 }

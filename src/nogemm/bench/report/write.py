@@ -16,8 +16,10 @@ from nogemm.bench.profile.tables import energy_table, profile_table, projection_
 from nogemm.bench.report.data import METRICS, QualityRow, Results, SpeedRow, read_results
 from nogemm.bench.report.page import PAGE
 from nogemm.bench.report.profile import profile_charts
+from nogemm.bench.report.sparsity import sparsity_charts
 from nogemm.bench.report.svg import COLOURS, Bar, Point, bars, legend, lines, number, scatter
 from nogemm.bench.report.tables import TextTable
+from nogemm.bench.sparsity.tables import model_name, sparsity_tables
 from nogemm.files import write_atomically
 
 MIB = 1024 * 1024
@@ -51,6 +53,7 @@ def render(results: Results, *, title: str | None = None) -> str:
         _sites_section(results),
         *(_table_section(table) for table in results.tables),
         *(_profile_section(result) for result in results.profiles),
+        *(_sparsity_section(result) for result in results.sparsities),
     ]
     machine = "".join(f"<p class='machine'>{escape(line)}</p>" for line in results.machines)
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in results.notes)
@@ -70,6 +73,13 @@ def _profile_section(result: Mapping[str, Any]) -> str:
     tables = [profile_table(result), energy_table(result), projection_table(result)]
     sections = "".join(_table_section(table) for table in tables if table.rows)
     return f'<section><h2>{escape(shape_line(result))}</h2><div class="charts">{figures}</div></section>{sections}'
+
+
+def _sparsity_section(result: Mapping[str, Any]) -> str:
+    name = escape(f"Which layers are sparse: {model_name(result)}")
+    figures = "".join(_figure(caption, chart) for caption, chart in sparsity_charts(result))
+    sections = "".join(_table_section(table) for table in sparsity_tables(result))
+    return f'<section><h2>{name}</h2><div class="charts">{figures}</div></section>{sections}'
 
 
 def _tiles(results: Results) -> str:
