@@ -54,6 +54,7 @@ from nogemm.layers import (
     TreeConfig,
     YosoConfig,
 )
+from nogemm.ops.topk import topk, topk_grouped, topk_threshold
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -119,6 +120,9 @@ __all__ = [
     "register_site",
     "save",
     "sites",
+    "topk",
+    "topk_grouped",
+    "topk_threshold",
     "unpack",
 ]
 
