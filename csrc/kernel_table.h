@@ -191,8 +191,8 @@ struct TopkKernels {
   // [numbers a bucket keeps - 1]
   bool (*buckets[kTopkKept][kDtypes])(const void* x, int64_t n, int64_t buckets, int64_t begin, int64_t end,
                                       float* values, int32_t* index);
-  int64_t (*candidates)(float* values, int32_t* places, int64_t count, int64_t k, int32_t* least, int32_t* keys,
-                        int32_t* index, int32_t* spare);
+  bool (*candidates)(float* values, const int32_t* places, int64_t count, int64_t k, bool sorted, int32_t* keys,
+                     int32_t* index, int32_t* spare);
   void (*groups[kDtypes])(const void* x, int64_t n, int64_t group, bool sum, int64_t begin, int64_t end, float* scores);
 };
 

@@ -94,8 +94,8 @@ class Row {
     }
     if (q_.kept > 0) {
       bucket(run);
-      if (count_ > 0) {
-        run.run(3, 1, [&](int64_t) { finish(values, index); });
+      if (answered_) {
+        run.run(3, 1, [&](int64_t) { write(values, index); });
         return;
       }
     }
@@ -110,7 +110,8 @@ class Row {
         }
         count_ += counts_[p];
       }
-      finish(values, index);
+      k_.finish(keys_, index_, count_, q_.k, depth_ > 1 ? least_ : kLowest, q_.sorted, spare_);
+      write(values, index);
     });
   }
 
@@ -122,7 +123,7 @@ class Row {
     return std::any_of(nan_, nan_ + pieces_, [](bool nan) { return nan; });
   }
 
-  // The approximate form; count_ 0: it cannot answer for this row.
+  // The approximate form, where it can answer for this row.
   template <class Run>
   void bucket(Run& run) {
     const int64_t strips = q_.buckets / kTopkStrip;
@@ -131,8 +132,8 @@ class Row {
                                                 strips * (p + 1) / pieces_ * kTopkStrip, values_, where_);
     });
     run.run(2, 1, [&](int64_t) {
-      count_ =
-          any_nan() ? 0 : k_.candidates(values_, where_, q_.buckets * q_.kept, q_.k, &least_, keys_, index_, spare_);
+      answered_ =
+          !any_nan() && k_.candidates(values_, where_, q_.buckets * q_.kept, q_.k, q_.sorted, keys_, index_, spare_);
     });
   }
 
@@ -156,8 +157,7 @@ class Row {
     });
   }
 
-  void finish(void* values, int64_t* index) {
-    k_.finish(keys_, index_, count_, q_.k, depth_ > 1 || q_.kept > 0 ? least_ : kLowest, q_.sorted, spare_);
+  void write(void* values, int64_t* index) const {
     if (dtype_ == kF32) {
       write(static_cast<const uint32_t*>(x_), static_cast<uint32_t*>(values), index);
     } else {
@@ -182,7 +182,7 @@ class Row {
   float *maxima_, *values_, *scores_;
   int64_t count_, counts_[kPieces];
   int32_t least_;
-  bool nan_[kPieces];
+  bool answered_, nan_[kPieces];
 };
 
 int64_t torch_threads() {

@@ -79,7 +79,7 @@ static int64_t topk_count(const void* from, int64_t begin, int64_t end, int32_t 
   return count;
 }
 
-// Numbers [begin, end) that reach the floor, as integers, and their indices, increasing. DENSE: most vectors have one.
+// Numbers [begin, end) that reach the floor, as they are, and their indices, increasing. DENSE: most vectors have one.
 template <bool DENSE, class T>
 NOGEMM_INLINE int64_t collect(const T* x, int64_t begin, int64_t end, const Floor& floor, int32_t* keys,
                               int32_t* index) {
@@ -87,7 +87,7 @@ NOGEMM_INLINE int64_t collect(const T* x, int64_t begin, int64_t end, const Floo
   const auto take = [&](int64_t i, F v, M wanted) {
     const uint32_t bits = mask_bits(wanted);
     if (!DENSE && bits == 0) return;
-    compress(keys + count, ordered(v), wanted);
+    compress(keys + count, as_int(v), wanted);
     compress(index + count, set1(static_cast<int32_t>(i)) + lane_index(), wanted);
     count += __builtin_popcount(bits);
   };
@@ -103,13 +103,20 @@ NOGEMM_INLINE int64_t collect(const T* x, int64_t begin, int64_t end, const Floo
   return count;
 }
 
-// The same of numbers [begin, end), as a kernel of its own. The lists have room for end - begin + kLanes.
+// Few are left by now; the lists have room for kLanes more.
+static int64_t to_order(int32_t* keys, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) store(keys + i, ordered(as_float(load(keys + i))));
+  return count;
+}
+
+// Numbers [begin, end) that reach the floor, as integers. The lists have room for end - begin + kLanes.
 template <class T>
 static int64_t topk_reaching(const void* from, int64_t begin, int64_t end, int32_t least, bool dense, int32_t* keys,
                              int32_t* index) {
   const T* x = static_cast<const T*>(from);
-  return dense ? collect<true>(x, begin, end, floor_of(least), keys, index)
-               : collect<false>(x, begin, end, floor_of(least), keys, index);
+  const int64_t count = dense ? collect<true>(x, begin, end, floor_of(least), keys, index)
+                              : collect<false>(x, begin, end, floor_of(least), keys, index);
+  return to_order(keys, count);
 }
 
 // The same of chunks [begin, end), those alone whose maxima (integers by now) reach the floor.
@@ -128,7 +135,7 @@ static int64_t topk_collect(const void* from, int64_t n, int64_t depth, const fl
     count += dense ? collect<true>(x, first, last, floor, keys + count, index + count)
                    : collect<false>(x, first, last, floor, keys + count, index + count);
   }
-  return count;
+  return to_order(keys, count);
 }
 
 // The k largest of count pairs in order of increasing index, in place and in that order; all of them reach the floor.
@@ -226,27 +233,39 @@ static bool topk_buckets(const void* from, int64_t n, int64_t buckets, int64_t b
   return mask_bits(nan) != 0;
 }
 
-// Candidates that reach the k-th largest of them, in order of increasing index; returns how many, and sets the floor.
-// 0: fewer than k of them are above -infinity. Destroys values. `spare` holds 2 count + kLanes numbers.
-static int64_t topk_candidates(float* values, int32_t* places, int64_t count, int64_t k, int32_t* least, int32_t* keys,
-                               int32_t* index, int32_t* spare) {
-  *least = topk_floor(values, count, k);
-  if (*least == kOrderedLowest) return 0;
+// Pairs by their index, lowest first.
+static void sort_by_index(int32_t* keys, int32_t* index, int64_t count, int32_t* spare) {
+  for (int64_t i = 0; i < count; ++i) index[i] = ~index[i];
+  sort_pairs(index, keys, count, spare);
+  for (int64_t i = 0; i < count; ++i) index[i] = ~index[i];
+}
+
+// The k largest of count candidates, a multiple of kTopkStrip, as `topk_finish` leaves them. Returns whether there are k
+// above -infinity. Destroys values. The lists have room for count + kLanes, `spare` for 2 count + kLanes.
+static bool topk_candidates(float* values, const int32_t* places, int64_t count, int64_t k, bool sorted, int32_t* keys,
+                            int32_t* index, int32_t* spare) {
+  const int32_t least = topk_floor(values, count, k);
+  if (least == kOrderedLowest) return false;
   const auto* orders = reinterpret_cast<const int32_t*>(values);
-  const I limit = set1(*least);
+  const I limit = set1(least);
   int64_t found = 0;
-  for (int64_t i = 0; i < count; i += kLanes) {  // a multiple of kTopkStrip
+  for (int64_t i = 0; i < count; i += kLanes) {
     const I key = load(orders + i);
     const M wanted = ~lt(key, limit);
     const uint32_t bits = mask_bits(wanted);
     if (bits == 0) continue;
     compress(keys + found, key, wanted);
-    compress(index + found, set1(-1) ^ load(places + i), wanted);
+    compress(index + found, load(places + i), wanted);
     found += __builtin_popcount(bits);
   }
-  sort_pairs(index, keys, found, spare);  // by the complement, so the lowest comes first
-  for (int64_t i = 0; i < found; ++i) index[i] = ~index[i];
-  return found;
+  // Candidates stand bucket by bucket: what is equal is put in order of index afterwards.
+  sort_pairs(keys, index, found, spare);
+  for (int64_t i = 0, j; i < k; i = j) {
+    for (j = i + 1; j < found && keys[j] == keys[i]; ++j) continue;
+    if (j > i + 1) sort_by_index(keys + i, index + i, j - i, spare);
+  }
+  if (!sorted) sort_by_index(keys, index, k, spare);
+  return true;
 }
 
 // score[g] = sum or maximum of group g's numbers, for groups [begin, end); the last one of a row may be shorter. Sums

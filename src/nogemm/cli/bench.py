@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nogemm.bench.report.tables import TextTable
+from nogemm.cli import bench_ops
 from nogemm.cli.common import Json, checkout_has_papers, papers, print_partial, print_table, print_text_table
 from nogemm.cli.options import (
     Activation,
@@ -32,6 +33,7 @@ from nogemm.cli.options import (
 from nogemm.running.measured import Keep, Note, measured
 
 app = typer.Typer(help="Time layers and models beside their dense peers.", no_args_is_help=True, rich_markup_mode=None)
+app.command("topk")(bench_ops.topk)
 
 
 @app.command("layer")

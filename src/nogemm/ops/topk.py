@@ -23,9 +23,10 @@ SCORES = ("sum", "max")
 
 # Of the native approximate kernel: buckets come in multiples of a strip, and keep at most so many numbers.
 _STRIP, _MOST_KEPT = 64, 4
-# What a number costs that is read into a bucket, by how many the bucket keeps, and one that was kept; from times of the
-# AVX-512 kernel. They choose among plans that reach the recall, nothing else.
-_READ, _RANKED = (1.0, 2.0, 3.0, 4.0), 4.0
+# What a number costs that is read into a bucket, by how many the bucket keeps, and one that was kept; of the exact form
+# a number and a winner. From times of the AVX-512 kernels; they choose among plans that reach the recall, nothing else.
+_READ, _RANKED = (1.0, 1.5, 2.0, 2.6), 4.0
+_EXACT, _WINNER = 1.2, 50.0
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,10 +117,10 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     source = x.detach() if needs_grad else x
     if plan is not None:
-        call = torch.ops.nogemm.topk_approximate if _dispatched(x) else topk_approximate_reference
+        call = _TOPK_APPROXIMATE if _dispatched(x) else topk_approximate_reference
         values, indices = call(source, k, *plan, sorted)
     else:
-        call = torch.ops.nogemm.topk if _dispatched(x) else topk_reference
+        call = _TOPK if _dispatched(x) else topk_reference
         values, indices = call(source, k, sorted)
     if needs_grad:
         values = x.gather(-1, indices)
@@ -141,7 +142,7 @@ def approximate_plan(n: int, k: int, recall: float) -> tuple[int, int] | None:
         ConfigError: recall is not in (0, 1].
     Example:
         >>> approximate_plan(50_257, 50, 0.99)
-        (2432, 1)
+        (2368, 1)
     """
     if not 0 < recall <= 1:
         raise ConfigError(f"topk: recall must be more than 0 and at most 1, got recall={recall}")
@@ -150,7 +151,7 @@ def approximate_plan(n: int, k: int, recall: float) -> tuple[int, int] | None:
 
 @lru_cache(maxsize=1024)
 def _cheapest_plan(n: int, k: int, recall: float) -> tuple[int, int] | None:
-    best: tuple[float, int, int] | None = None
+    best: tuple[float, int, int] = (_EXACT * n + _WINNER * k, 0, 0)
     for kept in range(1, _MOST_KEPT + 1):
         most = n // (2 * kept * _STRIP)  # strips: half of the numbers at most are kept
         if k == 0 or recall == 1 or most == 0 or expected_recall(n, k, most * _STRIP, kept) < recall:
@@ -163,8 +164,8 @@ def _cheapest_plan(n: int, k: int, recall: float) -> tuple[int, int] | None:
             else:
                 least = middle + 1
         cost = _READ[kept - 1] * n + _RANKED * most * _STRIP * kept
-        best = min(best, (cost, most * _STRIP, kept)) if best else (cost, most * _STRIP, kept)
-    return best and best[1:]
+        best = min(best, (cost, most * _STRIP, kept))
+    return best[1:] if best[1] else None
 
 
 def group_scores(x: Tensor, group: int, score: str = "sum") -> Tensor:
@@ -222,7 +223,7 @@ def topk_grouped(x: Tensor, k: int, *, group: int, score: str = "sum", dim: int 
     groups = -(-x.shape[-1] // group)
     _check_count(k, groups, f"the groups of {group} along dim {dim}", "topk_grouped")
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    call = torch.ops.nogemm.topk_grouped if _dispatched(x) else topk_grouped_reference
+    call = _TOPK_GROUPED if _dispatched(x) else topk_grouped_reference
     values, indices = call(x.detach() if needs_grad else x, k, group, score == "sum", sorted)
     if needs_grad:
         values = group_scores(x, group, score).gather(-1, indices)
@@ -275,7 +276,7 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
     else:
         limits = torch.full(x.shape[:-1], threshold, dtype=wide, device=x.device)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
-    call = torch.ops.nogemm.topk_threshold if _dispatched(x) else topk_threshold_reference
+    call = _TOPK_THRESHOLD if _dispatched(x) else topk_threshold_reference
     values, indices, starts = call(x.detach() if needs_grad else x, limits)
     if needs_grad:
         row = torch.arange(len(starts) - 1, device=x.device).repeat_interleave(starts.diff())
@@ -329,3 +330,9 @@ define(
 define(
     "topk_threshold(Tensor x, Tensor threshold) -> (Tensor, Tensor, Tensor)", topk_threshold_reference, _fake_threshold
 )
+
+# The overloads themselves: to find one through its packet costs a microsecond a call.
+_TOPK = torch.ops.nogemm.topk.default
+_TOPK_APPROXIMATE = torch.ops.nogemm.topk_approximate.default
+_TOPK_GROUPED = torch.ops.nogemm.topk_grouped.default
+_TOPK_THRESHOLD = torch.ops.nogemm.topk_threshold.default

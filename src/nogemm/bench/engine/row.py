@@ -28,6 +28,7 @@ class Row(TypedDict, total=False):
         native: of ours: False where PyTorch stood in for the kernel, None where torch's kernels are the point.
         flip_rate, other_way: shares of decisions, and of tokens, that rounding sends another way.
         recall, energy, dense_energy: of HireFFN.
+        n, k, threads, pattern: of a search for the k largest of n numbers, with promised (recall), buckets, kept.
         memory_bytes, agreement, agreement_texts, trained: of a model.
         rows, rows_p99, positions: of a vocabulary head: computed exactly, and on how many states it was verified.
         parts: of a training step: us of forward, backward, update.
@@ -78,6 +79,13 @@ class Row(TypedDict, total=False):
     rows: float
     rows_p99: float
     positions: int
+    n: int
+    k: int
+    threads: int
+    pattern: str
+    promised: float
+    buckets: int
+    kept: int
     agreement_texts: int
     trained: bool
     parts: dict[str, float]
