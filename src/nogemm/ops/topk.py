@@ -107,7 +107,8 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     """
     x = _rows_last(x, dim, "topk")
     n = x.shape[-1]
-    _check_count(k, n, f"the numbers along dim {dim}", "topk")
+    if not 0 <= k <= n:
+        raise _wrong_count(k, n, f"the numbers along dim {dim}", "topk")
     if method == "exact":
         plan = None
     elif method == "approximate":
@@ -221,7 +222,8 @@ def topk_grouped(x: Tensor, k: int, *, group: int, score: str = "sum", dim: int 
     if score not in SCORES:
         raise ConfigError(f"topk_grouped: score must be one of {', '.join(SCORES)}, got score={score!r}")
     groups = -(-x.shape[-1] // group)
-    _check_count(k, groups, f"the groups of {group} along dim {dim}", "topk_grouped")
+    if not 0 <= k <= groups:
+        raise _wrong_count(k, groups, f"the groups of {group} along dim {dim}", "topk_grouped")
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     call = _TOPK_GROUPED if _dispatched(x) else topk_grouped_reference
     values, indices = call(x.detach() if needs_grad else x, k, group, score == "sum", sorted)
@@ -293,9 +295,8 @@ def _rows_last(x: Tensor, dim: int, caller: str) -> Tensor:
     return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
 
 
-def _check_count(k: int, most: int, what: str, caller: str) -> None:
-    if not 0 <= k <= most:
-        raise ConfigError(f"{caller}: k must be from 0 to {most}, {what}, got k={k}")
+def _wrong_count(k: int, most: int, what: str, caller: str) -> ConfigError:
+    return ConfigError(f"{caller}: k must be from 0 to {most}, {what}, got k={k}")
 
 
 def _dispatched(x: Tensor) -> bool:
