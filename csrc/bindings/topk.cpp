@@ -19,8 +19,10 @@ constexpr const char* kTopk = "topk";
 constexpr const char* kApproximate = "topk_approximate";
 constexpr const char* kGrouped = "topk_grouped";
 constexpr const char* kThreshold = "topk_threshold";
-constexpr int64_t kPiece = 16384;   // numbers of a row that one thread takes at once
-constexpr int64_t kPieces = 16;     // of a row at most
+constexpr int64_t kPiece = 16384;  // numbers of a row that one thread takes at once
+constexpr int64_t kShared =
+    65536;                       // numbers of the shortest row that threads share: to wake one takes some microseconds
+constexpr int64_t kPieces = 16;  // of a row at most
 constexpr int64_t kMostDepth = 16;  // vectors of a chunk
 constexpr int64_t kDense = 32;      // more than n / kDense winners: most vectors hold one
 // kernels/select.h, in words that know no instruction set.
@@ -198,7 +200,7 @@ void answer_rows(const Question& q, const char* x, int64_t rows, char* values, i
   const auto one = [&](Row& row, auto& run, int64_t r) {
     row.answer(run, x + r * row_bytes, values + r * q.k * value_bytes, index + r * q.k);
   };
-  if (rows < threads && q.n >= 2 * kPiece) {
+  if (rows < threads && q.n >= kShared) {
     Row row(q, std::min(kPieces, q.n / kPiece));
     row.carve(memory.at_least(row.bytes()));
     for (int64_t r = 0; r < rows; ++r) {

@@ -97,7 +97,7 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
         ConfigError: k is not from 0 to n; an unknown method; a recall that is not in (0, 1].
         ShapeError: x has no dimension, or not this one. DtypeError: x is not floating.
     Cost: reads x once, and about k numbers a second time. A row whose winners stand close together costs up to n reads
-        more. Longer rows than 32,768 are cut over the threads when there are fewer rows than threads.
+        more. Rows of 65,536 and more are cut over the threads when there are fewer rows than threads.
     Gradient: to x at `indices`.
     Source: the approximate form is "A Faster Generalized Two-Stage Approximate Top-K" (2025, arXiv 2506.04165); the
         exact one, its floor from maxima of buckets and a second look, is ours.
