@@ -177,6 +177,28 @@ struct HeadKernels {
   void (*rows[kDtypes])(const BundleRows& rows, int64_t begin, int64_t end, const float* x, float* out);
 };
 
+inline constexpr int64_t kTopkStrip = 64;  // buckets of the approximate form come in multiples of it
+inline constexpr int64_t kTopkKept = 4;    // most numbers that a bucket keeps
+
+// The k largest numbers of a row; see kernels/topk.h, also for what the lists and scratch must hold. What reads a row is
+// indexed by its dtype; `least` is an integer in the order of the numbers.
+struct TopkKernels {
+  bool (*maxima[kDtypes])(const void* x, int64_t n, int64_t depth, int64_t begin, int64_t end, float* maxima);
+  int32_t (*floor)(float* numbers, int64_t count, int64_t k);
+  int64_t (*collect[kDtypes])(const void* x, int64_t n, int64_t depth, const float* maxima, int64_t begin, int64_t end,
+                              int32_t least, bool dense, int32_t* keys, int32_t* index);
+  int64_t (*count[kDtypes])(const void* x, int64_t begin, int64_t end, int32_t least);
+  int64_t (*reaching[kDtypes])(const void* x, int64_t begin, int64_t end, int32_t least, bool dense, int32_t* keys,
+                               int32_t* index);
+  void (*finish)(int32_t* keys, int32_t* index, int64_t count, int64_t k, int32_t least, bool sorted, int32_t* spare);
+  // [numbers a bucket keeps - 1]
+  bool (*buckets[kTopkKept][kDtypes])(const void* x, int64_t n, int64_t buckets, int64_t begin, int64_t end,
+                                      float* values, int32_t* index);
+  bool (*candidates)(float* values, const int32_t* places, int64_t count, int64_t k, bool sorted, int32_t* keys,
+                     int32_t* index, int32_t* spare);
+  void (*groups[kDtypes])(const void* x, int64_t n, int64_t group, bool sum, int64_t begin, int64_t end, float* scores);
+};
+
 struct KernelTable {
   const char* name;
   int lanes;
@@ -190,6 +212,7 @@ struct KernelTable {
   TreeKernels tree;
   HireKernels hire;
   HeadKernels head;
+  TopkKernels topk;
   // mask[n][f] = whether a code of token n is neuron f's in the same table; see kernels/bucket_union.h.
   void (*bucket_union)(const int32_t* codes, const int32_t* neurons, int64_t tables, int64_t width, uint8_t* mask,
                        int64_t begin, int64_t end);

@@ -48,6 +48,7 @@ FLAGS = {
     "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
     "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds "
     "--json",
+    "bench topk": "--n --k --batch --threads --pattern --dtype --recall --rounds --seconds --seed --json",
     "bench flips": "--tokens --batch --seed --json",
     "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
     "--project --threads --rounds --seconds --checkpoint --site --seed --sparsity --data --keep --tokens "

@@ -88,6 +88,13 @@ def test_sparse_layers_are_named(tmp_path: Path):
     assert values[0] == values[2]  # all neurons, and a share of one
 
 
+def test_the_largest_numbers_are_torchs():
+    said = run("topk.py", "--n", 20_000, "--k", 40, "--rows", 3)
+    assert "same values: True" in said
+    assert "recall: 0.9" in said or "recall: 1.0" in said
+    assert "groups" in said
+
+
 def test_every_example_is_short_and_described():
     described = (ROOT / "examples" / "README.md").read_text()
     files = sorted((ROOT / "examples").glob("*.py"))

@@ -16,6 +16,7 @@
 #include "kernels/lookup_forward.h"
 #include "kernels/neuron_rows.h"
 #include "kernels/roofline.h"
+#include "kernels/topk.h"
 #include "kernels/tree_forward.h"
 
 namespace nogemm::NOGEMM_NS {
@@ -34,6 +35,7 @@ static constexpr KernelTable make_table(const char* name) {
   t.tree = tree_kernels();
   t.hire = hire_kernels();
   t.head = head_kernels();
+  t.topk = topk_kernels();
   t.bucket_union = bucket_union;
   return t;
 }

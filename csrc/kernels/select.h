@@ -5,11 +5,13 @@
 // keys left in it are sorted. A count is one pass over a row that lies in the first- or second-level cache,
 // so half a dozen of them cost less than one pass that fills a histogram.
 #pragma once
-#include "vec.h"
+#include "sort_pairs.h"
 
 namespace nogemm::NOGEMM_NS {
 
 inline constexpr int kSelectSort = 64;  // keys sorted at the end
+// NaN, above infinity, and the least number, -infinity, as ordered integers.
+inline constexpr int32_t kOrderedNan = 0x7f800001, kOrderedLowest = -0x7f800001;
 
 NOGEMM_INLINE int32_t ordered(int32_t bits) { return bits ^ ((bits >> 31) & 0x7fffffff); }
 NOGEMM_INLINE float unordered(int32_t order) {
@@ -19,12 +21,19 @@ NOGEMM_INLINE float unordered(int32_t order) {
   return f;
 }
 
-// In place: keys to ordered integers, NaN above all numbers. Returns the cutoff to try first: mean + z std of
+// The integer of the same order: -0 equals 0, all NaN are one number above infinity.
+NOGEMM_INLINE I ordered(F k) {
+  // Adding zero turns -0 into 0. Negative numbers: all bits but the sign are flipped.
+  const I bits = as_int(k + zero());
+  const I order = blend(any_bit(bits, set1(INT32_MIN)), bits ^ set1(INT32_MAX), bits);
+  return blend(eq(k, k), order, set1(kOrderedNan));
+}
+
+// In place: keys to ordered integers. Returns the cutoff to try first: mean + z std of
 // the finite keys.
 static float order_keys(float* keys, int64_t n, double z) {
   F sum = zero(), square = zero(), used = zero();
   const F one = set1(1.0f), largest = set1(1e18f);
-  const I sign = set1(INT32_MIN), rest = set1(INT32_MAX), top = set1(0x7f800001);
   for (int64_t i = 0; i < n; i += kLanes) {
     const int left = static_cast<int>(n - i < kLanes ? n - i : kLanes);
     const F k = left == kLanes ? load(keys + i) : load_part(keys + i, left);
@@ -33,10 +42,7 @@ static float order_keys(float* keys, int64_t n, double z) {
     sum = sum + v;
     square = fma(v, v, square);
     used = used + blend(fits, one, zero());
-    // Adding zero turns -0 into 0. Negative numbers: all bits but the sign are flipped.
-    const I bits = as_int(k + zero());
-    I order = blend(any_bit(bits, sign), bits ^ rest, bits);
-    order = blend(eq(k, k), order, top);
+    const I order = ordered(k);
     if (left == kLanes) {
       store(keys + i, as_float(order));
     } else {
@@ -48,14 +54,6 @@ static float order_keys(float* keys, int64_t n, double z) {
   if (number < 1) return 0.0f;
   const double mean = total / number, variance = squares / number - mean * mean;
   return static_cast<float>(mean + z * std::sqrt(variance > 0 ? variance : 0.0));
-}
-
-static int64_t count_above(const int32_t* keys, int64_t n, int32_t limit) {
-  const I least = set1(limit);
-  int64_t count = 0, i = 0;
-  for (; i + kLanes <= n; i += kLanes) count += __builtin_popcount(mask_bits(lt(least, load(keys + i))));
-  for (; i < n; ++i) count += keys[i] > limit;
-  return count;
 }
 
 // The place-th largest of the keys in (low, high], of which there are at most kSelectSort; low is INT32_MIN -

@@ -6,12 +6,14 @@
 //   F, I, M      a vector of kLanes floats, of kLanes int32, a mask of kLanes bits
 //   load, store  T = float, bf16, fp16 or int8 (load only) <-> F; *_part touch only the first n lanes (others read as 0)
 //   arithmetic   + - * /, fma(a,b,c) = a b + c, fnma = c - a b, min max abs, comparisons -> M
+//   either_nan   either_nan(a, b): lanes where a or b is NaN
 //   blend        blend(m, a, b) = m ? a : b
 //   exp_neg      e^x for x <= 0, relative error below 2e-7, 0 below -87.3, NaN for NaN
 //   hsum         sum of the lanes in a fixed order
 //   dot_pairs(acc, a, b)   acc + a.lo b.lo + a.hi b.hi, where every 32-bit lane holds two signed 16-bit numbers
 //   pack_pair(lo, hi)      two vectors of small integers into one vector of such pairs
 //   magnitude(x)           |x| as its bits: ordered like the numbers, NaN and infinity above all (max() may drop a NaN)
+//   compress(p, a, m)      the lanes of a that m has, side by side from p; all kLanes words there are written
 //   transpose(p, stride, out, out_stride)   kLanes x kLanes 32-bit words: "a token a row" to "a token a lane"
 //
 // vec_bytes.h has the words for sums of products of bytes, vec_peak.h those that measure an instruction set.

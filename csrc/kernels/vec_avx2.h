@@ -17,6 +17,19 @@ struct M {
   __m256 v;  // all bits of a lane set or clear
 };
 
+// For each mask, the lanes that are set, a byte each, lowest first.
+struct CompressLanes {
+  uint64_t of[256];
+};
+static constexpr CompressLanes compress_lanes() {
+  CompressLanes t{};
+  for (int mask = 0; mask < 256; ++mask)
+    for (int lane = 0, at = 0; lane < 8; ++lane)
+      if (mask >> lane & 1) t.of[mask] |= static_cast<uint64_t>(lane) << (8 * at++);
+  return t;
+}
+static constexpr CompressLanes kCompressLanes = compress_lanes();
+
 NOGEMM_INLINE F zero() { return {_mm256_setzero_ps()}; }
 NOGEMM_INLINE F set1(float x) { return {_mm256_set1_ps(x)}; }
 NOGEMM_INLINE I set1(int32_t x) { return {_mm256_set1_epi32(x)}; }
@@ -99,6 +112,7 @@ NOGEMM_INLINE M gt(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)}; }
 NOGEMM_INLINE M lt(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 NOGEMM_INLINE M le(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LE_OQ)}; }
 NOGEMM_INLINE M eq(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)}; }
+NOGEMM_INLINE M either_nan(F a, F b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_UNORD_Q)}; }
 NOGEMM_INLINE M lt(I a, I b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(b.v, a.v))}; }
 NOGEMM_INLINE M operator&(M a, M b) { return {_mm256_and_ps(a.v, b.v)}; }
 NOGEMM_INLINE M operator|(M a, M b) { return {_mm256_or_ps(a.v, b.v)}; }
@@ -168,6 +182,11 @@ NOGEMM_INLINE I times(I a, int32_t b) { return {_mm256_mullo_epi32(a.v, _mm256_s
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
   const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+}
+NOGEMM_INLINE void compress(int32_t* p, I a, M m) {
+  const uint64_t lanes = kCompressLanes.of[mask_bits(m)];
+  const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permutevar8x32_epi32(a.v, order));
 }
 NOGEMM_INLINE int32_t hmax(I a) {
   __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));

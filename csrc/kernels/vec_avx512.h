@@ -92,6 +92,7 @@ NOGEMM_INLINE M gt(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ)}
 NOGEMM_INLINE M lt(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ)}; }
 NOGEMM_INLINE M le(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_LE_OQ)}; }
 NOGEMM_INLINE M eq(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ)}; }
+NOGEMM_INLINE M either_nan(F a, F b) { return {_mm512_cmp_ps_mask(a.v, b.v, _CMP_UNORD_Q)}; }
 NOGEMM_INLINE M lt(I a, I b) { return {_mm512_cmplt_epi32_mask(a.v, b.v)}; }
 NOGEMM_INLINE M operator&(M a, M b) { return {static_cast<__mmask16>(a.v & b.v)}; }
 NOGEMM_INLINE M operator|(M a, M b) { return {static_cast<__mmask16>(a.v | b.v)}; }
@@ -172,6 +173,8 @@ NOGEMM_INLINE I times(I a, int32_t b) { return {_mm512_mullo_epi32(a.v, _mm512_s
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(a.v));
 }
+// To a register first: compressing straight into memory is microcoded on Zen.
+NOGEMM_INLINE void compress(int32_t* p, I a, M m) { _mm512_storeu_si512(p, _mm512_maskz_compress_epi32(m.v, a.v)); }
 NOGEMM_INLINE int32_t hmax(I a) { return _mm512_reduce_max_epi32(a.v); }
 
 NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int64_t out_stride) {

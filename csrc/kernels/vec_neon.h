@@ -18,6 +18,20 @@ struct M {
   uint32x4_t v;  // all bits of a lane set or clear
 };
 
+// For each mask, the bytes of the lanes that are set, lowest first.
+struct CompressBytes {
+  uint8_t of[16][16];
+};
+static constexpr CompressBytes compress_bytes() {
+  CompressBytes t{};
+  for (int mask = 0; mask < 16; ++mask)
+    for (int lane = 0, at = 0; lane < 4; ++lane)
+      for (int byte = 0; (mask >> lane & 1) && byte < 4; ++byte)
+        t.of[mask][at++] = static_cast<uint8_t>(4 * lane + byte);
+  return t;
+}
+static constexpr CompressBytes kCompressBytes = compress_bytes();
+
 NOGEMM_INLINE F zero() { return {vdupq_n_f32(0.0f)}; }
 NOGEMM_INLINE F set1(float x) { return {vdupq_n_f32(x)}; }
 NOGEMM_INLINE I set1(int32_t x) { return {vdupq_n_s32(x)}; }
@@ -89,6 +103,7 @@ NOGEMM_INLINE M gt(F a, F b) { return {vcgtq_f32(a.v, b.v)}; }
 NOGEMM_INLINE M lt(F a, F b) { return {vcltq_f32(a.v, b.v)}; }
 NOGEMM_INLINE M le(F a, F b) { return {vcleq_f32(a.v, b.v)}; }
 NOGEMM_INLINE M eq(F a, F b) { return {vceqq_f32(a.v, b.v)}; }
+NOGEMM_INLINE M either_nan(F a, F b) { return {vmvnq_u32(vandq_u32(vceqq_f32(a.v, a.v), vceqq_f32(b.v, b.v)))}; }
 NOGEMM_INLINE M lt(I a, I b) { return {vcltq_s32(a.v, b.v)}; }
 NOGEMM_INLINE M operator&(M a, M b) { return {vandq_u32(a.v, b.v)}; }
 NOGEMM_INLINE M operator|(M a, M b) { return {vorrq_u32(a.v, b.v)}; }
@@ -160,6 +175,10 @@ NOGEMM_INLINE I lane_index() {
 }
 NOGEMM_INLINE I times(I a, int32_t b) { return {vmulq_n_s32(a.v, b)}; }
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) { vst1_s16(p, vmovn_s32(a.v)); }
+NOGEMM_INLINE void compress(int32_t* p, I a, M m) {
+  const uint8x16_t bytes = vld1q_u8(kCompressBytes.of[mask_bits(m)]);
+  vst1q_s32(p, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(a.v), bytes)));
+}
 NOGEMM_INLINE int32_t hmax(I a) { return vmaxvq_s32(a.v); }
 
 NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int64_t out_stride) {

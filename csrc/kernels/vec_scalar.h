@@ -62,6 +62,7 @@ NOGEMM_INLINE M gt(F a, F b) { return {a.v > b.v}; }
 NOGEMM_INLINE M lt(F a, F b) { return {a.v < b.v}; }
 NOGEMM_INLINE M le(F a, F b) { return {a.v <= b.v}; }
 NOGEMM_INLINE M eq(F a, F b) { return {a.v == b.v}; }
+NOGEMM_INLINE M either_nan(F a, F b) { return {a.v != a.v || b.v != b.v}; }
 NOGEMM_INLINE M lt(I a, I b) { return {a.v < b.v}; }
 NOGEMM_INLINE M operator&(M a, M b) { return {a.v && b.v}; }
 NOGEMM_INLINE M operator|(M a, M b) { return {a.v || b.v}; }
@@ -127,6 +128,7 @@ NOGEMM_INLINE F gather(const float* base, I index) { return {base[index.v]}; }
 NOGEMM_INLINE I lane_index() { return {0}; }
 NOGEMM_INLINE I times(I a, int32_t b) { return {a.v * b}; }
 NOGEMM_INLINE void store_narrow(int16_t* p, I a) { *p = static_cast<int16_t>(static_cast<uint16_t>(a.v)); }
+NOGEMM_INLINE void compress(int32_t* p, I a, M) { *p = a.v; }
 NOGEMM_INLINE int32_t hmax(I a) { return a.v; }
 NOGEMM_INLINE void transpose(const int32_t* p, int64_t, int32_t* out, int64_t) { *out = *p; }
 

@@ -11,6 +11,7 @@ void hire_tests();
 void neuron_rows_tests();
 void tree_tests();
 void head_scan_tests();
+void topk_tests();
 void phases_tests();
 void threads_tests();
 void conversion_tests();
@@ -22,7 +23,7 @@ namespace {
 
 void (*const kAll[])() = {conversion_tests, hadamard_tests,    block_product_tests, hash_codes_tests,
                           gather_tests,     neuron_rows_tests, hire_tests,          head_scan_tests,
-                          tree_tests,       phases_tests,      threads_tests};
+                          tree_tests,       topk_tests,        phases_tests,        threads_tests};
 void (*const kThreads[])() = {threads_tests};
 
 template <size_t N>

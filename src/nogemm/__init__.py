@@ -56,6 +56,7 @@ from nogemm.layers import (
     TreeConfig,
     YosoConfig,
 )
+from nogemm.ops.topk import topk, topk_grouped, topk_threshold
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -127,6 +128,9 @@ __all__ = [
     "shard_head",
     "shard_hire",
     "sites",
+    "topk",
+    "topk_grouped",
+    "topk_threshold",
     "unpack",
 ]
 

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nogemm.cli import bench_decoder, generate, info, models, profile
+from nogemm.cli import bench, bench_decoder, bench_generate, bench_ops, generate, info, models, profile
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
 from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts
@@ -51,7 +51,10 @@ app.command("distil")(models.distil)
 app.command("eval")(models.evaluate)
 app.command("export")(models.export)
 app.command("generate")(generate.generate)
-app.add_typer(bench_generate.app, name="bench")
+bench.app.command("decoder")(bench_decoder.decoder)
+bench.app.command("generate")(bench_generate.generate)
+bench.app.command("topk")(bench_ops.topk)
+app.add_typer(bench.app, name="bench")
 app.command("profile")(profile.profile)
 app.command("report")(info.report)
 

@@ -6,13 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.bench import app, print_rows
+from nogemm.cli.bench import print_rows
 from nogemm.cli.common import Json
 from nogemm.cli.options import Rounds, Seconds, Seed, Threads, Width, words
 from nogemm.running.measured import measured
 
 
-@app.command("decoder")
 def decoder(
     d: Width = 2048,
     hidden: Annotated[int, typer.Option(help="Neurons of an FFN.")] = 8192,

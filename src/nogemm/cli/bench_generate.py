@@ -6,13 +6,11 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.bench import app
 from nogemm.cli.common import Json, print_partial, print_text_table
 from nogemm.cli.options import Rounds, Seconds, Threads, words
 from nogemm.running.measured import measured
 
 
-@app.command("generate")
 def generate(
     model: Annotated[str, typer.Option(help="A decoder: directory, hub name or GGUF file.")],
     data: Annotated[str, typer.Option(help="Texts that codes fit, and others to read and continue.")] = "sample",

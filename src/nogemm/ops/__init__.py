@@ -19,9 +19,21 @@ from nogemm.ops.head_scan import (
 from nogemm.ops.neuron_rows import neuron_dot, neuron_dot_reference, neuron_sum, neuron_sum_reference
 from nogemm.ops.neurons_at_indices import neurons_at_indices
 from nogemm.ops.sketch_and_select import sketch_and_select, top_indices
+from nogemm.ops.topk import (
+    approximate_plan,
+    topk,
+    topk_approximate_reference,
+    topk_grouped,
+    topk_grouped_reference,
+    topk_reference,
+    topk_threshold,
+    topk_threshold_reference,
+)
+from nogemm.ops.topk_recall import expected_recall, kept_for_recall
 from nogemm.ops.tree_descend import tree_descend, tree_descend_reference
 
 __all__ = [
+    "approximate_plan",
     "block_product",
     "block_product_reference",
     "bucket_sum",
@@ -30,6 +42,7 @@ __all__ = [
     "bucket_union_reference",
     "dct",
     "dct_reference",
+    "expected_recall",
     "gather_accumulate",
     "gather_accumulate_reference",
     "hadamard",
@@ -43,6 +56,7 @@ __all__ = [
     "head_search",
     "head_search_reference",
     "isa",
+    "kept_for_recall",
     "native_available",
     "neuron_dot",
     "neuron_dot_reference",
@@ -53,6 +67,13 @@ __all__ = [
     "sketch_and_select",
     "supported_isas",
     "top_indices",
+    "topk",
+    "topk_approximate_reference",
+    "topk_grouped",
+    "topk_grouped_reference",
+    "topk_reference",
+    "topk_threshold",
+    "topk_threshold_reference",
     "tree_descend",
     "tree_descend_reference",
     "use_isa",

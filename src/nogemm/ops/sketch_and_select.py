@@ -6,12 +6,12 @@ Legend: N tokens, D width, F neurons, G groups of g consecutive neurons, A group
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.activations import NUMBERS, activation
 from nogemm.errors import ConfigError, ShapeError
 from nogemm.ops._library import define, has_native_kernel
+from nogemm.ops.topk import group_scores
 
 # How a score becomes the key that is ranked: by the size of an activation, or "signed", by the score itself. That ranks
 # activations that are 0 below 0 as their size does, and tells apart the neurons that do not fire.
@@ -28,7 +28,7 @@ def selection_keys(scores_NF: Tensor, key: str, group: int = 1, always_A: Tensor
     """
     keys = scores_NF if key == SIGNED else activation(key).function(scores_NF).abs()
     if group > 1:
-        keys = F.pad(keys, (0, -keys.shape[1] % group)).unflatten(1, (-1, group)).sum(-1)
+        keys = group_scores(keys, group)
     if always_A is not None and always_A.numel():
         keys = keys.index_fill(1, always_A.long(), float("inf"))
     return keys

@@ -28,6 +28,7 @@ class Row(TypedDict, total=False):
         native: of ours: False where PyTorch stood in for the kernel, None where torch's kernels are the point.
         flip_rate, other_way: shares of decisions, and of tokens, that rounding sends another way.
         recall, energy, dense_energy: of HireFFN.
+        n, k, threads, pattern: of a search for the k largest of n numbers, with promised (recall), buckets, kept.
         memory_bytes, agreement, agreement_texts, trained: of a model.
         new_tokens, tokens_per_second, perplexity: of a decoder that generates.
         proven_tokens, other_tokens: held against all logits, and how many of them a tie decided otherwise.
@@ -85,6 +86,13 @@ class Row(TypedDict, total=False):
     perplexity: float
     proven_tokens: int
     other_tokens: int
+    n: int
+    k: int
+    threads: int
+    pattern: str
+    promised: float
+    buckets: int
+    kept: int
     agreement_texts: int
     trained: bool
     parts: dict[str, float]

@@ -26,6 +26,7 @@ from nogemm.bench.report.tables import (
     operator_table,
     projections_table,
     table5_table,
+    topk_table,
 )
 from nogemm.errors import ConfigError
 
@@ -309,6 +310,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "lsh": lsh_table,
     "operator-host": operator_table,
     "table5": table5_table,
+    "topk": topk_table,
 }
 
 

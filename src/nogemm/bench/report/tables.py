@@ -184,6 +184,25 @@ def distributed_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def topk_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench topk` measured: a line per contender and case."""
+    rows = []
+    for row in result["rows"]:
+        us, ratio = row.get("us_median"), row.get("ratio")
+        time = (why_not(row) or "not run") if us is None else f"{us:,.1f}"
+        recall = f"{row['recall']:.4f}" if "recall" in row else ""
+        case = [row["pattern"], f"{row['n']:,}", f"{row['k']:,}", f"{row['batch']:,}", str(row["threads"])]
+        rows.append([row["contender"], *case, time, "" if ratio is None else f"{ratio:.2f}", recall])
+    settings = result["settings"]
+    return TextTable(
+        title="The k largest numbers",
+        head=["contender", "numbers", "n", "k", "rows", "threads", "us", "ratio", "recall"],
+        rows=rows,
+        hint=f"Microseconds a call on {settings['dtype']} rows that were just written; ratio: its time divided by that "
+        f"of nogemm-exact. Recall: measured of the approximate form, which promises {settings['recall']:g}.",
+    )
+
+
 def flips_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `nogemm bench flips` measured."""
     rows = []
