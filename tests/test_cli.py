@@ -30,8 +30,8 @@ FLAGS = {
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
     "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --trust-remote-code --json",
-    "generate": "--prompt --max-new-tokens --chat --sample --temperature --top-k --top-p --seed --data --dtype "
-    "--trust-remote-code --json",
+    "generate": "--prompt --max-new-tokens --chat --mode --stop --sample --temperature --top-k --top-p --seed "
+    "--data --dtype --trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
     "--threads --rounds --seconds --checkpoint --site --seed --json",
     "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
@@ -45,7 +45,8 @@ FLAGS = {
     "bench recall": "--checkpoint --tokens --json",
     "bench decoder": "--d --hidden --layers --heads --vocabulary --active --sketch --prompt --against --threads "
     "--rounds --seconds --seed --json",
-    "bench head": "--model --data --dtype --leading --positions --batch --against --threads --rounds --seconds --json",
+    "bench head": "--model --data --dtype --leading --sketch --rows --positions --batch --against --threads --rounds "
+    "--seconds --json",
     "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds "
     "--json",
     "bench topk": "--n --k --batch --threads --pattern --dtype --recall --rounds --seconds --seed --json",

@@ -26,6 +26,7 @@ from nogemm.convert import (
     unpack,
 )
 from nogemm.convert.head import convert_head
+from nogemm.convert.head_error import HeadError, head_error
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
 from nogemm.distributed import shard_head, shard_hire
@@ -88,6 +89,7 @@ __all__ = [
     "GenerationReport",
     "HadamardChainConfig",
     "HeadConfig",
+    "HeadError",
     "HireConfig",
     "LeafTreeConfig",
     "LookupConfig",
@@ -119,6 +121,7 @@ __all__ = [
     "export",
     "export_decoder",
     "generate",
+    "head_error",
     "importers",
     "layer_config",
     "pack",

@@ -17,6 +17,7 @@ from nogemm.errors import ConfigError
 from nogemm.ops import head_logits
 
 TEXTS = [f"{a} {b} the {c} of a text" for a in people.WORDS for b in people.WORDS for c in people.WORDS]
+OURS = ("nogemm-exact", "nogemm-deferred", "nogemm-search", "nogemm-dense")
 SMALL = {"positions": 40, "rounds": 1, "seconds": 0.001, "threads": 1}
 
 
@@ -26,7 +27,7 @@ def test_rows_are_verified_and_timed(tmp_path: Path) -> None:
     kept: list[dict[str, object]] = []
     result = run_head_bench(args, TEXTS, keep=kept.append)
     assert [(row["contender"], row["batch"]) for row in result["rows"]] == [
-        (name, batch) for batch in (1, 3) for name in ("nogemm-exact", "nogemm-dense", "torch-fp32", "torch-bf16")
+        (name, batch) for batch in (1, 3) for name in (*OURS, "torch-fp32", "torch-bf16")
     ]
     for row in result["rows"]:
         if row["contender"] != "torch-bf16":
@@ -36,9 +37,10 @@ def test_rows_are_verified_and_timed(tmp_path: Path) -> None:
     exact = result["rows"][0]
     assert exact["positions"] == 40
     assert 1 <= exact["rows"] <= 9
+    assert all(row["recall"] == 1 for row in result["rows"][1:3])
     assert json.loads(json.dumps(kept[-1]))["rows"]
     table = head_table(result)
-    assert len(table.rows) == 8
+    assert len(table.rows) == 12
     assert all(len(row) == len(table.head) for row in table.rows)
     assert str(tmp_path) not in json.dumps(result), "no path of the machine"
 
@@ -51,7 +53,7 @@ def test_a_head_that_names_other_tokens_has_no_time(tmp_path: Path, monkeypatch:
     tokens = reference_tokens(states, weight)
     save_file({"weight": weight, "moment": torch.eye(16), "states": states, "tokens": (tokens + 1) % 50}, file)
     for cls, name in ((contenders.OurHead, "nogemm-exact"), (contenders.DenseHead, "torch-fp32")):
-        made = cls({"file": str(file), "copies": 1, "leading": 8, "engine": name})
+        made = cls({"file": str(file), "copies": 1, "leading": 8, "sketch": 16, "rows": 4, "engine": name})
         facts = made.prepare({"batch": 1})
         assert not facts["verified"]
         assert "0.0000 of the tokens" in facts["error"]

@@ -205,8 +205,10 @@ def test_what_cannot_be_converted_is_named() -> None:
             nogemm.convert_head(model, data=data)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"weights of torch\.float64, not float32, bfloat16 or float16"):
         nogemm.convert_head(decoders.make("llama").double())
-    with pytest.raises(ConfigError, match=r"HeadConfig: mode must be one of exact, got .*'fast'"):
-        HeadConfig(mode="fast")  # type: ignore[arg-type]
+    with pytest.raises(
+        ConfigError, match=r"HeadConfig: mode must be one of exact, deferred, high_recall, fast, got .*'quick'"
+    ):
+        HeadConfig(mode="quick")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="HeadConfig: leading must be an integer at least 0"):
         HeadConfig(leading=-1)
     assert find_head(model) is None

@@ -282,7 +282,8 @@ const char* hire_check(const void* packed, int64_t bytes) {
   const int64_t moments = h->moments + (h->moments == 0 ? 0 : (h->d + 2) * h->moments_stride);
   if (h->select == kScores && (h->sketch == 0 || h->reduce != 0 || h->d_out != h->hidden))
     return "a damaged buffer; pack the layer again";
-  if (bundles > bytes || sketch > bytes || moments > bytes || (h->moments != 0) != (h->select == kGaussian) || h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
+  if (bundles > bytes || sketch > bytes || moments > bytes || (h->moments != 0) != (h->select == kGaussian) ||
+      h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
     return "a damaged buffer; pack the layer again";
   return nullptr;
 }

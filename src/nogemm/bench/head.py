@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nogemm.bench import peers
-from nogemm.bench.contenders.head import DENSE, EXACT
+from nogemm.bench.contenders.head import DEFERRED, DENSE, EXACT, SEARCH
 from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, measure
 from nogemm.bench.engine.result import origin
 from nogemm.convert.head import dense_head, find_head, head_states
@@ -48,7 +48,7 @@ class HeadArgs:
     Attributes:
         model: a causal language model: directory, hub name or GGUF file.
         dtype: "fp32" or "bf16", of the head's weights.
-        leading: as in `HeadConfig`.
+        leading, sketch, rows: as in `HeadConfig`.
         positions: states that are verified and timed; as many again fit the codes.
         batch: states a call.
         against: dense engines.
@@ -57,7 +57,9 @@ class HeadArgs:
 
     model: str
     dtype: str = "bf16"
-    leading: int = 64
+    leading: int = 32
+    sketch: int = 128
+    rows: int = 512
     positions: int = 2000
     batch: tuple[int, ...] = (1,)
     against: tuple[str, ...] = AGAINST
@@ -86,9 +88,13 @@ def run_head_bench(
         weight_VD = _write(args, texts, file, note or (lambda line: None))
         rows_bytes = weight_VD.shape[0] * weight_VD.shape[1] / 2  # about what ours reads, the least of all
         copies = min(MOST_COPIES, max(1, round(2 * last_level_cache_bytes() / rows_bytes)))
-        settings = {"file": str(file), "copies": copies, "leading": args.leading}
+        settings = {"file": str(file), "copies": copies}
+        settings |= {"leading": args.leading, "sketch": args.sketch, "rows": args.rows}
         ours = "nogemm.bench.contenders.head:OurHead"
-        specs = [Spec(name=name, factory=ours, settings=settings | {"engine": name}) for name in (EXACT, DENSE)]
+        specs = [
+            Spec(name=name, factory=ours, settings=settings | {"engine": name})
+            for name in (EXACT, DEFERRED, SEARCH, DENSE)
+        ]
         dense = "nogemm.bench.contenders.head:DenseHead"
         for name in args.against:
             missing = peers.missing(name)

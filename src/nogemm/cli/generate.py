@@ -18,6 +18,10 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add, at most.")] = 100,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    mode: Annotated[
+        str, typer.Option(help="Of a dense head: exact, deferred (proven sixteen at a time), high_recall or fast.")
+    ] = "deferred",
+    stop: Annotated[list[str] | None, typer.Option(help="End behind this string; may be given again.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the most likely.")] = False,
     temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
     top_k: Annotated[int | None, typer.Option(help="Of --sample: only the k most likely.")] = None,
@@ -30,7 +34,7 @@ def generate(
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Continue a text with the largest logits of MODEL, proven token by token, or with tokens drawn from them.
+    """Continue a text with the largest logits of MODEL, or with tokens drawn from them: those of the dense head.
 
     Penalties and forced tokens of the model's generation config are not applied.
     """
@@ -51,7 +55,8 @@ def generate(
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     head = find_head(loaded)
     if head is None:
-        head = nogemm.convert_head(loaded, data=None if data is None else texts(data), tokenizer=tokenizer)
+        config = nogemm.HeadConfig(mode=mode)  # type: ignore[arg-type]
+        head = nogemm.convert_head(loaded, config, data=None if data is None else texts(data), tokenizer=tokenizer)
     elif data is not None:
         raise ConfigError(f"--data: the head of {model} is converted already, its codes are fitted")
     nogemm.pack(loaded)
@@ -68,15 +73,18 @@ def generate(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
+            stop_strings=stop,
+            tokenizer=tokenizer,
             streamer=shown.add,
             report=report,
         )
     finally:
         shown.end()
-    rows = sum(report.rows) / max(1, len(report.rows))
+    rows = sum(report.rows) / max(1, report.tokens)
     print(
         f"{report.tokens} tokens, {report.tokens_per_second:.1f} a second after the first, prompt of {ids.shape[1]} in "
-        f"{report.prompt_seconds:.2f} s; {rows:,.0f} of {head.out_features:,} rows of the head computed a token",
+        f"{report.prompt_seconds:.2f} s; {rows:,.0f} of {head.out_features:,} rows of the head computed a token"
+        + (f", {report.differences} of {report.proofs} proofs found another token" if report.proofs else ""),
         file=sys.stderr,
     )
     result = {"kind": "generate", "text": shown.text, "tokens": report.tokens, "rows": rows}

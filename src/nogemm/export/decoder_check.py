@@ -93,7 +93,7 @@ def step(request: Any, fresh_BL: Tensor, total: int, mask_BT: Tensor | None = No
     else:
         mask = mask_BT.numpy()
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
-    inputs = [np.ascontiguousarray(each) for each in (fresh_BL.numpy(), mask, positions)]
+    inputs: list[Any] = [np.ascontiguousarray(each) for each in (fresh_BL.numpy(), mask, positions)]
     inputs.append(np.arange(batch, dtype=np.int32))
     found = request.infer(dict(zip(INPUTS, inputs, strict=True)), share_inputs=True, share_outputs=True)
     return {name: value for output, value in found.items() for name in output.get_names()}

@@ -241,7 +241,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> bool:
 
     try:
         with host.quiet():
-            from openvino_tokenizers import convert_tokenizer
+            from openvino_tokenizers import convert_tokenizer  # pyright: ignore[reportMissingImports]
 
             models = convert_tokenizer(tokenizer, with_detokenizer=True)
             for made, name in zip(models, (TOKENIZER, DETOKENIZER), strict=True):
