@@ -42,7 +42,7 @@ def test_engines_are_verified_and_timed(model: Path, tmp_path: Path, monkeypatch
     assert dense["verified"], dense
     for name in ("torch-bf16", "nogemm-exact-bf16", "nogemm-deferred-fp32"):
         assert rows[name]["verified"], rows[name]
-    assert rows["nogemm-deferred-fp32"]["proven_tokens"] == 64
+    assert rows["nogemm-deferred-fp32"]["proven_tokens"] == 32
     assert ours["tokens_per_second"] == pytest.approx(6e6 / ours["us_median"])
     assert ours["ratio"] == 1
     assert ours["proven_tokens"] == 39
@@ -64,7 +64,7 @@ def test_an_engine_that_computes_something_else_is_refused(model: Path) -> None:
         "model": str(model),
         "precision": "fp32",
         "prompts": [[1, 2, 3]],
-        "text": list(range(12)),
+        "text": [token % 9 for token in range(12)],
         "reference": None,
     }
     contender = GenerateContender(settings)

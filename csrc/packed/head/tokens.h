@@ -33,7 +33,7 @@ inline double length(const float* x, int64_t count) {
 
 inline float up(double value) { return static_cast<float>(value * (1 + 0x1p-20)); }
 
-// The largest size among numbers; what is not finite is larger than all others.
+// The largest size among numbers; infinity if one of them is not finite.
 inline float largest(const float* x, int64_t count) {
   int32_t most = 0;
   for (int64_t i = 0; i < count; ++i) {
@@ -42,6 +42,7 @@ inline float largest(const float* x, int64_t count) {
     most = std::max(most, bits & 0x7fffffff);
   }
   float value;
+  most = std::min(most, int32_t{0x7f800000});  // NaN's are above infinity's
   std::memcpy(&value, &most, sizeof value);
   return value;
 }
@@ -162,7 +163,7 @@ struct Tokens {
       for (int64_t n = 0; n < count; ++n) {
         float most = 0;
         for (int64_t p = 0; p < (states.noise == nullptr ? 0 : pieces); ++p)
-          if (!(largest_noise[n * kPieces + p] <= most)) most = largest_noise[n * kPieces + p];  // NaN, too
+          most = std::max(most, largest_noise[n * kPieces + p]);
         std::fill(y + n * h.width + used, y + (n + 1) * h.width, 0.0f);
         HeadToken& t = tokens[finite] = {};
         index[n] = prepare(h, state(n), y + n * h.width, most, share, planes + n * plane_bytes(h), t);

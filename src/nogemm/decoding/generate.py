@@ -127,18 +127,7 @@ def generate(
         padded = attention_mask is not None and not bool(attention_mask.all())
         mask = attention_mask if padded else None
         run = _Run(decoder, chooser, ending, input_ids, mask, max_new_tokens, draft_streamer, report)
-        ids = input_ids
-        steps = run.steps()
-        try:
-            for token in steps:
-                ids = torch.cat((ids, token.unsqueeze(1)), 1)
-                if streamer is not None:
-                    streamer(token)
-        finally:
-            steps.close()
-            report.rows += chooser.rows
-            report.dense += chooser.dense
-    return ids.clone()
+        return run.all(streamer)
 
 
 class _Run:
@@ -166,7 +155,21 @@ class _Run:
                 raise ConfigError("generate: mode 'deferred' needs a cache that can go back, such as DynamicCache")
             self.window = min(config.verify_every, most)
 
-    def steps(self) -> Generator[Tensor, None, None]:
+    def all(self, streamer: Streamer | None) -> Tensor:
+        """Return prompts and new tokens."""
+        ids, steps = self.ids, self._steps()
+        try:
+            for token in steps:
+                ids = torch.cat((ids, token.unsqueeze(1)), 1)
+                if streamer is not None:
+                    streamer(token)
+        finally:
+            steps.close()  # the cache goes back to what was streamed
+            self.report.rows += self.chooser.rows
+            self.report.dense += self.chooser.dense
+        return ids.clone()
+
+    def _steps(self) -> Generator[Tensor, None, None]:
         """Yield the next token of each sequence until all have ended."""
         start = time.perf_counter()
         fresh = self.ids[:, min(self.decoder.length, self.length - 1) :]

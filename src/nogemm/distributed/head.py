@@ -91,11 +91,12 @@ class ShardedHead(HireHead):
         """Return all logits [N, V] of states [N, D], accumulated in float32, gathered from all ranks."""
         return self._gathered(super().logits(x))
 
-    def choose(self, x: Tensor) -> Choice:
+    def choose(self, x: Tensor, noise: Tensor | None = None) -> Choice:
         """Find the largest logit of each state, on all ranks; ties to the lowest token.
 
         Args:
             x: [..., D], the same on all ranks.
+            noise: float32 [N, V], added to the logits; the same on all ranks.
         Returns:
             the same on all ranks; `rows` counts those that all ranks computed exactly.
         Raises:
@@ -104,7 +105,8 @@ class ShardedHead(HireHead):
         Cost: `head_argmax` of V / P rows, and one exchange of 16 bytes a state.
         """
         x_ND = self._flat(x)
-        index_N, logit_N, rows_N = shard_argmax(x_ND, self)
+        own_NV = None if noise is None else noise[:, self.token]
+        index_N, logit_N, rows_N = shard_argmax(x_ND, self, own_NV)
         numbers_N = torch.where(index_N < 0, -1, self.token[index_N.clamp_min(0)]).to(torch.int32)
         words = torch.stack(
             (
@@ -207,7 +209,7 @@ class ShardedHead(HireHead):
         return f"{super().extra_repr()}, rank {self.exchange.rank} of {self.exchange.ranks}"
 
 
-def shard_argmax(x_ND: Tensor, head: HireHead) -> tuple[Tensor, Tensor, Tensor]:
+def shard_argmax(x_ND: Tensor, head: HireHead, noise_NV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Find the largest logit among the rows that lie here: index, logit and rows computed, as `head_argmax` does.
 
     On a CPU by proof; codes are read by CPU kernels, so elsewhere by all logits.
@@ -216,13 +218,16 @@ def shard_argmax(x_ND: Tensor, head: HireHead) -> tuple[Tensor, Tensor, Tensor]:
         weight_VD = head.weight.detach()
         bias_V = None if head.bias is None else head.bias.detach().float()
         if weight_VD.device.type == "cpu":
-            return head_argmax(x_ND, weight_VD, bias_V, head.codes())
-        return argmax_of_all(x_ND, weight_VD, bias_V)
+            return head_argmax(x_ND, weight_VD, bias_V, head.codes(), noise_NV=noise_NV)
+        return argmax_of_all(x_ND, weight_VD, bias_V, noise_NV)
 
 
-def argmax_of_all(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def argmax_of_all(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, noise_NV: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Answer as `head_argmax` does, from all logits."""
     logits_NV = head_logits(x_ND, weight_VD, bias_V)
+    logits_NV = logits_NV if noise_NV is None else logits_NV + noise_NV
     value_N = logits_NV.amax(1)
     index_N = (logits_NV == value_N.unsqueeze(1)).int().argmax(1)  # the lowest
     good_N = x_ND.isfinite().all(1) & ~value_N.isnan()
