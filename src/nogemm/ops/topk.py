@@ -101,6 +101,7 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     Gradient: to x at `indices`.
     Source: the approximate form is "A Faster Generalized Two-Stage Approximate Top-K" (2025, arXiv 2506.04165); the
         exact one, its floor from maxima of buckets and a second look, is ours.
+
     Example:
         >>> topk(torch.tensor([1.0, 3.0, 3.0, 2.0]), 3)
         TopK(values=tensor([3., 3., 2.]), indices=tensor([1, 2, 3]))
@@ -197,7 +198,7 @@ def topk_grouped(x: Tensor, k: int, *, group: int, score: str = "sum", dim: int 
         score[r, g] = sum_{g group <= i < (g + 1) group} x[r, i],  or the maximum of the same numbers
 
     A group of neurons is one block of memory, so a layer that keeps whole groups reads longer pieces (HiRE's
-    group-sparse FFN, with |activation| as x).
+    group-sparse FFN, with the activations' sizes as x).
 
     Args:
         x: [..., n, ...] of a floating dtype, as in `topk`.
