@@ -92,13 +92,12 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
             common distance from each other may share a bucket; then fewer are found.
         sorted: largest first; else in order of their indices, which is cheaper for large k.
     Returns:
-        values [..., k, ...] of x's dtype, indices int64 of that shape.
+        values [..., k, ...] of x's dtype, whose gradients go to x at the indices, and indices int64 of that shape.
     Raises:
         ConfigError: k is not from 0 to n; an unknown method; a recall that is not in (0, 1].
         ShapeError: x has no dimension, or not this one. DtypeError: x is not floating.
     Cost: reads x once, and about k numbers a second time. A row whose winners stand close together costs up to n reads
         more. Rows of 65,536 and more are cut over the threads when there are fewer rows than threads.
-    Gradient: to x at `indices`.
     Source: the approximate form is "A Faster Generalized Two-Stage Approximate Top-K" (2025, arXiv 2506.04165); the
         exact one, its floor from maxima of buckets and a second look, is ours.
 
@@ -260,7 +259,6 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
         ShapeError: x has no dimension, or threshold is neither a number nor of x's shape without its last.
         DtypeError: x is not floating.
     Cost: reads x twice: once to count.
-    Gradient: to x at `indices`.
     Example:
         >>> topk_threshold(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), 3.0)
         Reaching(values=tensor([3., 5., 4.]), indices=tensor([1, 0, 1]), starts=tensor([0, 1, 3]))
