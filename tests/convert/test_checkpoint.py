@@ -277,7 +277,7 @@ def test_the_quantizer_travels_with_copies(converted_bert: Any, bert: Family, tm
 
 
 FRESH = """
-import sys, time
+import sys
 import torch
 import nogemm
 assert not {"transformers", "matplotlib", "datasets", "typer"} & set(sys.modules)
@@ -287,23 +287,21 @@ sys.meta_path.remove(hooks[0])
 import transformers.quantizers.auto as auto
 assert "nogemm" not in auto.AUTO_QUANTIZER_MAPPING
 from nogemm.convert.checkpoint import register_with_transformers
-start = time.process_time()
+before = set(sys.modules)
 register_with_transformers()
-seconds = time.process_time() - start
+print(*sorted(set(sys.modules) - before))
 import transformers
 model = transformers.AutoModel.from_pretrained(sys.argv[1])
-print(len(nogemm.converted(model)), seconds)
+print(len(nogemm.converted(model)))
 """
 
 
-def test_a_fresh_process_loads_and_registration_is_quick(converted_bert: Any, tmp_path: Path) -> None:
+def test_a_fresh_process_loads_and_registration_imports_one_module(converted_bert: Any, tmp_path: Path) -> None:
     """Here transformers' registry comes first; in this very process the import hook met it."""
     converted_bert.save_pretrained(tmp_path)
     done = run_python(FRESH, str(tmp_path))
     assert done.returncode == 0, done.stderr
-    sites, seconds = done.stdout.split()
-    assert sites == "2"
-    assert float(seconds) < 0.05
+    assert done.stdout.split() == ["nogemm.convert.quantizer", "2"]
 
 
 def test_the_import_hook_registered_us() -> None:
