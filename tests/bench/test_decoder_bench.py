@@ -45,6 +45,8 @@ def test_another_models_logits_are_refused(kind: str, engine: str, tmp_path: Pat
     settings = {"shape": SHAPE, "file": str(file), "engine": engine, "keep": 0.1, "sketch": "int4"}
     made = getattr(contenders, kind)(settings)
     assert made.prepare({"batch": 1})["verified"]
+    ones = torch.ones(40, 30, 30)
+    assert bool((torch.bmm(ones, ones) == 30).all()), "torch is as it was"
     tokens = [made.draw() for _ in range(contenders.ALLOWED_BEYOND + 1)]
     assert tokens[-1] == tokens[0], "the cache is cut back, and decoding begins anew"
     made.logits_NV = made.logits_NV.roll(1, 0)

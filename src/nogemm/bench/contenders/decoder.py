@@ -282,8 +282,11 @@ class OpenVinoDecoder(DecoderContender):
         vars(patch_model)["__make_16bit_traceable"](step)  # within a class the name itself would be changed
         keys, values = self.past
         past = [part for pair in zip(keys, values, strict=True) for part in pair]
-        with quiet():
-            graph = openvino.convert_model(step, example_input=(torch.tensor([[1]]), torch.tensor([[0]]), *past))
+        try:
+            with quiet():
+                graph = openvino.convert_model(step, example_input=(torch.tensor([[1]]), torch.tensor([[0]]), *past))
+        finally:  # functions of torch itself are patched, too, and would compute zeros from here on
+            patch_model.unpatch_model(step, "_openvino_module_extension_patch_orig_forward")
         pairs, (heads, _, wide) = {}, past[0].shape[1:]
         shapes = {graph.inputs[0]: [1, 1], graph.inputs[1]: [1, 1]}
         for place in range(len(past)):
