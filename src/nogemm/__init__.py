@@ -26,9 +26,9 @@ from nogemm.convert import (
     unpack,
 )
 from nogemm.convert.head import convert_head
-from nogemm.convert.head_error import HeadError, head_error
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
+from nogemm.decoding.head_error import HeadError, head_error
 from nogemm.distributed import shard_head, shard_hire
 from nogemm.errors import (
     CheckpointError,

@@ -148,21 +148,23 @@ def some_ranks(rank: int, ranks: int) -> Facts:
     }
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gated": {"activation": "drelu"},
+    "groups": {"group": 8, "keep": 0.4},
+    "static": {"static": 5, "keep": 0.3},
+    "active": {"select": "active", "oversample": 1.5},
+    "low rank": {"sketch": "low_rank", "rank": 6},
+    "half": {"oversample": 1.0, "keep": 0.5},
+}
+
+
 @scene
 def ffns(rank: int, ranks: int) -> Facts:
     facts: Facts = {}
     x = states(50)
     exchange = join()
-    kinds: dict[str, dict[str, Any]] = {
-        "plain": {},
-        "gated": {"activation": "drelu"},
-        "groups": {"group": 8, "keep": 0.4},
-        "static": {"static": 5, "keep": 0.3},
-        "active": {"select": "active", "oversample": 1.5},
-        "low rank": {"sketch": "low_rank", "rank": 6},
-        "half": {"oversample": 1.0, "keep": 0.5},
-    }
-    for name, changes in kinds.items():
+    for name, changes in KINDS.items():
         whole = an_ffn(**changes)
         facts[name] = {}
         for mode in ("local", "global"):

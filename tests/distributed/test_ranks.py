@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from scenes import N, V, a_head, an_ffn, states
+from scenes import KINDS, N, V, a_head, an_ffn, states
 
 from nogemm.layers.hire import HireFFN
 
@@ -129,17 +129,6 @@ def answer(layer: HireFFN, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     lists = [row.nonzero().flatten() for row in mask]
     index = torch.nn.utils.rnn.pad_sequence(lists, batch_first=True, padding_value=-1)
     return layer.at(x, index.to(torch.int32))
-
-
-KINDS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "gated": {"activation": "drelu"},
-    "groups": {"group": 8, "keep": 0.4},
-    "static": {"static": 5, "keep": 0.3},
-    "active": {"select": "active", "oversample": 1.5},
-    "low rank": {"sketch": "low_rank", "rank": 6},
-    "half": {"oversample": 1.0, "keep": 0.5},
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -30,55 +30,25 @@ Rows gather(const Tokens& tokens, int64_t t) {
   return rows;
 }
 
-// The largest exact logit among a token's rows; computed counts the rows that it took.
+// The largest exact logit among a token's rows; computed: how many it took.
 Best choose(const Head& h, const float* x, const float* noise, Rows rows, int64_t& computed) {
   Best best;
-  const auto compare = [&](const HeadRow* list, int64_t count) {
-    int32_t index[kTogether];
-    float value[kTogether];
-    for (int64_t begin = 0; begin < count; begin += kTogether) {
-      const int64_t own = std::min(kTogether, count - begin);
-      for (int64_t i = 0; i < own; ++i) index[i] = list[begin + i].index;
-      exact_logits(h, x, noise, index, own, value);
-      for (int64_t i = 0; i < own; ++i) best.take(index[i], value[i]);
-    }
-    computed += count;
-  };
   // The most promising rows first: their logits rule out most of the others.
   const int64_t first = std::min(kFirst, rows.count);
   std::nth_element(rows.list, rows.list + first, rows.list + rows.count,
                    [](const HeadRow& a, const HeadRow& b) { return a.value > b.value; });
-  compare(rows.list, first);
+  compare(h, x, noise, rows.list, first, nullptr, best);
   int64_t left = first;
   for (int64_t i = first; i < rows.count; ++i)
     if (rows.list[i].value >= best.value) rows.list[left++] = rows.list[i];
-  compare(rows.list + first, left - first);
+  compare(h, x, noise, rows.list + first, left - first, nullptr, best);
+  computed = left;
   if (best.index == std::numeric_limits<int64_t>::max()) best.index = kHeadOverflown;  // bounds or logits are NaN
   return best;
 }
 
 // Most rows of a piece, and some to spare.
 int64_t most_rows(const Head& h) { return ((h.groups + kPieces - 1) / kPieces + 1) * kSketchRows; }
-
-struct All {
-  const Head* head;
-  const float* x;
-  int64_t tokens, blocks;
-  float* out;
-  std::atomic<int64_t> next{0};
-};
-
-constexpr int64_t kBlock = 32;  // rows for all tokens while they are in the cache
-
-void run_all(All& all) {
-  const Head& h = *all.head;
-  const BundleRows rows = head_rows_of(h.weight, h.bias, h.width, h.dtype);
-  for (int64_t b; (b = all.next.fetch_add(1, std::memory_order_relaxed)) < all.blocks;) {
-    const int64_t begin = b * kBlock, end = std::min(begin + kBlock, h.codes.rows);
-    for (int64_t n = 0; n < all.tokens; ++n)
-      h.table->head.rows[h.dtype](rows, begin, end, all.x + n * h.width, all.out + n * h.codes.rows + begin);
-  }
-}
 
 }  // namespace
 
@@ -116,10 +86,17 @@ void head_argmax(const Head& h, const HeadStates& states, double share, int64_t*
 }
 
 void head_logits(const Head& h, const float* x, int64_t tokens, float* out, const NogemmHost& host) {
-  All all{};
-  all.head = &h, all.x = x, all.tokens = tokens, all.out = out;
-  all.blocks = (h.codes.rows + kBlock - 1) / kBlock;
-  run_on(host, [&] { run_all(all); });
+  constexpr int64_t kBlock = 32;  // rows for all tokens while they are in the cache
+  const int64_t V = h.codes.rows, blocks = (V + kBlock - 1) / kBlock;
+  const BundleRows rows = head_rows_of(h.weight, h.bias, h.width, h.dtype);
+  std::atomic<int64_t> next{0};
+  run_on(host, [&] {
+    for (int64_t b; (b = next.fetch_add(1, std::memory_order_relaxed)) < blocks;) {
+      const int64_t begin = b * kBlock, end = std::min(begin + kBlock, V);
+      for (int64_t n = 0; n < tokens; ++n)
+        h.table->head.rows[h.dtype](rows, begin, end, x + n * h.width, out + n * V + begin);
+    }
+  });
 }
 
 }  // namespace nogemm

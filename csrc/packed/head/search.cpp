@@ -39,21 +39,6 @@ int64_t cuts_of(int64_t rows) { return (rows + kTogether - 1) / kTogether; }
 
 int64_t room_of(const Head& h, int64_t rows) { return 2 * piece_rows(h, rows) + kSketchRows; }
 
-// The best of a cut of a token's rows, by exact logits, which also go where estimates are asked for.
-Best compare(const Tokens& tokens, int64_t t, int64_t first, int64_t count) {
-  const HeadToken& part = tokens.part(0, t);
-  int32_t names[kTogether];
-  float exact[kTogether];
-  Best best;
-  for (int64_t i = 0; i < count; ++i) names[i] = part.list[first + i].index;
-  if (count > 0) exact_logits(tokens.h, tokens.state(tokens.place[t]), part.noise, names, count, exact);
-  for (int64_t i = 0; i < count; ++i) {
-    best.take(names[i], exact[i]);
-    if (part.estimates != nullptr) part.estimates[names[i]] = exact[i];
-  }
-  return best;
-}
-
 }  // namespace
 
 int64_t head_search_workspace(const Head& h, int64_t states, int64_t rows) {
@@ -90,7 +75,10 @@ void head_search(const Head& h, const HeadStates& states, int64_t rows, float* l
       phases.run(3, tokens.finite, [&](int64_t t) { found[t] = gather(tokens, t, rows); });
       phases.run(4, tokens.finite * cuts, [&](int64_t job) {
         const int64_t t = job / cuts, first = job % cuts * kTogether;
-        best[job] = compare(tokens, t, first, std::min(kTogether, found[t] - first));
+        const HeadToken& part = tokens.part(0, t);
+        best[job] = {};
+        compare(h, tokens.state(tokens.place[t]), part.noise, part.list + first, std::min(kTogether, found[t] - first),
+                part.estimates, best[job]);
       });
     });
     for (int64_t t = 0; t < tokens.finite; ++t) {

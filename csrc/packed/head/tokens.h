@@ -99,12 +99,22 @@ struct Best {
   }
 };
 
-// Exact logits of rows, noise included.
-inline void exact_logits(const Head& h, const float* x, const float* noise, const int32_t* index, int64_t count,
-                         float* out) {
-  h.table->head.dots[h.dtype](head_rows_of(h.weight, h.bias, h.width, h.dtype), index, 0, count, count, x, out);
-  if (noise == nullptr) return;
-  for (int64_t i = 0; i < count; ++i) out[i] += noise[index[i]];
+// Takes the exact logits of listed rows, noise included, which also go to `logits` unless it is null.
+inline void compare(const Head& h, const float* x, const float* noise, const HeadRow* list, int64_t count,
+                    float* logits, Best& best) {
+  const BundleRows rows = head_rows_of(h.weight, h.bias, h.width, h.dtype);
+  int32_t index[kTogether];
+  float value[kTogether];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t own = std::min(kTogether, count - begin);
+    for (int64_t i = 0; i < own; ++i) index[i] = list[begin + i].index;
+    h.table->head.dots[h.dtype](rows, index, 0, own, own, x, value);
+    for (int64_t i = 0; i < own; ++i) {
+      const float logit = noise == nullptr ? value[i] : value[i] + noise[index[i]];
+      best.take(index[i], logit);
+      if (logits != nullptr) logits[index[i]] = logit;
+    }
+  }
 }
 
 // Up to kTokens tokens of a call: coordinates and planes, filled by the phases 0 and 1 of a pass.

@@ -5,14 +5,16 @@ Legend: N states, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from nogemm.decoding.sampling import Sampling
 from nogemm.decoding.states import Scaling
 from nogemm.errors import NotFiniteError
-from nogemm.heads import HireHead
+from nogemm.heads import Choice, HireHead
+
+How = Callable[[Tensor, Tensor | None], Choice]
 
 
 class Chooser:
@@ -53,12 +55,12 @@ class Chooser:
             return self._draw(self.head.logits(x_ND), places, sequences)
         return self._choose(self.head.choose, x_ND, places, sequences)
 
-    def _choose(self, how: object, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
+    def _choose(self, how: How, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
         noise_NV = None
         if self.sampling is not None:
             noise_NV = self.sampling.noise(self.head.out_features, places, sequences, self.scaling.scale)
         try:
-            choice = how(x_ND, noise_NV)  # type: ignore[operator]
+            choice = how(x_ND, noise_NV)
         except NotFiniteError:
             n = int((~x_ND.isfinite().all(1)).int().argmax())
             raise NotFiniteError(

@@ -68,11 +68,15 @@ class Sampling:
             least = scores_BV.topk(self.top_k, 1).values[:, -1:]
             scores_BV = scores_BV.masked_fill(scores_BV < least, -torch.inf)
         if self.top_p is not None and self.top_p < 1:
-            ranked, order = scores_BV.sort(dim=1, descending=True, stable=True)
-            before = ranked.softmax(1).cumsum(1) - ranked.softmax(1)
-            dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= self.top_p)
-            scores_BV = scores_BV.masked_fill(dropped, -torch.inf)
+            scores_BV = scores_BV.masked_fill(~nucleus(scores_BV, self.top_p), -torch.inf)
         return scores_BV
+
+
+def nucleus(scores_NV: Tensor, share: float) -> Tensor:
+    """Say which tokens top_p leaves, bool [N, V]: the most likely ones that together have the share."""
+    ranked, order = scores_NV.sort(dim=1, descending=True, stable=True)
+    shares = ranked.softmax(1)
+    return torch.zeros_like(shares, dtype=torch.bool).scatter(1, order, shares.cumsum(1) - shares < share)
 
 
 def gumbel(count: int, seed: int, place: int, row: int) -> Tensor:

@@ -92,7 +92,6 @@ class Mark:
     """
 
     def __init__(self, cache: Any) -> None:
-        self.cache = cache
         self.kept = [
             (layer, layer.keys, layer.values, layer.is_initialized, int(layer.get_seq_length()))
             for layer in cache.layers

@@ -54,6 +54,11 @@ class HeadCodes:
         """Bytes that all of it takes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors())
 
+    @property
+    def search_bytes(self) -> int:
+        """Bytes of what a search reads."""
+        return self.bytes - self.rest.numel()
+
     def tensors(self) -> tuple[Tensor, ...]:
         """Return the tensors in the order of the operator's arguments."""
         return tuple(getattr(self, field.name) for field in fields(self))

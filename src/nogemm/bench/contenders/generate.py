@@ -90,7 +90,7 @@ class HireTorch(Torch):
         tokenizer = load_tokenizer(settings["model"])
         self.head = convert_head(self.model, config, settings["fit"], tokenizer=tokenizer)
         dense, codes = self.head.weight.numel() * self.head.weight.element_size(), self.head.codes()
-        read = codes.bytes - codes.rest.numel() + codes.bytes / config.verify_every
+        read = codes.search_bytes + codes.bytes / config.verify_every
         self.bytes_read += (codes.bytes if settings["mode"] == "exact" else read) - dense
 
     def generate(self, ids_L: list[int], count: int) -> list[int]:

@@ -100,7 +100,7 @@ class OurHead(HeadContender):
             facts |= {"bytes_read": size, "weight_bytes": size * self.copies}
             return facts | self._agreement(found, 1.0)
         codes = self.heads[0].codes()
-        searched = codes.bytes - codes.rest.numel() + self.heads[0].config.rows * size / rows
+        searched = codes.search_bytes + self.heads[0].config.rows * size / rows
         proofs = [self.heads[0].choose(x) for x in parts]
         computed = torch.cat([proof.rows for proof in proofs]).double()
         proven = codes.bytes + float(computed.mean()) * size / rows

@@ -146,10 +146,10 @@ def profile_sparsity(
         timed = _describe(sites, inputs, [same[len(same) // 2] for same in kinds], options, state, say, kept)
         if options.quality:
             say("quality of the dense model")
-            _judge(model, sites, judge_of(model, samples, tokenizer, options.seed), options, state, say, kept)
+            _judge(sites, judge_of(model, samples, tokenizer, options.seed), options, state, say, kept)
             if options.layerwise and state["quality"]["measure"] is not None:
                 few = judge_of(model, samples.first(ALONE_TOKENS), tokenizer, options.seed)
-                _judge_alone(model, sites, few, options, state, say, kept)
+                _judge_alone(sites, few, options, state, say, kept)
         for same in kinds:
             site = same[len(same) // 2]
             _time(site, len(same), timed[site.name], inputs[site.name][0], options, state, say)
@@ -238,7 +238,6 @@ def _describe(
 
 
 def _judge(
-    model: nn.Module,
     sites: Sequence[Site],
     judge: Judge | str,
     options: SparsityOptions,
@@ -264,7 +263,6 @@ def _judge(
 
 
 def _judge_alone(
-    model: nn.Module,
     sites: Sequence[Site],
     judge: Judge | str,
     options: SparsityOptions,

@@ -10,7 +10,8 @@ import torch
 import decoders
 import nogemm
 from nogemm import ConfigError, HeadConfig
-from nogemm.convert.head_error import _compare, _nucleus
+from nogemm.decoding.head_error import _compare
+from nogemm.decoding.sampling import nucleus
 
 DATA = [{"input_ids": decoders.prompts(4, 12)}]
 
@@ -23,8 +24,8 @@ def test_errors_by_hand() -> None:
     divergence = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.4)
     assert got[:5] == pytest.approx([0, entropy, abs(entropy - other), divergence, math.log(0.5 / 0.4)], rel=1e-5)
     assert got[7] == pytest.approx(0, abs=1e-6)
-    assert _nucleus(p.log(), 0.49).tolist() == [[True, False, False]]
-    assert _nucleus(p.log(), 0.51).tolist() == [[True, True, False]]
+    assert nucleus(p.log(), 0.49).tolist() == [[True, False, False]]
+    assert nucleus(p.log(), 0.51).tolist() == [[True, True, False]]
 
 
 def test_better_codes_are_nearer() -> None:

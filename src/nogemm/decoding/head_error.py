@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from nogemm.convert.activations import Sample
 from nogemm.convert.head import find_head, head_states
+from nogemm.decoding.sampling import nucleus
 from nogemm.errors import ConfigError
 
 TOGETHER = 16  # states at once: their logits are kept
+TOP_P = 0.9
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def _compare(dense_NV: Tensor, own_NV: Tensor, token_N: Tensor, source: torch.Ge
     best = dense_NV.argmax(1)
     entropy, other = (-(r.exp() * r).sum(1) for r in (p, q))
     drawn = torch.multinomial(p.exp(), 1, generator=source)
-    mass = [(p.exp() * kept).sum(1) for kept in (_nucleus(p), _nucleus(q))]
+    mass = [(p.exp() * kept).sum(1) for kept in (nucleus(p, TOP_P), nucleus(q, TOP_P))]
     each = (
         (token_N == best).double(),
         entropy,
@@ -99,9 +101,3 @@ def _compare(dense_NV: Tensor, own_NV: Tensor, token_N: Tensor, source: torch.Ge
         (mass[0] - mass[1]).abs(),
     )
     return torch.stack([value.sum() for value in each])
-
-
-def _nucleus(log_p_NV: Tensor, share: float = 0.9) -> Tensor:
-    """Say which tokens top_p leaves: the most likely ones that together have the share."""
-    ranked, order = log_p_NV.exp().sort(dim=1, descending=True)
-    return torch.zeros_like(ranked, dtype=torch.bool).scatter(1, order, ranked.cumsum(1) - ranked < share)
