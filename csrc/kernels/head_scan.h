@@ -14,6 +14,8 @@
 
 namespace nogemm::NOGEMM_NS {
 
+inline constexpr int64_t kGroupsAhead = 2;
+
 // A token in fixed point, x ~ scale * (254 high + low), or scale * high: planes within +-127, because the products of
 // bytes on x86 without VNNI take no -128. Zeros behind the width. Returns the length of what rounding took off.
 template <bool TWO>
@@ -157,9 +159,23 @@ static void search_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
   }
 }
 
+// Codes of a group that comes soon: each of its parts is a stream of its own, and the hardware's fetching of a stream
+// ends with every page.
+NOGEMM_INLINE void head_fetch(const HeadCodes& w, int64_t group) {
+  const auto part = [group](const uint8_t* codes, int64_t steps) {
+    prefetch_row(reinterpret_cast<const char*>(codes + group * steps * 4 * kSketchRows), steps * 4 * kSketchRows);
+  };
+  part(w.eight, w.steps8);
+  part(w.four, w.steps4);
+  part(w.rest, w.steps_rest);
+  prefetch_row(reinterpret_cast<const char*>(w.numbers + group * kHeadNumbers * kSketchRows),
+               kHeadNumbers * kSketchRows * static_cast<int64_t>(sizeof(bf16)));
+}
+
 // Rows of groups [begin, end) for all tokens: each token's list, count and floor go on from where they are.
 static void head_scan(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
   for (int64_t g = begin; g < end; ++g) {
+    if (g + kGroupsAhead < end) head_fetch(w, g + kGroupsAhead);
     int64_t t = 0;
     for (; t + kSketchTokens <= count; t += kSketchTokens) scan_group<kSketchTokens>(w, g, tokens + t);
     for (; t < count; ++t) scan_group<1>(w, g, tokens + t);
@@ -168,6 +184,7 @@ static void head_scan(const HeadCodes& w, int64_t begin, int64_t end, HeadToken*
 
 static void head_search(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
   for (int64_t g = begin; g < end; ++g) {
+    if (g + kGroupsAhead < end) head_fetch(w, g + kGroupsAhead);
     int64_t t = 0;
     for (; t + kSketchTokens <= count; t += kSketchTokens) search_group<kSketchTokens>(w, g, tokens + t);
     for (; t < count; ++t) search_group<1>(w, g, tokens + t);

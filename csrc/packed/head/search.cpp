@@ -22,8 +22,7 @@ int64_t gather(const Tokens& tokens, int64_t t, int64_t rows) {
   HeadRow* list = tokens.part(0, t).list;
   int64_t count = 0;
   for (int64_t p = 0; p < tokens.pieces; ++p) {
-    HeadToken& part = tokens.part(p, t);
-    thin(part);
+    const HeadToken& part = tokens.part(p, t);
     for (int64_t i = 0; i < part.count; ++i) list[count++] = part.list[i];
   }
   if (count <= rows) return count;
@@ -71,6 +70,7 @@ void head_search(const Head& h, const HeadStates& states, int64_t rows, float* l
       });
       phases.run(2, tokens.pieces, [&](int64_t p) {
         h.table->head.search(codes, tokens.begin(p), tokens.begin(p + 1), &tokens.part(p, 0), tokens.finite);
+        for (int64_t t = 0; t < tokens.finite; ++t) thin(tokens.part(p, t));
       });
       phases.run(3, tokens.finite, [&](int64_t t) { found[t] = gather(tokens, t, rows); });
       phases.run(4, tokens.finite * cuts, [&](int64_t job) {

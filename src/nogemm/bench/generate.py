@@ -46,8 +46,11 @@ CONTENDERS = (
     "torch-bf16",
     "nogemm-exact-bf16",
     "nogemm-deferred-bf16",
+    "torch-sampled-bf16",
+    "nogemm-deferred-sampled-bf16",
     "torch-fp32",
     "nogemm-deferred-fp32",
+    "nogemm-high_recall-fp32",
     "torchao-int8",
 )
 _PACKAGES = {
@@ -189,6 +192,8 @@ class _Models:
             self.say("quantising to Q8_0")
             params = llama_cpp.llama_model_quantize_default_params()
             params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, True
+            silent = llama_cpp.llama_log_callback(lambda *line: None)
+            llama_cpp.llama_log_set(silent, None)
             code = llama_cpp.llama_model_quantize(self.name.encode(), str(target).encode(), params)
             if code != 0:
                 raise NogemmError(f"llama.cpp could not make {target.name} (code {code})")
@@ -246,7 +251,8 @@ def _settings(family: str, precision: str, made: _Models) -> dict[str, Any]:
         return {"engine": "llama.cpp", "file": str(made.q8_0() if precision == "q8_0" else made.name)}
     if family == "onnxruntime-genai":
         return {"engine": "onnxruntime", "folder": str(made.onnx())}
-    settings = {"engine": "torch", "model": made.name, "precision": precision}
+    family, sampled = family.removesuffix("-sampled"), family.endswith("-sampled")
+    settings = {"engine": "torch", "model": made.name, "precision": precision, "sampled": sampled}
     if family.startswith("nogemm-"):
         return settings | {"engine": "hire", "mode": family.removeprefix("nogemm-"), "fit": made.tokens.fitting}
     return settings

@@ -131,7 +131,7 @@ def export_decoder(
     if body != "float":
         host.check_installed("nncf")
     library = extension_path()
-    copied: Any = nn.Module.float(copy.deepcopy(inner))  # a GGUF file's model refuses its own, though it is plain
+    copied: Any = copy.deepcopy(inner).float()
     head = graph_head(copied, rows)
     decoder, graph, body_bytes = _build(copied, head, body, rows, dtype, library)
     reports: list[DecoderExportReport] = []

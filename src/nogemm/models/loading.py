@@ -5,6 +5,7 @@ A weight that the model needs and the files lack is an error, never a random num
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import warnings
@@ -51,7 +52,8 @@ def load_model(
             which is left out.
     """
     if is_gguf(path):
-        return _load_gguf(path, "AutoModelForCausalLM", dtype=dtype or torch.float32).eval()
+        model = _load_gguf(path, "AutoModelForCausalLM", dtype=torch.float32)  # in 16 bits it would stay packed
+        return _plain(model).to(dtype or torch.float32).eval()
     root = model_directory(path)
     folder = transformer_directory(root)
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
@@ -128,12 +130,21 @@ def _load_gguf(path: str | Path, auto: str, **more: Any) -> Any:
     if importlib.util.find_spec("gguf") is None:
         raise ConfigError(f"{path}: GGUF files are read by the package gguf: pip install 'nogemm[decoder]'")
     try:
-        with _quiet():
+        with _quiet(), _without_bar():
             return getattr(transformers, auto).from_pretrained(
                 str(file.parent), gguf_file=file.name, local_files_only=True, **more
             )
     except Exception as error:  # the reader raises what its parts raise: ValueError, KeyError, struct.error, ...
         raise CheckpointError(f"{path}: transformers cannot read this GGUF file: {error}") from error
+
+
+def _plain(model: Any) -> Any:
+    """Take off the marks of a quantised model, whose weights are ordinary numbers by now: it is cast and saved as any."""
+    model.hf_quantizer, model.is_quantized = None, False
+    for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    return model
 
 
 def _class(config: Any, head: str, trusted: bool) -> Any:
@@ -190,6 +201,18 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def _without_bar() -> Iterator[None]:
+    """Silence the bar over a GGUF file's tensors, which transformers draws whatever it is told."""
+    reader: Any = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = reader.tqdm
+    reader.tqdm = lambda items, **settings: items
+    try:
+        yield
+    finally:
+        reader.tqdm = bar
 
 
 @contextmanager
