@@ -169,7 +169,7 @@ struct HeadKernels {
   // The same with one plane.
   float (*round)(const float* x, int64_t width, int64_t padded, int8_t* planes, FixedToken* out);
   void (*scan)(const HeadCodes& codes, int64_t begin, int64_t end, HeadToken* tokens, int64_t count);
-  void (*search)(const HeadCodes& codes, int64_t begin, int64_t end, HeadToken* tokens, int64_t count);
+  void (*estimate)(const HeadCodes& codes, int64_t begin, int64_t end, HeadToken* tokens, int64_t count);
   // As HireKernels::dots.
   void (*dots[kDtypes])(const BundleRows& rows, const int32_t* index, int64_t begin, int64_t end, int64_t known,
                         const float* x, float* out);

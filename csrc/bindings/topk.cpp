@@ -8,6 +8,7 @@
 
 #include "bindings/packed.h"
 #include "packed/neurons/state.h"
+#include "packed/topk_chunks.h"
 
 namespace nogemm {
 namespace {
@@ -23,10 +24,8 @@ constexpr int64_t kPiece = 16384;  // numbers of a row that one thread takes at 
 constexpr int64_t kShared =
     65536;                       // numbers of the shortest row that threads share: to wake one takes some microseconds
 constexpr int64_t kPieces = 16;  // of a row at most
-constexpr int64_t kMostDepth = 16;  // vectors of a chunk
-constexpr int64_t kDense = 32;      // more than n / kDense winners: most vectors hold one
 // kernels/select.h, in words that know no instruction set.
-constexpr int32_t kLowest = -0x7f800001, kNan = 0x7f800001;
+constexpr int32_t kNan = 0x7f800001;
 
 int32_t ordered(float number) {
   if (std::isnan(number)) return kNan;
@@ -57,11 +56,8 @@ struct Alone {
 class Row {
  public:
   Row(const Question& q, int64_t pieces) : q_(q), k_(kernels().topk), pieces_(pieces), n_(q.places()) {
-    // Few maxima are cheap to rank, many make a floor that few numbers reach: five for two winners at least.
-    for (depth_ = kMostDepth; depth_ > 1 && 2 * (n_ / depth_) < 5 * q.k; depth_ /= 2) continue;
-    const int64_t lanes = kernels().lanes;
-    chunk_ = depth_ * lanes;
-    chunks_ = (n_ + chunk_ - 1) / chunk_;
+    const TopkChunks chunks(n_, q.k, kernels().lanes);
+    depth_ = chunks.depth, chunk_ = chunks.size, chunks_ = chunks.count;
   }
 
   int64_t bytes() const {
@@ -112,7 +108,7 @@ class Row {
         }
         count_ += counts_[p];
       }
-      k_.finish(keys_, index_, count_, q_.k, depth_ > 1 ? least_ : kLowest, q_.sorted, spare_);
+      k_.finish(keys_, index_, count_, q_.k, depth_ > 1 ? least_ : kTopkLowest, q_.sorted, spare_);
       write(values, index);
     });
   }
@@ -141,7 +137,7 @@ class Row {
 
   template <class Run>
   void collect(Run& run) {
-    const bool dense = q_.k * kDense > n_;
+    const bool dense = topk_dense(n_, q_.k);
     const auto begin = [&](int64_t p) { return chunks_ * p / pieces_; };
     if (depth_ > 1) {
       run.run(3, pieces_,
@@ -154,7 +150,7 @@ class Row {
         counts_[p] = k_.collect[dtype_](x_, n_, depth_, maxima_, begin(p), begin(p + 1), least_, dense, keys, index);
       } else {  // a NaN is in no maximum; without chunks all numbers are wanted
         const int64_t first = std::min(begin(p) * chunk_, n_), last = std::min(begin(p + 1) * chunk_, n_);
-        counts_[p] = k_.reaching[dtype_](x_, first, last, depth_ > 1 ? least_ : kLowest, dense, keys, index);
+        counts_[p] = k_.reaching[dtype_](x_, first, last, depth_ > 1 ? least_ : kTopkLowest, dense, keys, index);
       }
     });
   }
@@ -325,7 +321,7 @@ void topk_threshold(StableIValue* stack, uint64_t, uint64_t) {
     int32_t keys[kPiece + 64], places[kPiece + 64];
     const int64_t begin = at.get()[t], count = at.get()[t + 1] - begin;
     if (count == 0) return;
-    k.reaching[dtype](row, first, last, least, count * kDense > last - first, keys, places);
+    k.reaching[dtype](row, first, last, least, topk_dense(last - first, count), keys, places);
     for (int64_t i = 0; i < count; ++i) {
       std::memcpy(out + (begin + i) * item, row + places[i] * item, static_cast<size_t>(item));
       out_index[begin + i] = places[i];

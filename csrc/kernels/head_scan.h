@@ -6,7 +6,7 @@
 // Codes lie as in packed/neurons/format.h: int8 for the leading coordinates, nibbles for the others. A token is in fixed
 // point: two planes of bytes for the leading coordinates, one for the others, whose codes are the coarser ones anyway.
 // scan keeps the rows whose upper bound reaches the best lower bound so far; the binding thins the lists once all parts
-// are through. search keeps the rows with the largest estimates, of a part of the coordinates if it is told so.
+// are through. estimate writes all estimates, of a part of the coordinates if it is told so.
 #pragma once
 #include "bundles.h"
 #include "packed/head/scan.h"
@@ -143,20 +143,12 @@ static void scan_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
 }
 
 template <int TOKENS>
-static void search_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
+static void estimate_group(const HeadCodes& w, int64_t group, const HeadToken* tokens) {
   alignas(64) float z[TOKENS * kSketchRows];
   head_estimates<TOKENS>(w, group, tokens, z);
   const int64_t first = group * kSketchRows, left = w.rows - first < kSketchRows ? w.rows - first : kSketchRows;
-  for (int t = 0; t < TOKENS; ++t) {
-    HeadToken& own = tokens[t];
-    const float* mine = z + t * kSketchRows;
-    uint64_t found = 0;
-    for (int64_t r = 0; r < kSketchRows; r += kLanes)
-      found |= static_cast<uint64_t>(mask_bits(le(set1(own.floor), load(mine + r)))) << r;
-    head_append(own, found, first, w.rows, mine);
-    if (own.count > 2 * own.limit) own.thin(own);
-    if (own.estimates != nullptr) std::memcpy(own.estimates + first, mine, static_cast<size_t>(left) * sizeof(float));
-  }
+  for (int t = 0; t < TOKENS; ++t)
+    std::memcpy(tokens[t].estimates + first, z + t * kSketchRows, static_cast<size_t>(left) * sizeof(float));
 }
 
 // Codes of a group that comes soon: each of its parts is a stream of its own, and the hardware's fetching of a stream
@@ -172,23 +164,28 @@ NOGEMM_INLINE void head_fetch(const HeadCodes& w, int64_t group) {
                kHeadNumbers * kSketchRows * static_cast<int64_t>(sizeof(bf16)));
 }
 
-// Rows of groups [begin, end) for all tokens: each token's list, count and floor go on from where they are.
-static void head_scan(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
+// Groups [begin, end) for all tokens, some at a time.
+template <class Some, class One>
+NOGEMM_INLINE void head_groups(const HeadCodes& w, int64_t begin, int64_t end, int64_t count, Some some, One one) {
   for (int64_t g = begin; g < end; ++g) {
     if (g + kGroupsAhead < end) head_fetch(w, g + kGroupsAhead);
     int64_t t = 0;
-    for (; t + kSketchTokens <= count; t += kSketchTokens) scan_group<kSketchTokens>(w, g, tokens + t);
-    for (; t < count; ++t) scan_group<1>(w, g, tokens + t);
+    for (; t + kSketchTokens <= count; t += kSketchTokens) some(g, t);
+    for (; t < count; ++t) one(g, t);
   }
 }
 
-static void head_search(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
-  for (int64_t g = begin; g < end; ++g) {
-    if (g + kGroupsAhead < end) head_fetch(w, g + kGroupsAhead);
-    int64_t t = 0;
-    for (; t + kSketchTokens <= count; t += kSketchTokens) search_group<kSketchTokens>(w, g, tokens + t);
-    for (; t < count; ++t) search_group<1>(w, g, tokens + t);
-  }
+// Each token's list, count and floor go on from where they are.
+static void head_scan(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
+  head_groups(
+      w, begin, end, count, [=](int64_t g, int64_t t) { scan_group<kSketchTokens>(w, g, tokens + t); },
+      [=](int64_t g, int64_t t) { scan_group<1>(w, g, tokens + t); });
+}
+
+static void head_estimate(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
+  head_groups(
+      w, begin, end, count, [=](int64_t g, int64_t t) { estimate_group<kSketchTokens>(w, g, tokens + t); },
+      [=](int64_t g, int64_t t) { estimate_group<1>(w, g, tokens + t); });
 }
 
 // out[j] = <row begin + j, x> + bias: every row from begin to end. The sum's order is bundle_dots'.
@@ -208,7 +205,7 @@ static constexpr nogemm::HeadKernels head_kernels() {
   h.split = head_split<true>;
   h.round = head_split<false>;
   h.scan = head_scan;
-  h.search = head_search;
+  h.estimate = head_estimate;
   h.dots[kF32] = bundle_dots<float>;
   h.dots[kBF16] = bundle_dots<bf16>;
   h.dots[kF16] = bundle_dots<fp16>;

@@ -262,6 +262,8 @@ def test_a_search_gives_exact_logits_of_some_rows_and_estimates_of_all(
         blur = 2 * bounds(x, weight, bias) + 0.02 * bound[1] + 1e-4 * bound[0].abs().amax(1, keepdim=True)
         assert bool(((all_logits.double() - sums.double()).abs() <= bound[1] + blur).all())
         assert bool((computed | ((all_logits.double() - bound[0]).abs() <= blur + 0.1 * bound[1])).all())
+        least = bound[0].topk(min(40, rows), 1).values[:, -1:]
+        assert bool((computed | (bound[0] <= least + 2 * (blur + 0.1 * bound[1]))).all()), "a best row was left out"
         few = head_search(x, weight, bias, codes, 40, noise_NV=noise)
         assert few[2].shape == (len(x), 0)
         check_equal("value of few", few[1], sums.gather(1, few[0].unsqueeze(1)).squeeze(1))

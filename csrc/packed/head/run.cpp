@@ -30,6 +30,15 @@ Rows gather(const Tokens& tokens, int64_t t) {
   return rows;
 }
 
+void compare_rows(const Head& h, const float* x, const float* noise, const HeadRow* list, int64_t count, Best& best) {
+  int32_t index[kTogether];
+  for (int64_t begin = 0; begin < count; begin += kTogether) {
+    const int64_t own = std::min(kTogether, count - begin);
+    for (int64_t i = 0; i < own; ++i) index[i] = list[begin + i].index;
+    compare(h, x, noise, index, own, nullptr, best);
+  }
+}
+
 // The largest exact logit among a token's rows; computed: how many it took.
 Best choose(const Head& h, const float* x, const float* noise, Rows rows, int64_t& computed) {
   Best best;
@@ -37,11 +46,11 @@ Best choose(const Head& h, const float* x, const float* noise, Rows rows, int64_
   const int64_t first = std::min(kFirst, rows.count);
   std::nth_element(rows.list, rows.list + first, rows.list + rows.count,
                    [](const HeadRow& a, const HeadRow& b) { return a.value > b.value; });
-  compare(h, x, noise, rows.list, first, nullptr, best);
+  compare_rows(h, x, noise, rows.list, first, best);
   int64_t left = first;
   for (int64_t i = first; i < rows.count; ++i)
     if (rows.list[i].value >= best.value) rows.list[left++] = rows.list[i];
-  compare(h, x, noise, rows.list + first, left - first, nullptr, best);
+  compare_rows(h, x, noise, rows.list + first, left - first, best);
   computed = left;
   if (best.index == std::numeric_limits<int64_t>::max()) best.index = kHeadOverflown;  // bounds or logits are NaN
   return best;

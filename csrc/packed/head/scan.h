@@ -17,7 +17,7 @@ struct HeadCodes {
   int64_t rows;                        // those behind the last one repeat it
 };
 
-// A row, and its estimate, bound or logit.
+// A row, and its upper bound.
 struct HeadRow {
   float value;
   int32_t index;
@@ -27,14 +27,10 @@ struct HeadToken {
   FixedToken eight, four, rest;  // the last two have one plane, `high`
   const float* noise;            // [rows], added to the logits, or null
   float norm8, norm4, shift, slack;
-  float floor;    // scan: the best lower bound so far; search: the least estimate that is kept
-  HeadRow* list;  // scan: rows whose upper bound reached the floor as it was; search: the best estimates
+  float floor;    // scan: the best lower bound so far
+  HeadRow* list;  // scan: rows whose upper bound reached the floor as it was
   int64_t count;
-  // search: how many rows are kept; the list has room for twice as many and a group. thin leaves so many and lifts
-  // the floor.
-  int64_t limit;
-  void (*thin)(HeadToken& token);
-  float* estimates;  // search: [rows], or null
+  float* estimates;  // estimate: [rows]
 };
 
 }  // namespace nogemm

@@ -100,14 +100,13 @@ struct Best {
 };
 
 // Takes the exact logits of listed rows, noise included, which also go to `logits` unless it is null.
-inline void compare(const Head& h, const float* x, const float* noise, const HeadRow* list, int64_t count,
+inline void compare(const Head& h, const float* x, const float* noise, const int32_t* list, int64_t count,
                     float* logits, Best& best) {
   const BundleRows rows = head_rows_of(h.weight, h.bias, h.width, h.dtype);
-  int32_t index[kTogether];
   float value[kTogether];
   for (int64_t begin = 0; begin < count; begin += kTogether) {
     const int64_t own = std::min(kTogether, count - begin);
-    for (int64_t i = 0; i < own; ++i) index[i] = list[begin + i].index;
+    const int32_t* const index = list + begin;
     h.table->head.dots[h.dtype](rows, index, 0, own, own, x, value);
     for (int64_t i = 0; i < own; ++i) {
       const float logit = noise == nullptr ? value[i] : value[i] + noise[index[i]];

@@ -170,7 +170,7 @@ def head_argmax(
 def head_search_reference(
     x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, noise_NV: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Estimate, take the best rows, compare exactly; see `head_search`. Here R has no pieces."""
+    """Estimate, take the best rows, compare exactly; see `head_search`. The estimates are made in float64."""
     *tensors, rows, logits = rest
     codes = HeadCodes(*tensors)
     count, width = weight_VD.shape
@@ -202,7 +202,7 @@ def head_search(
 
     Args:
         x_ND, weight_VD, bias_V, codes, noise_NV: as in `head_argmax`.
-        rows: of R, at most half of them from any of the 16 equal pieces that threads take.
+        rows: of R; of equal estimates the lowest rows.
         logits: False: estimates are made of the first S coordinates. True: of all, and all logits are returned.
     Returns:
         index int64 [N], its exact logit with the noise, float32 [N], and logits float32 [N, V]: exact for R, estimates
@@ -211,7 +211,7 @@ def head_search(
     Raises:
         ShapeError: shapes disagree. ConfigError: rows is below 1.
     Cost: about S / 2 + K / 2 + 4 bytes a row, or with logits D / 2 + K / 2 + 4, and R.
-    Source: HiRE (2024); the pieces are its distributed top-k, with threads for devices.
+    Source: HiRE (2024).
     """
     _check(x_ND, weight_VD, "head_search", noise_NV)
     check_int("head_search", "rows", rows, 1)
