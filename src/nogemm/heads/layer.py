@@ -148,15 +148,21 @@ class HireHead(nn.Module):
         """
         if self.weight.dtype not in _DTYPES:
             raise DtypeError(f"HireHead: weights must be float32, bfloat16 or float16, got {self.weight.dtype}")
-        key = tuple(_identity(tensor) for tensor in (self.weight, self.bias, self.moment))
-        if self._codes is None or self._codes[0] != key:
+        if self._codes is None or self._codes[0] != self._key():
             bias = None if self.bias is None else self.bias.detach().float()
-            self._codes = (
-                key,
-                make_codes(self.weight.detach(), bias, self.moment, self.config.leading, self.config.sketch),
+            self.take_codes(
+                make_codes(self.weight.detach(), bias, self.moment, self.config.leading, self.config.sketch)
             )
-            self._print = self._fingerprint()
+        assert self._codes is not None
         return self._codes[1]
+
+    def take_codes(self, codes: HeadCodes) -> None:
+        """Use codes that `make_codes` has made of weights equal to these."""
+        self._codes = self._key(), codes
+        self._print = self._fingerprint()
+
+    def _key(self) -> tuple[object, ...]:
+        return tuple(_identity(tensor) for tensor in (self.weight, self.bias, self.moment))
 
     def refresh(self) -> None:
         """Make the codes anew if the weights are not those that they were made of.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nogemm.bench import peers
 from nogemm.heads import HeadConfig, HireHead
 from nogemm.ops import head_logits
+from nogemm.ops.head_scan import HeadCodes
 
 EXACT, DEFERRED, SEARCH, DENSE = "nogemm-exact", "nogemm-deferred", "nogemm-search", "nogemm-dense"
 # Share of positions at which an engine's token has to be the reference's; 8-bit and 16-bit engines round their logits.
@@ -87,6 +88,10 @@ class OurHead(HeadContender):
         weights = [nn.Parameter(self.weight_VD.clone(), requires_grad=False) for _ in range(self.copies)]
         config = HeadConfig(leading=settings["leading"], sketch=settings["sketch"], rows=settings["rows"])
         self.heads = [HireHead(config, weight, None, self.moment_DD) for weight in weights]
+        if self.way != DENSE:
+            codes = self.heads[0].codes()
+            for head in self.heads[1:]:
+                head.take_codes(HeadCodes(*(tensor.clone() for tensor in codes.tensors())))
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         steps = _TOGETHER if self.way == DEFERRED else 1
@@ -107,8 +112,6 @@ class OurHead(HeadContender):
         read = {EXACT: proven, SEARCH: searched, DEFERRED: searched + codes.bytes / _TOGETHER}[self.way]
         facts |= {"rows": float(computed.mean()), "rows_p99": float(computed.quantile(0.99)), "bytes_read": read}
         facts |= {"weight_bytes": (size + codes.bytes) * self.copies}
-        for head in self.heads:
-            head.codes()
         if self.way != EXACT:
             found = torch.cat([self.heads[0].search(x).token for x in parts])
             facts["recall"] = float((found == self.tokens_N[: len(found)]).double().mean())
