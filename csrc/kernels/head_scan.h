@@ -14,8 +14,6 @@
 
 namespace nogemm::NOGEMM_NS {
 
-inline constexpr int64_t kGroupsAhead = 2;
-
 // A token in fixed point, x ~ scale * (254 high + low), or scale * high: planes within +-127, because the products of
 // bytes on x86 without VNNI take no -128. Zeros behind the width. Returns the length of what rounding took off.
 template <bool TWO>
@@ -114,6 +112,19 @@ NOGEMM_INLINE void head_append(HeadToken& own, uint64_t found, int64_t first, in
   }
 }
 
+NOGEMM_INLINE float head_floor(const float* floor) {
+  float value;
+  __atomic_load(floor, &value, __ATOMIC_RELAXED);
+  return value;
+}
+
+// The floor ends as the largest of all bounds, whatever the threads do meanwhile.
+NOGEMM_INLINE void raise_floor(float* floor, float bound) {
+  float seen = head_floor(floor);
+  while (bound > seen && !__atomic_compare_exchange(floor, &seen, &bound, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+    continue;
+}
+
 template <int TOKENS>
 static void scan_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
   alignas(64) float z[TOKENS * kSketchRows];
@@ -123,7 +134,8 @@ static void scan_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
   for (int t = 0; t < TOKENS; ++t) {
     HeadToken& own = tokens[t];
     const F norm8 = set1(own.norm8), norm4 = set1(own.norm4), slack = set1(own.slack);
-    F best = set1(own.floor);
+    const F floor = set1(head_floor(own.floor));
+    F best = floor;
     uint64_t found = 0;
     alignas(64) float upper[kSketchRows];
     for (int64_t r = 0; r < kSketchRows; r += kLanes) {
@@ -133,11 +145,13 @@ static void scan_group(const HeadCodes& w, int64_t group, HeadToken* tokens) {
       best = max(estimate - bound, best);
       store(upper + r, top);
       // Against the floor before this group: rows that this group itself rules out are thinned later.
-      found |= static_cast<uint64_t>(mask_bits(le(set1(own.floor), top))) << r;
+      found |= static_cast<uint64_t>(mask_bits(le(floor, top))) << r;
     }
-    alignas(64) float lanes[kLanes];
-    store(lanes, best);
-    for (int l = 0; l < kLanes; ++l) own.floor = lanes[l] > own.floor ? lanes[l] : own.floor;
+    if (mask_bits(lt(floor, best)) != 0) {
+      alignas(64) float lanes[kLanes];
+      store(lanes, best);
+      for (int l = 0; l < kLanes; ++l) raise_floor(own.floor, lanes[l]);
+    }
     head_append(own, found, group * kSketchRows, w.rows, upper);
   }
 }
@@ -151,40 +165,26 @@ static void estimate_group(const HeadCodes& w, int64_t group, const HeadToken* t
     std::memcpy(tokens[t].estimates + first, z + t * kSketchRows, static_cast<size_t>(left) * sizeof(float));
 }
 
-// Codes of a group that comes soon: each of its parts is a stream of its own, and the hardware's fetching of a stream
-// ends with every page.
-NOGEMM_INLINE void head_fetch(const HeadCodes& w, int64_t group) {
-  const auto part = [group](const uint8_t* codes, int64_t steps) {
-    prefetch_row(reinterpret_cast<const char*>(codes + group * steps * 4 * kSketchRows), steps * 4 * kSketchRows);
-  };
-  part(w.eight, w.steps8);
-  part(w.four, w.steps4);
-  part(w.rest, w.steps_rest);
-  prefetch_row(reinterpret_cast<const char*>(w.numbers + group * kHeadNumbers * kSketchRows),
-               kHeadNumbers * kSketchRows * static_cast<int64_t>(sizeof(bf16)));
-}
-
 // Groups [begin, end) for all tokens, some at a time.
 template <class Some, class One>
-NOGEMM_INLINE void head_groups(const HeadCodes& w, int64_t begin, int64_t end, int64_t count, Some some, One one) {
+NOGEMM_INLINE void head_groups(int64_t begin, int64_t end, int64_t count, Some some, One one) {
   for (int64_t g = begin; g < end; ++g) {
-    if (g + kGroupsAhead < end) head_fetch(w, g + kGroupsAhead);
     int64_t t = 0;
     for (; t + kSketchTokens <= count; t += kSketchTokens) some(g, t);
     for (; t < count; ++t) one(g, t);
   }
 }
 
-// Each token's list, count and floor go on from where they are.
+// Each token's list and count go on from where they are.
 static void head_scan(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
   head_groups(
-      w, begin, end, count, [=](int64_t g, int64_t t) { scan_group<kSketchTokens>(w, g, tokens + t); },
+      begin, end, count, [=](int64_t g, int64_t t) { scan_group<kSketchTokens>(w, g, tokens + t); },
       [=](int64_t g, int64_t t) { scan_group<1>(w, g, tokens + t); });
 }
 
 static void head_estimate(const HeadCodes& w, int64_t begin, int64_t end, HeadToken* tokens, int64_t count) {
   head_groups(
-      w, begin, end, count, [=](int64_t g, int64_t t) { estimate_group<kSketchTokens>(w, g, tokens + t); },
+      begin, end, count, [=](int64_t g, int64_t t) { estimate_group<kSketchTokens>(w, g, tokens + t); },
       [=](int64_t g, int64_t t) { estimate_group<1>(w, g, tokens + t); });
 }
 

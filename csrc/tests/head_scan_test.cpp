@@ -48,6 +48,7 @@ struct Token {
   std::vector<nogemm::HeadRow> list;
   std::vector<float> estimates, noise;
   nogemm::HeadToken token{};
+  float floor = -INFINITY;
 
   Token(std::mt19937& rng, int64_t width8, int64_t width4, int64_t width_rest, int64_t rows) {
     std::normal_distribution<float> draw;
@@ -71,7 +72,7 @@ struct Token {
       expect(std::fabs(coordinate(token.four, i) - static_cast<double>(y[at(width8 + i)])) <=
                  static_cast<double>(token.four.scale) * 0.5001,
              "head round: a coordinate");
-    token.norm8 = 3, token.norm4 = 2, token.shift = 0.5f, token.slack = 0.01f, token.floor = -INFINITY;
+    token.norm8 = 3, token.norm4 = 2, token.shift = 0.5f, token.slack = 0.01f;
     token.list = list.data(), token.noise = noise.data();
   }
 
@@ -105,7 +106,10 @@ void scan(std::mt19937& rng, const Case& c) {
                                 four.steps,
                                 rest.steps,
                                 c.rows};
-  for (Token& t : tokens) given.push_back(t.token);
+  for (Token& t : tokens) {
+    given.push_back(t.token);
+    given.back().floor = &t.floor;
+  }
   nogemm::kernels().head.scan(codes, 0, groups, given.data(), c.count);
   const auto number = [&](int64_t row, int64_t which) {
     return static_cast<double>(numbers[(row / kSketchRows * kHeadNumbers + which) * kSketchRows + row % kSketchRows]);
@@ -127,7 +131,7 @@ void scan(std::mt19937& rng, const Case& c) {
     double floor = -INFINITY;
     for (int64_t row = 0; row < c.rows; ++row) floor = std::max(floor, estimate(own, row) - bound(row));
     const std::string what = text("head scan ", c.rows, "x", c.width8, "+", c.width4, "+", c.width_rest, " token ", t);
-    expect(std::fabs(got.floor - floor) < 1e-4 * (1 + std::fabs(floor)), what + ": floor");
+    expect(std::fabs(*got.floor - floor) < 1e-4 * (1 + std::fabs(floor)), what + ": floor");
     std::vector<bool> kept(at(c.rows), false);
     for (int64_t i = 0; i < got.count; ++i) {
       const int64_t row = got.list[i].index;

@@ -19,8 +19,7 @@ struct Rows {
 
 // Brings the pieces' lists together, without rows that another piece has ruled out.
 Rows gather(const Tokens& tokens, int64_t t) {
-  float floor = -std::numeric_limits<float>::infinity();
-  for (int64_t p = 0; p < tokens.pieces; ++p) floor = std::max(floor, tokens.part(p, t).floor);
+  const float floor = tokens.floor[t];
   Rows rows{tokens.part(0, t).list, 0};
   for (int64_t p = 0; p < tokens.pieces; ++p) {
     const HeadToken& part = tokens.part(p, t);

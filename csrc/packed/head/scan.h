@@ -27,7 +27,7 @@ struct HeadToken {
   FixedToken eight, four, rest;  // the last two have one plane, `high`
   const float* noise;            // [rows], added to the logits, or null
   float norm8, norm4, shift, slack;
-  float floor;    // scan: the best lower bound so far
+  float* floor;   // scan: the best lower bound so far, of all pieces; threads raise it while they scan
   HeadRow* list;  // scan: rows whose upper bound reached the floor as it was
   int64_t count;
   float* estimates;  // estimate: [rows]

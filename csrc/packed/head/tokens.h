@@ -14,7 +14,7 @@ using hire::Carver;
 using hire::Phases;
 
 inline constexpr int64_t kTokens = 16;    // that share a pass over the codes
-inline constexpr int64_t kPieces = 16;    // of the codes; each keeps a list and a floor of its own
+inline constexpr int64_t kPieces = 16;    // of the codes; each keeps a list of its own
 inline constexpr int64_t kTogether = 64;  // rows of a small job that one thread takes at once
 inline constexpr double kUnit = 0x1p-24;  // rounding of float32
 
@@ -84,7 +84,6 @@ inline int64_t prepare(const Head& h, const float* x, const float* y, float nois
                        + sums * kUnit * x_length * (row + mean) + 4 * kUnit * added;                // of the exact dot
   t.norm8 = up(share * length8), t.norm4 = up(share * length4), t.slack = up(slack);
   t.shift = static_cast<float>(shift);
-  t.floor = -std::numeric_limits<float>::infinity();
   t.count = 0;
   return t.slack < kMost ? 0 : kHeadOverflown;
 }
@@ -128,6 +127,7 @@ struct Tokens {
   float* largest_noise;    // [kTokens][kPieces]
   HeadToken* parts;        // [piece][token], tokens with an answer in front
   int64_t place[kTokens];  // of those, among the tokens
+  float floor[kTokens];    // the best lower bound of each of those
 
   const float* state(int64_t n) const { return states.x + n * h.width; }
   const float* noise(int64_t n) const { return states.noise == nullptr ? nullptr : states.noise + n * h.codes.rows; }
@@ -179,6 +179,10 @@ struct Tokens {
         value[n] = std::numeric_limits<float>::quiet_NaN();
         t.noise = noise(n);
         if (index[n] == 0) place[finite++] = n;
+      }
+      for (int64_t t = 0; t < finite; ++t) {
+        floor[t] = -std::numeric_limits<float>::infinity();
+        tokens[t].floor = floor + t;
       }
       for (int64_t p = 0; p < pieces; ++p) {
         for (int64_t t = 0; t < finite; ++t) {
