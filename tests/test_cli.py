@@ -29,7 +29,7 @@ FLAGS = {
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
-    "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --trust-remote-code --json",
+    "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --mode --trust-remote-code --json",
     "generate": "--prompt --max-new-tokens --chat --mode --stop --sample --temperature --top-k --top-p --seed "
     "--data --dtype --trust-remote-code --json",
     "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "

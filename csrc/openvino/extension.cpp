@@ -130,6 +130,7 @@ class PackedFFN : public ov::op::Op {
 OPENVINO_CREATE_EXTENSIONS(std::vector<ov::Extension::Ptr>({
     std::make_shared<ov::OpExtension<PackedFFN>>(),
     std::make_shared<ov::OpExtension<nogemm::HeadArgmax>>(),
+    std::make_shared<ov::OpExtension<nogemm::HeadSearch>>(),
     std::make_shared<ov::OpExtension<nogemm::PeakLogits>>(),
     std::make_shared<ov::OpExtension<nogemm::EmbedRows>>(),
 }));

@@ -1,11 +1,14 @@
 // The operators around a vocabulary head, which share its rows: one u8 constant [V, bytes of a row].
 //
-//     HeadArgmax(x [..., d], codes u8 [bytes], rows) -> token i32 [...], logit f32 [...], exact i32 [...]
+//     HeadArgmax(x [..., d], codes u8 [bytes], rows, noise?) -> token i32 [...], logit f32 [...], exact i32 [...]
+//     HeadSearch(x [..., d], codes u8 [bytes], rows, noise?) -> token i32 [...], state f32 [..., d]
 //     PeakLogits(token i32 [...], logit f32 [...]) -> f32 [..., V], the logit at its token, minus infinity elsewhere
 //     EmbedRows(ids [...], rows) -> f32 [..., d]
 //
-// A state or a logit that is not finite has token -1; PeakLogits makes nothing up from it. Rows and codes are bytes,
-// which OpenVINO leaves as they are; it would convert a constant of float16 to float32.
+// HeadArgmax proves its token. HeadSearch takes the best of the rows that the codes' leading parts rank first, and gives
+// the state on, as it read it, for a proof that comes later. noise, f32 of V numbers a state, is added to the logits; a
+// single number stands for none. A state or a logit that is not finite has token -1; PeakLogits makes nothing up from it.
+// Rows and codes are bytes, which OpenVINO leaves as they are; it would convert a constant of float16 to float32.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -23,17 +26,30 @@ extern "C" const char* nogemm_isa_error();  // dispatch.h, which knows the kerne
 
 namespace nogemm {
 
-class HeadArgmax : public ov::op::Op {
+// What a token is found by: states, codes, the head's rows and, if it is drawn, noise.
+class HeadNode : public ov::op::Op {
  public:
-  OPENVINO_OP("HeadArgmax", "nogemm");
+  bool has_evaluate() const override { return true; }
 
-  HeadArgmax() = default;
-  explicit HeadArgmax(const ov::OutputVector& inputs) : Op(inputs) { constructor_validate_and_infer_types(); }
+ protected:
+  HeadNode() = default;
+  explicit HeadNode(const ov::OutputVector& inputs) : Op(inputs) {}
 
-  void validate_and_infer_types() override {
-    NODE_VALIDATION_CHECK(this, get_input_size() == 3, "takes x, codes and rows, got ", get_input_size(), " inputs");
+  struct Given {
+    const char* codes;
+    const float* noise;
+    int64_t tokens;
+    ov::Shape shape;  // of the tokens
+  };
+
+  // The shape of the tokens.
+  ov::PartialShape check_inputs() const {
+    NODE_VALIDATION_CHECK(this, get_input_size() == 3 || get_input_size() == 4,
+                          "takes x, codes, rows and at most noise, got ", get_input_size(), " inputs");
     for (const size_t i : {size_t{1}, size_t{2}})
       NODE_VALIDATION_CHECK(this, get_input_element_type(i) == ov::element::u8, "codes and rows must be u8");
+    NODE_VALIDATION_CHECK(this, get_input_size() == 3 || get_input_element_type(3) == ov::element::f32,
+                          "noise must be f32");
     if (const char* error = nogemm_isa_error()) NODE_VALIDATION_CHECK(this, false, error);
     ov::PartialShape shape = get_input_partial_shape(0);
     NODE_VALIDATION_CHECK(this, shape.rank().is_static() && shape.size() > 0, "x must have a known rank and a width");
@@ -44,6 +60,50 @@ class HeadArgmax : public ov::op::Op {
       check(header, static_cast<int64_t>(bytes), shape[shape.size() - 1], get_input_partial_shape(2));
     }
     shape.resize(shape.size() - 1);
+    return shape;
+  }
+
+  Given given(const ov::TensorVector& inputs) const {
+    const auto bytes = static_cast<int64_t>(inputs[1].get_byte_size());
+    const char* codes = weights_.at(inputs[1].data(), bytes);
+    Given given{codes, nullptr, 0, inputs[0].get_shape()};
+    const auto d = static_cast<int64_t>(given.shape.back());
+    const int64_t rows = check(codes, bytes, d, inputs[2].get_shape());
+    given.shape.pop_back();
+    given.tokens = static_cast<int64_t>(inputs[0].get_size()) / d;
+    if (inputs.size() == 4 && inputs[3].get_size() != 1) {
+      OPENVINO_ASSERT(static_cast<int64_t>(inputs[3].get_size()) == given.tokens * rows,
+                      "nogemm: noise must have one number, or ", rows, " for each of ", given.tokens, " states, got ",
+                      inputs[3].get_shape());
+      given.noise = inputs[3].data<float>();
+    }
+    return given;
+  }
+
+ private:
+  // How many rows there are.
+  static int64_t check(const char* codes, int64_t bytes, const ov::Dimension& width, const ov::PartialShape& rows) {
+    int64_t d = 0, count = 0, row_bytes = 0;
+    const char* error = nogemm_head_check(codes, bytes, &d, &count, &row_bytes);
+    OPENVINO_ASSERT(error == nullptr, "nogemm: this library cannot run the head: ", error);
+    OPENVINO_ASSERT(width.compatible(d), "nogemm: the head takes width ", d, ", x has width ", width);
+    OPENVINO_ASSERT(rows.compatible(ov::PartialShape{count, row_bytes}), "nogemm: the codes are of rows [", count, ", ",
+                    row_bytes, "], got ", rows);
+    return count;
+  }
+
+  mutable Weights weights_;
+};
+
+class HeadArgmax : public HeadNode {
+ public:
+  OPENVINO_OP("HeadArgmax", "nogemm");
+
+  HeadArgmax() = default;
+  explicit HeadArgmax(const ov::OutputVector& inputs) : HeadNode(inputs) { constructor_validate_and_infer_types(); }
+
+  void validate_and_infer_types() override {
+    const ov::PartialShape shape = check_inputs();
     set_output_type(0, ov::element::i32, shape);
     set_output_type(1, ov::element::f32, shape);
     set_output_type(2, ov::element::i32, shape);
@@ -54,38 +114,60 @@ class HeadArgmax : public ov::op::Op {
   }
 
   bool visit_attributes(ov::AttributeVisitor&) override { return true; }
-  bool has_evaluate() const override { return true; }
 
   bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
-    const ov::Tensor& x = inputs[0];
-    const auto bytes = static_cast<int64_t>(inputs[1].get_byte_size());
-    const char* codes = weights_.at(inputs[1].data(), bytes);
-    ov::Shape shape = x.get_shape();
-    const auto d = static_cast<int64_t>(shape.back());
-    check(codes, bytes, d, inputs[2].get_shape());
-    shape.pop_back();
-    for (ov::Tensor& output : outputs) output.set_shape(shape);
-    const int64_t tokens = static_cast<int64_t>(x.get_size()) / d;
+    const Given own = given(inputs);
+    for (ov::Tensor& output : outputs) output.set_shape(own.shape);
     thread_local Scratch scratch;
     const NogemmHost host = tbb_host();
-    nogemm_head_argmax(codes, inputs[2].data(), x.data(), type_of(x.get_element_type()), tokens,
-                       outputs[0].data<int32_t>(), outputs[1].data<float>(), outputs[2].data<int32_t>(),
-                       scratch.at_least(nogemm_head_workspace(codes, tokens)), &host);
+    nogemm_head_argmax(own.codes, inputs[2].data(), inputs[0].data(), type_of(inputs[0].get_element_type()), own.tokens,
+                       own.noise, outputs[0].data<int32_t>(), outputs[1].data<float>(), outputs[2].data<int32_t>(),
+                       scratch.at_least(nogemm_head_workspace(own.codes, own.tokens)), &host);
+    scratch.trim();
+    return true;
+  }
+};
+
+class HeadSearch : public HeadNode {
+ public:
+  OPENVINO_OP("HeadSearch", "nogemm");
+
+  HeadSearch() = default;
+  explicit HeadSearch(const ov::OutputVector& inputs, int64_t best) : HeadNode(inputs), best_(best) {
+    constructor_validate_and_infer_types();
+  }
+
+  void validate_and_infer_types() override {
+    ov::PartialShape shape = check_inputs();
+    NODE_VALIDATION_CHECK(this, best_ > 0, "best must be at least 1, got ", best_);
+    set_output_type(0, ov::element::i32, shape);
+    set_output_type(1, ov::element::f32, get_input_partial_shape(0));
+  }
+
+  std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
+    return std::make_shared<HeadSearch>(inputs, best_);
+  }
+
+  bool visit_attributes(ov::AttributeVisitor& visitor) override {
+    visitor.on_attribute("best", best_);
+    return true;
+  }
+
+  bool evaluate(ov::TensorVector& outputs, const ov::TensorVector& inputs) const override {
+    const Given own = given(inputs);
+    outputs[0].set_shape(own.shape);
+    outputs[1].set_shape(inputs[0].get_shape());
+    thread_local Scratch scratch;
+    const NogemmHost host = tbb_host();
+    nogemm_head_search(own.codes, inputs[2].data(), inputs[0].data(), type_of(inputs[0].get_element_type()), own.tokens,
+                       own.noise, best_, outputs[0].data<int32_t>(), outputs[1].data<float>(),
+                       scratch.at_least(nogemm_head_search_workspace(own.codes, own.tokens, best_)), &host);
     scratch.trim();
     return true;
   }
 
  private:
-  static void check(const char* codes, int64_t bytes, const ov::Dimension& width, const ov::PartialShape& rows) {
-    int64_t d = 0, count = 0, row_bytes = 0;
-    const char* error = nogemm_head_check(codes, bytes, &d, &count, &row_bytes);
-    OPENVINO_ASSERT(error == nullptr, "nogemm: this library cannot run the head: ", error);
-    OPENVINO_ASSERT(width.compatible(d), "nogemm: the head takes width ", d, ", x has width ", width);
-    OPENVINO_ASSERT(rows.compatible(ov::PartialShape{count, row_bytes}), "nogemm: the codes are of rows [", count, ", ",
-                    row_bytes, "], got ", rows);
-  }
-
-  mutable Weights weights_;
+  int64_t best_ = 0;
 };
 
 class PeakLogits : public ov::op::Op {

@@ -33,7 +33,7 @@ def test_engines_are_verified_and_timed(model: Path, tmp_path: Path, monkeypatch
     monkeypatch.setitem(bench._PACKAGES, "torchao", ("no_such_package",))
     names = ("nogemm-openvino-int8", "openvino-int8", "torch-bf16", "torchao-int8", "llama.cpp-given")
     torch_ones = ("nogemm-exact-bf16", "nogemm-deferred-fp32", "torch-sampled-bf16", "nogemm-deferred-sampled-bf16")
-    names += (*torch_ones, "nogemm-high_recall-fp32")
+    names += (*torch_ones, "nogemm-high_recall-fp32", "nogemm-openvino-deferred-int8")
     monkeypatch.setitem(bench._PACKAGES, "llama.cpp", ())
     with trial_runs():
         result = bench.run_generate_bench(args(model, *names, folder=str(tmp_path / "kept")), TEXTS)
@@ -41,7 +41,7 @@ def test_engines_are_verified_and_timed(model: Path, tmp_path: Path, monkeypatch
     ours, dense = rows["nogemm-openvino-int8"], rows["openvino-int8"]
     assert ours["verified"], ours
     assert dense["verified"], dense
-    for name in ("torch-bf16", *torch_ones, "nogemm-high_recall-fp32"):
+    for name in ("torch-bf16", *torch_ones, "nogemm-high_recall-fp32", "nogemm-openvino-deferred-int8"):
         assert rows[name]["verified"], rows[name]
     assert rows["nogemm-deferred-fp32"]["proven_tokens"] == 32
     assert rows["nogemm-deferred-sampled-bf16"]["proven_tokens"] == 32
@@ -49,7 +49,8 @@ def test_engines_are_verified_and_timed(model: Path, tmp_path: Path, monkeypatch
     assert rows["nogemm-high_recall-fp32"]["perplexity"] == pytest.approx(result["perplexity_fp32"], rel=1e-3)
     assert ours["tokens_per_second"] == pytest.approx(6e6 / ours["us_median"])
     assert ours["ratio"] == 1
-    assert ours["proven_tokens"] == 39
+    assert ours["proven_tokens"] == rows["nogemm-openvino-deferred-int8"]["proven_tokens"] == 39
+    assert rows["nogemm-openvino-deferred-int8"]["bytes_read"] != ours["bytes_read"]
     assert ours["perplexity"] == pytest.approx(result["perplexity_fp32"], rel=0.3)
     assert "no_such_package not installed" in rows["torchao-int8"]["missing"]
     assert "reads GGUF files" in rows["llama.cpp-given"]["missing"]

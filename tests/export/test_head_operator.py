@@ -30,13 +30,19 @@ def head(rows: int, width: int, leading: int, dtype: torch.dtype = torch.float32
     return weight, own, make_codes(weight, own, leading=leading)
 
 
-def compiled(weight: torch.Tensor, packed: np.ndarray, library: Path, threads: int = 1) -> Any:
+def compiled(
+    weight: torch.Tensor, packed: np.ndarray, library: Path, threads: int = 1, best: int = 0, noise: bool = False
+) -> Any:
+    """Compile the proof or, with `best` above 0, the search."""
     from openvino import opset15 as ov
 
     x = ov.parameter([-1, -1, weight.shape[1]], np.float32)
     rows = ov.constant(weight.view(torch.uint8).numpy())
-    node = Factory(library)("HeadArgmax", [x.output(0), ov.constant(packed).output(0), rows.output(0)])
-    model = openvino.Model([ov.result(output) for output in node.outputs()], [x], "head")  # type: ignore[misc]
+    given = [x, *([ov.parameter([-1, -1], np.float32)] if noise else [])]
+    inputs = [x.output(0), ov.constant(packed).output(0), rows.output(0), *(each.output(0) for each in given[1:])]
+    factory = Factory(library)
+    node = factory("HeadSearch", inputs, best=best) if best else factory("HeadArgmax", inputs)
+    model = openvino.Model([ov.result(output) for output in node.outputs()], given, "head")  # type: ignore[misc]
     config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
     return shared_core().compile_model(model, "CPU", config)
 
@@ -59,6 +65,43 @@ def test_the_same_as_torchs(shape: tuple[int, int, int], dtype: torch.dtype, thr
     if shape[0] > 1:  # rows that the codes are not of give another answer: the comparison can fail
         other = compiled(wrong, pack_head(weight, bias, codes).numpy(), library, threads)
         assert not np.array_equal(other([x.numpy()])[1], logit.numpy())
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("rows", "width", "leading", "best"), [(1, 8, 4, 1), (307, 70, 16, 9), (2000, 40, 8, 500)])
+def test_a_search_is_torchs(rows: int, width: int, leading: int, best: int, threads: int, library: Path) -> None:
+    weight, bias, _ = head(rows, width, leading, torch.float16)
+    codes = make_codes(weight, bias, leading=leading, sketch=24)
+    packed = pack_head(weight, bias, codes).numpy()
+    run = compiled(weight, packed, library, threads, best)
+    x = torch.randn(2, 9, width) * 3
+    token, state = (torch.from_numpy(run([x.numpy()])[i].copy()) for i in range(2))
+    expected = ops.head_search(x.flatten(0, 1), weight, bias, codes, best)
+    assert torch.equal(token.flatten().long(), expected[0])
+    assert torch.equal(state, x)
+    if rows > 1:  # among fewer rows it finds another token: the comparison can fail
+        fewer = compiled(weight, packed, library, threads, 1)([x.numpy()])[0]
+        assert not np.array_equal(fewer, token.numpy())
+
+
+@pytest.mark.parametrize("best", [0, 40])
+def test_noise_is_added(best: int, library: Path) -> None:
+    weight, bias, codes = head(307, 70, 16)
+    run = compiled(weight, pack_head(weight, bias, codes).numpy(), library, best=best, noise=True)
+    x, noise = torch.randn(2, 3, 70), torch.randn(6, 307) * 20
+    x[1, 2] = 3e38  # bounds beyond float32: answered by all logits
+    flat = x.flatten(0, 1)
+
+    def expected(noise_NV: torch.Tensor | None) -> list[int]:
+        if best:
+            return ops.head_search(flat, weight, bias, codes, best, noise_NV=noise_NV)[0].tolist()
+        return ops.head_argmax(flat, weight, bias, codes, noise_NV=noise_NV)[0].tolist()
+
+    assert run([x.numpy(), noise.numpy()])[0].flatten().tolist() == expected(noise)
+    assert run([x.numpy(), np.zeros((1, 1), np.float32)])[0].flatten().tolist() == expected(None)
+    assert expected(noise) != expected(None)
+    with pytest.raises(RuntimeError, match="best must be at least 1"):
+        compiled(weight, pack_head(weight, bias, codes).numpy(), library, best=-1)
 
 
 def test_states_without_a_token(library: Path) -> None:

@@ -1,5 +1,6 @@
 #include "packed/head/host.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <vector>
@@ -39,37 +40,49 @@ Head head_of(const void* packed, const void* rows) {
   return head;
 }
 
-// What a call works in, beside the algorithm's own scratch.
+// What a call works in, beside the algorithm's own scratch of so many bytes.
 struct Call {
-  float* x;
+  float *x, *value;
   int64_t *index, *exact;
   char* scratch;
 };
 
-Call carve(const Head& head, int64_t tokens, hire::Carver& carver) {
+Call carve(const Head& head, int64_t tokens, int64_t bytes, hire::Carver& carver) {
   Call call{};
   call.x = carver.take<float>(tokens * head.width);
+  call.value = carver.take<float>(tokens);
   call.index = carver.take<int64_t>(tokens);
   call.exact = carver.take<int64_t>(tokens);
-  call.scratch = carver.take<char>(head_argmax_workspace(head, tokens));
+  call.scratch = carver.take<char>(bytes);
   return call;
 }
 
+int64_t bytes_of(const Head& head, int64_t tokens, int64_t bytes) {
+  hire::Carver carver{nullptr};
+  carve(head, tokens, bytes, carver);
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(carver.at));
+}
+
 // The answer of all logits, where bounds overflowed float32; a logit that is NaN leaves none.
-void answer_by_all(const Head& head, const float* x, const NogemmHost& host, int64_t* index, float* value,
-                   int64_t* exact) {
+void answer_by_all(const Head& head, const float* x, const float* noise, const NogemmHost& host, int64_t* index,
+                   float* value, int64_t* exact) {
   std::vector<float> logits(static_cast<size_t>(head.codes.rows));
   head_logits(head, x, 1, logits.data(), host);
   *index = 0;
   bool whole = true;
   for (int64_t v = 0; v < head.codes.rows; ++v) {
-    const float own = logits[static_cast<size_t>(v)];
+    float& own = logits[static_cast<size_t>(v)];
+    if (noise != nullptr) own += noise[v];
     whole = whole && !std::isnan(own);
     if (own > logits[static_cast<size_t>(*index)]) *index = v;
   }
   *value = whole ? logits[static_cast<size_t>(*index)] : std::numeric_limits<float>::quiet_NaN();
   *exact = whole ? head.codes.rows : 0;
   if (!whole) *index = NOGEMM_HEAD_NO_TOKEN;
+}
+
+const float* noise_of(const Head& head, const float* noise, int64_t n) {
+  return noise == nullptr ? nullptr : noise + n * head.codes.rows;
 }
 
 }  // namespace
@@ -111,24 +124,47 @@ extern "C" const char* nogemm_head_check(const void* packed, int64_t packed_byte
 }
 
 extern "C" int64_t nogemm_head_workspace(const void* packed, int64_t tokens) {
-  hire::Carver carver{nullptr};
-  carve(head_of(packed, nullptr), tokens, carver);
-  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(carver.at));
+  const Head head = head_of(packed, nullptr);
+  return bytes_of(head, tokens, head_argmax_workspace(head, tokens));
+}
+
+extern "C" int64_t nogemm_head_search_workspace(const void* packed, int64_t tokens, int64_t best) {
+  const Head head = head_of(packed, nullptr);
+  return bytes_of(head, tokens, head_search_workspace(head, tokens, std::min(best, head.codes.rows)));
 }
 
 extern "C" void nogemm_head_argmax(const void* packed, const void* rows, const void* x, int64_t x_dtype, int64_t tokens,
-                                   int32_t* index, float* logit, int32_t* exact, void* workspace,
+                                   const float* noise, int32_t* index, float* logit, int32_t* exact, void* workspace,
                                    const NogemmHost* host) {
   if (tokens == 0) return;
   const Head head = head_of(packed, rows);
   hire::Carver carver{static_cast<char*>(workspace)};
-  const Call call = carve(head, tokens, carver);
+  const Call call = carve(head, tokens, head_argmax_workspace(head, tokens), carver);
   head.table->hire.read[x_dtype](x, call.x, tokens * head.width);
-  head_argmax(head, {call.x, nullptr, tokens}, 1.0, call.index, logit, call.exact, call.scratch, *host);
+  head_argmax(head, {call.x, noise, tokens}, 1.0, call.index, logit, call.exact, call.scratch, *host);
   for (int64_t n = 0; n < tokens; ++n) {
     if (call.index[n] == kHeadOverflown)
-      answer_by_all(head, call.x + n * head.width, *host, call.index + n, logit + n, call.exact + n);
+      answer_by_all(head, call.x + n * head.width, noise_of(head, noise, n), *host, call.index + n, logit + n,
+                    call.exact + n);
     index[n] = static_cast<int32_t>(call.index[n]), exact[n] = static_cast<int32_t>(call.exact[n]);
+  }
+}
+
+extern "C" void nogemm_head_search(const void* packed, const void* rows, const void* x, int64_t x_dtype, int64_t tokens,
+                                   const float* noise, int64_t best, int32_t* index, float* states, void* workspace,
+                                   const NogemmHost* host) {
+  if (tokens == 0) return;
+  const Head head = head_of(packed, rows);
+  best = std::min(best, head.codes.rows);
+  hire::Carver carver{static_cast<char*>(workspace)};
+  const Call call = carve(head, tokens, head_search_workspace(head, tokens, best), carver);
+  head.table->hire.read[x_dtype](x, states, tokens * head.width);
+  head_search(head, {states, noise, tokens}, best, nullptr, call.index, call.value, call.scratch, *host);
+  for (int64_t n = 0; n < tokens; ++n) {
+    if (call.index[n] == kHeadOverflown)
+      answer_by_all(head, states + n * head.width, noise_of(head, noise, n), *host, call.index + n, call.value + n,
+                    call.exact + n);
+    index[n] = static_cast<int32_t>(call.index[n]);
   }
 }
 

@@ -22,9 +22,19 @@ NOGEMM_API const char* nogemm_head_check(const void* packed, int64_t packed_byte
 NOGEMM_API int64_t nogemm_head_workspace(const void* packed, int64_t tokens);
 
 // Of each token of x [tokens, d], contiguous and of x_dtype: the row with the largest logit, accumulated in float32, or
-// NOGEMM_HEAD_NO_TOKEN; that logit, or NaN; and how many rows were computed exactly. `workspace` is 64-byte aligned.
+// NOGEMM_HEAD_NO_TOKEN; that logit, or NaN; and how many rows were computed exactly. noise, where not null: [tokens, V],
+// added to the logits. `workspace` is 64-byte aligned.
 NOGEMM_API void nogemm_head_argmax(const void* packed, const void* rows, const void* x, int64_t x_dtype, int64_t tokens,
-                                   int32_t* index, float* logit, int32_t* exact, void* workspace,
+                                   const float* noise, int32_t* index, float* logit, int32_t* exact, void* workspace,
+                                   const NogemmHost* host);
+
+// Scratch bytes of nogemm_head_search.
+NOGEMM_API int64_t nogemm_head_search_workspace(const void* packed, int64_t tokens, int64_t best);
+
+// As nogemm_head_argmax, but the largest among the `best` rows, at least 1, that the leading parts of the codes rank
+// first: nothing is proven. states [tokens, d]: x as float32, for a proof that comes later.
+NOGEMM_API void nogemm_head_search(const void* packed, const void* rows, const void* x, int64_t x_dtype, int64_t tokens,
+                                   const float* noise, int64_t best, int32_t* index, float* states, void* workspace,
                                    const NogemmHost* host);
 
 // out[i] = row ids[i] of rows [V, d], as float32. The ids must be rows.

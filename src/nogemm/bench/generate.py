@@ -35,6 +35,8 @@ OURS = "nogemm-openvino-int4"
 CONTENDERS = (
     OURS,
     "nogemm-openvino-int8",
+    "nogemm-openvino-deferred-int4",
+    "nogemm-openvino-deferred-int8",
     "nogemm-genai-int4",
     "openvino-int4",
     "openvino-int8",
@@ -241,10 +243,12 @@ def _spec(name: str, made: _Models, inputs: dict[str, Any]) -> Spec:
 
 
 def _settings(family: str, precision: str, made: _Models) -> dict[str, Any]:
-    if family in ("nogemm-openvino", "openvino", "nogemm-genai", "openvino-genai"):
-        head = "exact" if "nogemm" in family else "dense"
+    if family in ("nogemm-openvino", "nogemm-openvino-deferred", "nogemm-genai"):
+        engine, mode = "genai" if "genai" in family else "openvino", "deferred" if "deferred" in family else "exact"
+        return {"engine": engine, "mode": mode, "folder": str(made.exported("exact", precision))}
+    if family in ("openvino", "openvino-genai"):
         engine = "genai" if "genai" in family else "openvino"
-        return {"engine": engine, "folder": str(made.exported(head, precision))}
+        return {"engine": engine, "folder": str(made.exported("dense", precision))}
     if family == "llama.cpp":
         if not is_gguf(made.name):
             raise ConfigError("llama.cpp reads GGUF files; give one as the model")

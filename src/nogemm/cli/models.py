@@ -203,6 +203,9 @@ def export(
         str, typer.Option(help="With --generate: vocabulary in fp16, bf16, fp32; int8, if dense.")
     ] = "fp16",
     head: Annotated[str, typer.Option(help="With --generate: exact, by our kernels, or dense.")] = "exact",
+    mode: Annotated[
+        str | None, typer.Option(help="With --generate: exact or deferred: how an exact head proves tokens.")
+    ] = None,
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
@@ -218,7 +221,7 @@ def export(
     sample = list(islice(texts(data), 512))
     if generate:
         choices = {"to": to, "body": body, "rows": rows, "tokenizer": tokenizer}
-        _export_decoder(loaded, output, sample, head, choices, json)
+        _export_decoder(loaded, output, sample, head, mode, choices, json)
         return
     with progress.watching():
         progress(f"exporting {model}")
@@ -234,25 +237,43 @@ def export(
 
 
 def _export_decoder(
-    model: Any, output: Path, sample: list[str], head: str, choices: dict[str, Any], json: Path | None
+    model: Any,
+    output: Path,
+    sample: list[str],
+    head: str,
+    mode: str | None,
+    choices: dict[str, Any],
+    json: Path | None,
 ) -> None:
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     import nogemm
     from nogemm.convert.head import find_head
 
     if head not in ("exact", "dense"):
         raise ConfigError(f"--head must be exact or dense, got {head!r}")
+    if mode not in (None, "exact", "deferred"):
+        raise ConfigError(f"--mode must be exact or deferred, got {mode!r}")
+    if head == "dense" and mode is not None:
+        raise ConfigError(f"--mode {mode} is of an exact head; leave --head dense out")
     if head == "dense" and find_head(model) is not None:
         raise ConfigError("--head dense: the model's head is converted; export the model that it was converted from")
     with progress.watching():
         if head == "exact" and find_head(model) is None:
             progress("fitting the head's codes to the texts")
             nogemm.convert_head(model, data=sample, tokenizer=choices["tokenizer"])
+        if mode is not None:
+            found = find_head(model)
+            found.config = replace(found.config, mode=mode)
         progress(f"exporting to {output}")
         report = nogemm.export_decoder(model, output, **choices)
-    read = f"{report.bytes_per_token / 2**20:.0f} MiB read a token, {report.head_bytes_per_token / 2**20:.0f} of them"
-    print(f"body {report.body}, {report.head} head over {report.rows} rows; {read} by the head")
+    own, total = report.head_bytes_per_token, report.bytes_per_token
+    kind = f"{report.head} head"
+    if report.mode == "deferred":
+        own, total = report.deferred_head_bytes_per_token, total - own + report.deferred_head_bytes_per_token
+        kind += f", proofs of {report.verify_every} tokens together"
+    read = f"{total / 2**20:.0f} MiB read a token, {own / 2**20:.0f} of them by the head"
+    print(f"body {report.body}, {kind}, {report.rows} rows; {read}")
     print(f"{report.proven} tokens equal to those of OpenVINO's own dense head, {report.near_ties} of them near ties")
     print(f"agreement with the torch model {report.agreement:.5f}, worst state {report.worst:.5f}")
     print(output)

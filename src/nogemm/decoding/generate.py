@@ -5,9 +5,7 @@ Legend: B sequences, L tokens of the prompt, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,38 +16,10 @@ from nogemm.decoding.choosing import Chooser
 from nogemm.decoding.ending import Ending
 from nogemm.decoding.sampling import Sampling
 from nogemm.decoding.states import Decoder, Mark
+from nogemm.decoding.windows import GenerationReport, Streamer, Windows
 from nogemm.errors import ConfigError
 from nogemm.heads import HireHead
 from nogemm.models.inner import inner_model
-
-Streamer = Callable[[Tensor], None]
-
-
-@dataclass
-class GenerationReport:
-    """What a call of `generate` did; given to it empty.
-
-    Attributes:
-        tokens: new tokens of all sequences.
-        rows: of the head, computed exactly for each state that a token was searched for or proven of.
-        dense: states whose logits were all computed, because top_k, top_p or capped logits of a sample need them.
-        proofs, differences: of mode "deferred": how many times tokens were proven together, and how many of these
-            found another token than the search had.
-        prompt_seconds, seconds: until the first token is there; from there to the last.
-    """
-
-    tokens: int = 0
-    rows: list[int] = field(default_factory=list)
-    dense: int = 0
-    proofs: int = 0
-    differences: int = 0
-    prompt_seconds: float = 0.0
-    seconds: float = 0.0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens after the first ones, in a second; 0 if there were none."""
-        return 0.0 if self.seconds <= 0 else max(0, self.tokens - 1) / self.seconds
 
 
 def generate(
@@ -126,116 +96,41 @@ def generate(
             head.refresh()
         padded = attention_mask is not None and not bool(attention_mask.all())
         mask = attention_mask if padded else None
-        run = _Run(decoder, chooser, ending, input_ids, mask, max_new_tokens, draft_streamer, report)
-        return run.all(streamer)
+        steps = _ModelSteps(decoder, chooser)
+        return Windows(steps, ending, input_ids, mask, max_new_tokens, draft_streamer, report).all(streamer)
 
 
-class _Run:
-    """One call of `generate`: windows of tokens, each proven at its end, or of one token."""
+class _ModelSteps:
+    """Steps of a torch model with a converted head, see `Steps`."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        chooser: Chooser,
-        ending: Ending,
-        ids_BL: Tensor,
-        mask: Tensor | None,
-        count: int,
-        draft: Streamer | None,
-        report: GenerationReport,
-    ) -> None:
-        self.decoder, self.chooser, self.ending, self.draft, self.report = decoder, chooser, ending, draft, report
-        self.ids, self.left, self.length = ids_BL, count, ids_BL.shape[1]
-        self.mask = None if mask is None else torch.cat((mask, mask.new_ones(len(mask), count)), 1)
+    def __init__(self, decoder: Decoder, chooser: Chooser) -> None:
+        self.decoder, self.chooser = decoder, chooser
         config = chooser.head.config
+        self.deferred = config.mode == "deferred"
         self.window = 1
-        if config.mode == "deferred":
+        if self.deferred:
             most = decoder.longest_rewind
             if most == 0:
                 raise ConfigError("generate: mode 'deferred' needs a cache that can go back, such as DynamicCache")
             self.window = min(config.verify_every, most)
 
-    def all(self, streamer: Streamer | None) -> Tensor:
-        """Return prompts and new tokens."""
-        ids, steps = self.ids, self._steps()
-        try:
-            for token in steps:
-                ids = torch.cat((ids, token.unsqueeze(1)), 1)
-                if streamer is not None:
-                    streamer(token)
-        finally:
-            steps.close()  # the cache goes back to what was streamed
-            self.report.rows += self.chooser.rows
-            self.report.dense += self.chooser.dense
-        return ids.clone()
+    @property
+    def held(self) -> int:
+        return self.decoder.length
 
-    def _steps(self) -> Generator[Tensor, None, None]:
-        """Yield the next token of each sequence until all have ended."""
-        start = time.perf_counter()
-        fresh = self.ids[:, min(self.decoder.length, self.length - 1) :]
-        done = torch.zeros(len(self.ids), dtype=torch.bool)
-        while self.left > 0 and not bool(done.all()):
-            tokens, mark = self._take(fresh, done)
-            for step, chosen in enumerate(tokens):
-                token = torch.where(done, self.ending.pad, chosen)  # a string may have ended it within the window
-                first = self.report.tokens == 0
-                self.report.tokens += int((~done).sum())
-                done = self.ending.after(token, done)
-                self.left, self.length = self.left - 1, self.length + 1
-                now = time.perf_counter()
-                if first:
-                    self.report.prompt_seconds, start = now - start, now
-                self.report.seconds = now - start
-                fresh = token.unsqueeze(1)
-                try:
-                    yield token
-                except BaseException:
-                    mark.rewind(step)
-                    raise
-                if bool(done.all()):  # by a string: the tokens behind are in vain
-                    mark.rewind(step)
-                    return
+    def step(self, fresh_BL: Tensor, mask_BT: Tensor | None, place: int) -> tuple[Tensor, Tensor]:
+        states_BD = self.decoder.states(fresh_BL, mask_BT)
+        return states_BD, self.chooser.first(states_BD, place)
 
-    def _take(self, fresh: Tensor, done: Tensor) -> tuple[list[Tensor], Mark]:
-        """Choose the tokens of a window; return them, and a mark behind what gave the first one."""
-        before = mark = self.decoder.mark()
-        states: list[Tensor] = []
-        tokens: list[Tensor] = []
-        over = [done]
-        try:
-            for step in range(min(self.window, self.left)):
-                length = self.length + step
-                states.append(self.decoder.states(fresh, None if self.mask is None else self.mask[:, :length]))
-                if step == 0:
-                    mark = self.decoder.mark()
-                tokens.append(torch.where(over[-1], self.ending.pad, self.chooser.first(states[-1], length)))
-                if self.draft is not None:
-                    self.draft(tokens[-1])
-                over.append(over[-1] | torch.isin(tokens[-1], self.ending.ends))
-                fresh = tokens[-1].unsqueeze(1)
-                if bool(over[-1].all()):
-                    break
-            if self.chooser.head.config.mode == "deferred":
-                tokens = self._prove(states, tokens, over)
-        except BaseException:
-            before.rewind()
-            raise
-        mark.rewind(len(tokens) - 1)
-        return tokens, mark
+    def prove(self, states_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
+        return self.chooser.proven(states_ND, places, sequences)
 
-    def _prove(self, states: list[Tensor], tokens: list[Tensor], over: list[Tensor]) -> list[Tensor]:
-        """Return the tokens up to the first that is not the dense head's, which takes its place."""
-        steps, sequences = len(tokens), len(tokens[0])
-        places = [self.length + step for step in range(steps) for _ in range(sequences)]
-        proven = self.chooser.proven(torch.cat(states), places, list(range(sequences)) * steps).view(steps, sequences)
-        proven = torch.where(torch.stack(over[:steps]), self.ending.pad, proven)
-        differs = (proven != torch.stack(tokens)).any(1)
-        self.report.proofs += 1
-        if not bool(differs.any()):
-            return tokens
-        self.report.differences += 1
-        first = int(differs.int().argmax())
-        return [*tokens[:first], proven[first]]
+    def mark(self) -> Mark:
+        return self.decoder.mark()
+
+    def account(self, report: GenerationReport) -> None:
+        report.rows += self.chooser.rows
+        report.dense += self.chooser.dense
 
 
 def _check_model(model: Any, head: HireHead) -> None:

@@ -1,7 +1,8 @@
 """Hand a converted model to another inference engine, which runs our packed layers on its own threads.
 
 Reading order: `export`, then `traced` (the model as a host sees it), `openvino_host`, `extension` (the plug-in). For
-decoders `generation`, then `cached` (the model as a host sees it), `decoder_graph`, `decoder_check`, `running`.
+decoders `generation`, then `cached` (the model as a host sees it), `decoder_graph`, `decoder_check`; `running`,
+`steps`, `memory`.
 """
 
 from nogemm.export.export import HOSTS, ExportReport, export

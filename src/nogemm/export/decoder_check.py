@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from torch import Tensor
 from nogemm.errors import NogemmError
 from nogemm.export import decoder_graph as dg
 from nogemm.export.agreement import agreement
-from nogemm.export.cached import INPUTS, CachedDecoder
+from nogemm.export.cached import CachedDecoder
+from nogemm.export.memory import step
 from nogemm.export.openvino_host import load
 
 STEPS = 12  # tokens after the prompt
@@ -82,21 +82,6 @@ def check_decoder(
             f"worst {close.worst:.4f}, {worst} needed); nothing was written"
         )
     return Proof(proven=len(tokens_S), near_ties=ties, agreement=close.mean, worst=close.worst)
-
-
-def step(request: Any, fresh_BL: Tensor, total: int, mask_BT: Tensor | None = None) -> dict[str, Any]:
-    """Run new tokens behind those that a request remembers; return the outputs by name, views of the request's own."""
-    batch, new = fresh_BL.shape
-    if mask_BT is None:
-        places = np.arange(total - new, total, dtype=np.int64)
-        positions, mask = np.broadcast_to(places, (batch, new)), np.ones((batch, total), np.int64)
-    else:
-        mask = mask_BT.numpy()
-        positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -new:]
-    inputs: list[Any] = [np.ascontiguousarray(each) for each in (fresh_BL.numpy(), mask, positions)]
-    inputs.append(np.arange(batch, dtype=np.int32))
-    found = request.infer(dict(zip(INPUTS, inputs, strict=True)), share_inputs=True, share_outputs=True)
-    return {name: value for output, value in found.items() for name in output.get_names()}
 
 
 def dense_logits(states_SD: Tensor, head: dg.GraphHead) -> Tensor:

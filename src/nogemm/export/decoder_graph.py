@@ -1,6 +1,7 @@
 """The OpenVINO graph of a decoder: converted, given a memory, its matrices compressed, its head attached.
 
-Reading order is the order of the steps: `convert_body`, `remember`, `compress_body`, `attach_head`.
+Reading order is the order of the steps: `convert_body`, `remember`, `compress_body`, `attach_head`. A graph that was
+read back may get another way to its tokens: `choose_tokens`, `proof_graph`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from nogemm.errors import ConfigError, NogemmError
 from nogemm.export.cached import INPUTS, CachedDecoder
-from nogemm.export.openvino_host import quiet, shared_core
+from nogemm.export.openvino_host import computes_bf16, quiet, shared_core
 from nogemm.export.traced import OPERATORS
+from nogemm.heads import HeadConfig
 
 BODIES = ("float", "int8", "int4")
 GROUP = 32  # weights that share a scale in int4, as in GGUF's own four-bit kinds
 STATE, TOKEN, LOGIT, EXACT, LOGITS = "state", "token", "logit", "exact", "logits"
+NOISE = "noise"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class GraphHead:
         rows: [V, D], as stored, float32, bfloat16 or float16.
         bias: float32 [V], or None.
         codes: packed (`nogemm.ops.packed_head`), or None: a dense head, multiplied by OpenVINO.
+        config: of a converted head; None: a dense one.
+        deferred_bytes: see `nogemm.heads.deferred_bytes`.
         tied: whether `rows` are the embedding's, too.
         scale, cap: what the model does to its head's logits, see `nogemm.decoding.states.Scaling`.
     """
@@ -41,6 +46,8 @@ class GraphHead:
     tied: bool
     scale: float
     cap: float | None
+    config: HeadConfig | None = None
+    deferred_bytes: int = 0
 
 
 class Factory:
@@ -151,12 +158,68 @@ def attach_head(graph: Any, head: GraphHead, factory: Factory, *, int8: bool = F
         token, logit, exact = found.outputs()
         peak = factory("PeakLogits", [token, _scaled(logit, head)], vocabulary=head.rows.shape[0])
         outputs = {LOGITS: peak.output(0), TOKEN: token, LOGIT: logit, EXACT: exact}
+    results = _results({**outputs, STATE: state})
+    return openvino.Model(results, graph.get_sinks(), graph.get_parameters(), "decoder")  # type: ignore[call-arg]
+
+
+def choose_tokens(graph: Any, factory: Factory, best: int = 0) -> Any:
+    """Return a decoder with an exact head whose outputs are those of one way to its tokens, which takes noise.
+
+    Args:
+        best: 0: token and exact, [B, 1], of the proof. Above: token [B, 1] and state [B, 1, D] of a search that
+            computes so many rows.
+    """
+    import openvino
+    from openvino import opset15 as ov
+
+    noise = ov.parameter([-1, -1], np.float32, name=NOISE)
+    noise.output(0).get_tensor().set_names({NOISE})
+    inputs = [*_head_inputs(graph), noise.output(0)]
+    if best:
+        token, state = factory("HeadSearch", inputs, best=best).outputs()
+        outputs = {TOKEN: token, STATE: state}
+    else:
+        token, _, exact = factory("HeadArgmax", inputs).outputs()
+        outputs = {TOKEN: token, EXACT: exact}
+    parameters = [*graph.get_parameters(), noise]
+    return openvino.Model(_results(outputs), graph.get_sinks(), parameters, "decoder")  # type: ignore[call-arg]
+
+
+def proof_graph(graph: Any, factory: Factory) -> Any:
+    """Return the exact head of a decoder alone: state [N, D] and noise to token and exact, [N].
+
+    Its constants are those of the decoder: a host that maps them from a file holds them once.
+    """
+    import openvino
+    from openvino import opset15 as ov
+
+    _, codes, rows = _head_inputs(graph)
+    width = _head_inputs(graph)[0].get_partial_shape()[2]
+    named = {STATE: ov.parameter([-1, width], np.float32), NOISE: ov.parameter([-1, -1], np.float32)}
+    for name, parameter in named.items():
+        parameter.output(0).get_tensor().set_names({name})
+    state, noise = (parameter.output(0) for parameter in named.values())
+    token, _, exact = factory("HeadArgmax", [state, codes, rows, noise]).outputs()
+    return openvino.Model(_results({TOKEN: token, EXACT: exact}), list(named.values()), "proof")  # type: ignore[call-arg]
+
+
+def _head_inputs(graph: Any) -> list[Any]:
+    """Return state, codes and rows of an exact head."""
+    for node in graph.get_ordered_ops():
+        if node.get_type_name() == "HeadArgmax":
+            return [node.input_value(i) for i in range(3)]
+    raise NogemmError("the graph has no exact head")
+
+
+def _results(outputs: dict[str, Any]) -> list[Any]:
+    from openvino import opset15 as ov
+
     results = []
-    for name, output in ({**outputs, STATE: state}).items():
+    for name, output in outputs.items():
         result = ov.result(output)
         result.output(0).get_tensor().set_names({name})
         results.append(result)
-    return openvino.Model(results, graph.get_sinks(), graph.get_parameters(), "decoder")  # type: ignore[call-arg]
+    return results
 
 
 def save_graph(graph: Any, path: Path) -> None:
@@ -174,8 +237,15 @@ def keep_outputs(graph: Any, names: tuple[str, ...]) -> None:
 
 
 def compile_graph(graph: Any, threads: int = 0, precision: str | None = None) -> Any:
-    """Compile for calls one after the other; precision "f32" switches every rounding of OpenVINO's own off."""
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "NUM_STREAMS": 1}
+    """Compile for calls one after the other; precision "f32" switches every rounding of OpenVINO's own off.
+
+    Keys and values are kept in 16 bits, or 32: those in eight, OpenVINO's own choice, change when a memory goes back.
+    """
+    config: dict[str, Any] = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "NUM_STREAMS": 1,
+        "KV_CACHE_PRECISION": cache_precision(),
+    }
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     if precision == "f32":
@@ -185,6 +255,11 @@ def compile_graph(graph: Any, threads: int = 0, precision: str | None = None) ->
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         }
     return shared_core().compile_model(graph, "CPU", config)
+
+
+def cache_precision() -> str:
+    """Return the 16 bits that keys and values are kept in: those that OpenVINO computes in, where it does."""
+    return "bf16" if computes_bf16() else "f16"
 
 
 def _past_names(decoder: CachedDecoder) -> list[str]:

@@ -29,7 +29,7 @@ from nogemm.export.extension import LIBRARY, extension_path
 from nogemm.export.folder import MODEL, RECORD, check_target
 from nogemm.export.traced import check_layers, pack_layers
 from nogemm.files import write_json
-from nogemm.heads import HireHead, make_codes, output_embeddings
+from nogemm.heads import HeadConfig, HireHead, deferred_bytes, make_codes, output_embeddings
 from nogemm.models.inner import inner_model
 from nogemm.ops.packed_head import pack_head
 
@@ -48,9 +48,15 @@ class DecoderExportReport:
         head: "exact", our operator; "dense", OpenVINO's product.
         layers: names of the sites whose FFN is our operator.
         vocabulary, width, positions: V, D, and how many tokens the model takes (0: not said).
-        bytes_per_token: weights that one token reads: all matrices, and of an exact head its codes. Rows that are
-            computed exactly (some dozens) and the cache of keys and values are not counted.
+        mode: of `OpenVINODecoder`, unless it is told: "deferred", where the head's config says so, else "exact";
+            None: of a dense head.
+        verify_every, search_rows: of mode "deferred": tokens between two proofs, and rows that a search computes.
+        scale, cap: what the model does to its head's logits, see `nogemm.decoding.states.Scaling`.
+        bytes_per_token: weights that one token reads: all matrices, and of an exact head its codes. Rows that a proof
+            computes exactly (some dozens) and the cache of keys and values are not counted.
         head_bytes_per_token: of these, the head's.
+        deferred_head_bytes_per_token: the head's in mode "deferred": what a search reads, its rows among it, and a
+            token's share of a proof; 0: of a dense head.
         proven: tokens that were compared with the argmax of OpenVINO's own dense head, all of them equal.
         near_ties: of these, tokens where two logits are closer than float32 tells apart.
         agreement: mean cosine of the file's states with the torch model's; worst: of the state which agrees least.
@@ -62,12 +68,18 @@ class DecoderExportReport:
     body: str
     rows: str
     head: str
+    mode: str | None
+    verify_every: int
+    search_rows: int
+    scale: float
+    cap: float | None
     layers: tuple[str, ...]
     vocabulary: int
     width: int
     positions: int
     bytes_per_token: int
     head_bytes_per_token: int
+    deferred_head_bytes_per_token: int
     proven: int
     near_ties: int
     agreement: float
@@ -93,7 +105,8 @@ def export_decoder(
         logit = x W^T + b,  accumulated in float32 over the rows as written (`rows`)
 
     from a part of their bytes. A head that is dense stays dense. Converted FFNs are our operators too. The rest is
-    OpenVINO's, its matrices compressed by NNCF without data. Run the directory by `OpenVINODecoder`, or by
+    OpenVINO's, its matrices compressed by NNCF without data. Run the directory by `OpenVINODecoder`, in mode "deferred"
+    if the head is in that mode, or by
     `openvino_genai.LLMPipeline`: there the logits of an exact head are minus infinity but at the proven token, so that
     greedy search gives the dense model's tokens, and sampling gives the greedy ones at any temperature.
 
@@ -159,14 +172,21 @@ def _report(
     tokenizer: bool,
 ) -> DecoderExportReport:
     own = _head_bytes(head, settings["rows"])
+    config = HeadConfig() if head.config is None else head.config
     return DecoderExportReport(
         **settings,
         head="dense" if head.codes is None else "exact",
+        mode=None if head.config is None else "deferred" if config.mode == "deferred" else "exact",
+        verify_every=config.verify_every,
+        search_rows=config.rows,
+        scale=head.scale,
+        cap=head.cap,
         vocabulary=head.rows.shape[0],
         width=head.rows.shape[1],
         positions=int(getattr(decoder.config, "max_position_embeddings", 0) or 0),
         bytes_per_token=body_bytes + own,
         head_bytes_per_token=own,
+        deferred_head_bytes_per_token=head.deferred_bytes,
         **proof,
         tokenizer=tokenizer,
         versions={
@@ -204,14 +224,19 @@ def graph_head(model: Any, rows: str) -> dg.GraphHead:
     with torch.inference_mode():
         scaling = prove(model, base_of(model), found, torch.zeros(1, 3, dtype=torch.int64))
     bias = None if found.bias is None else found.bias.detach().float()
-    codes = None
+    codes, config, deferred = None, None, 0
     if isinstance(found, HireHead):
-        codes = pack_head(stored, bias, make_codes(stored, bias, found.moment, found.config.leading))
+        config = found.config
+        made = make_codes(stored, bias, found.moment, config.leading, config.sketch)
+        codes = pack_head(stored, bias, made)
+        deferred = deferred_bytes(made, stored, config)
     embedding = model.get_input_embeddings().weight
     return dg.GraphHead(
         rows=stored,
         bias=bias,
         codes=codes,
+        config=config,
+        deferred_bytes=deferred,
         tied=embedding.data_ptr() == found.weight.data_ptr() and embedding.shape == found.weight.shape,
         scale=scaling.scale,
         cap=scaling.cap,
@@ -296,7 +321,7 @@ Body {body}, vocabulary rows {rows}, head {head}. Made by nogemm for OpenVINO {o
 
     from nogemm.export import OpenVINODecoder
 
-    decoder = OpenVINODecoder("this directory")
+    decoder = OpenVINODecoder("this directory")  # mode="exact" or "deferred": the same tokens
     ids = decoder.generate(prompt_ids, max_new_tokens=64)
 
 In openvino-genai, where the tokenizer's models lie here too:

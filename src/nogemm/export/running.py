@@ -6,23 +6,24 @@ Legend: B sequences, L tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from nogemm.decoding.generate import GenerationReport
-from nogemm.errors import CheckpointError, ConfigError, NotFiniteError
+from nogemm.decoding.ending import Ending
+from nogemm.decoding.sampling import Sampling
+from nogemm.decoding.windows import GenerationReport, Streamer, Windows
+from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export import decoder_graph as dg
 from nogemm.export import openvino_host as host
-from nogemm.export.decoder_check import step
 from nogemm.export.folder import RECORD
+from nogemm.export.memory import Memory
+from nogemm.export.steps import HostHead, HostSteps
 
-Streamer = Callable[[Tensor], None]
+MODES = ("exact", "deferred")
 _PRECISIONS = (None, "f32")
 
 
@@ -32,45 +33,62 @@ class OpenVINODecoder:
     Args:
         folder: written by `nogemm.export_decoder`.
         threads: of OpenVINO; 0: its own choice.
-        precision: None: what OpenVINO prefers here; "f32" switches its own rounding of states, keys and values off.
+        precision: None: what OpenVINO prefers here, keys and values in 16 bits; "f32" switches its own rounding of
+            states, keys and values off.
+        mode: "exact": each token is proven as it is chosen; "deferred": tokens are searched for, and proven some at a
+            time. The tokens are the same. None: the mode that the head had when it was exported.
     Raises:
         CheckpointError: the folder holds no exported decoder, or a damaged one.
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or `mode` is one that the export cannot run in.
         NativeError: openvino is not installed.
 
     Attributes:
         record: what `DecoderExportReport` says of the export.
+        exact: whether the head is our operator; else it is dense.
+        mode: how tokens are chosen; None: from all logits of a dense head.
+        bytes_per_token: weights that one token reads in this mode.
     """
 
-    def __init__(self, folder: str | Path, *, threads: int = 0, precision: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, threads: int = 0, precision: str | None = None, mode: str | None = None
+    ) -> None:
         if isinstance(threads, bool) or not isinstance(threads, int) or threads < 0:
             raise ConfigError(f"OpenVINODecoder: threads must be an integer of at least 0, got {threads!r}")
         if precision not in _PRECISIONS:
             raise ConfigError(f"OpenVINODecoder: precision must be None or 'f32', got {precision!r}")
         self.record = read_record(Path(folder))
+        self.exact = self.record["head"] == "exact"
+        self.mode = _mode(self.record, self.exact, mode)
+        self.bytes_per_token = self.record["bytes_per_token"]
+        if self.mode == "deferred":
+            self.bytes_per_token += self.record["deferred_head_bytes_per_token"] - self.record["head_bytes_per_token"]
         host.check_installed()
-        root = Path(folder)
         try:
-            graph = host.load(root / self.record["model"], root / self.record["extension"])
-            self.exact = self.record["head"] == "exact"
-            dg.keep_outputs(graph, (dg.TOKEN, dg.EXACT) if self.exact else (dg.LOGITS,))
-            self._request = dg.compile_graph(graph, threads, precision).create_infer_request()
+            self._head, request = self._compile(Path(folder), threads, precision)
         except RuntimeError as error:
             raise CheckpointError(f"{folder}: OpenVINO cannot run this decoder: {error}") from error
-        # Tokens [B, L] whose keys and values the memory holds, and their mask.
-        self._held: tuple[Tensor, Tensor | None] | None = None
+        self._memory = Memory(request)
 
     def generate(
         self,
         input_ids: Tensor,
         max_new_tokens: int = 20,
         *,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        seed: int | None = None,
         attention_mask: Tensor | None = None,
         eos_token_id: int | Sequence[int] | None = None,
         streamer: Streamer | None = None,
+        draft_streamer: Streamer | None = None,
         report: GenerationReport | None = None,
     ) -> Tensor:
-        """Continue prompts greedily: each token is the argmax of the head's logits, ties to the lowest index.
+        """Continue prompts. Greedy tokens are the argmax of the head's logits, ties to the lowest index; sampled ones
+
+            token = argmax_v  logit[v] + temperature noise[v]
+
+        with Gumbel noise that seed, place in the text and sequence fix. In mode "deferred" tokens are searched for and
+        proven some at a time: the memory goes back to the first one that differs, so the text is the same.
 
         A prompt that begins with all tokens that the memory holds, such as what a former call was given and returned
         before it was interrupted, goes on from there; any other begins anew.
@@ -78,70 +96,62 @@ class OpenVINODecoder:
         Args:
             input_ids: int64 [B, L], L at least 1; shorter prompts are padded on the left, with `attention_mask` 0.
             max_new_tokens: N, at least 0.
+            seed: of the noise; None: drawn from torch's generator.
             eos_token_id: ends a sequence, which is then padded with it; None: what the model names. [] never ends.
-            streamer: called with the new tokens [B] of every step.
+            streamer: called with the new tokens [B] of every step, once they stay.
+            draft_streamer: called with tokens at once; searched ones from one that differs on are in vain.
             report: filled in.
         Returns:
             int64 [B, L + N] at most: prompts and new tokens.
         Raises:
-            ConfigError: an argument is out of range, or prompt and N do not fit the model's positions.
+            ConfigError: an argument is out of range, prompt and N do not fit the model's positions, or a sample is
+                asked of an exact head whose logits the model caps, or of an export that is older than sampling.
             NotFiniteError: a state or a logit is NaN or infinite; no token is made up.
-        Cost: per token the body's matrices and the head's codes, see `DecoderExportReport.bytes_per_token`.
+        Cost: per token the body's matrices and what the head reads, see `bytes_per_token`; per token that a proof finds
+            different, two copies of keys and values, and the steps behind it.
         """
         self._check(input_ids, attention_mask, max_new_tokens)
-        named = self.record["ends"] if eos_token_id is None else eos_token_id
-        ends = torch.tensor([named] if isinstance(named, int) else list(named), dtype=torch.int64)
+        if do_sample:
+            self._check_sampling()
+        sampling = Sampling(temperature, None, None, seed) if do_sample else None
+        ending = Ending(None, self.record["ends"] if eos_token_id is None else eos_token_id, None, None, None)
         report = GenerationReport() if report is None else report
+        if max_new_tokens == 0:
+            return input_ids.clone()
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.long()
         ids = input_ids.long()
-        done = torch.zeros(len(ids), dtype=torch.bool)
-        start = time.perf_counter()
-        for place in range(max_new_tokens):
-            token = self._next(ids, mask, report)
-            token = torch.where(done, ends[0] if len(ends) else 0, token)
-            report.tokens += int((~done).sum())
-            done |= torch.isin(token, ends)
-            ids = torch.cat((ids, token.unsqueeze(1)), 1)
-            if mask is not None:
-                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), 1)
-            now = time.perf_counter()
-            if place == 0:
-                report.prompt_seconds, start = now - start, now
-            report.seconds = now - start
-            if streamer is not None:
-                streamer(token)
-            if bool(done.all()):
-                break
-        return ids
+        self._memory.begin(ids, mask)
+        steps = HostSteps(self._memory, self._head, sampling)
+        return Windows(steps, ending, ids, mask, max_new_tokens, draft_streamer, report).all(streamer)
 
-    def _next(self, ids_BL: Tensor, mask_BL: Tensor | None, report: GenerationReport) -> Tensor:
-        """Run the tokens that the memory does not hold; return the next of each sequence, [B]."""
-        held, seen = (None, None) if self._held is None else self._held
-        goes_on = held is not None and _begins(ids_BL, held) and held.shape[1] < ids_BL.shape[1]
-        if goes_on and (seen is not None or mask_BL is not None):
-            goes_on = seen is not None and mask_BL is not None and _begins(mask_BL, seen)
-        fresh = ids_BL[:, held.shape[1] :] if held is not None and goes_on else ids_BL
-        if not goes_on:
-            self._request.reset_state()
-        self._held = None  # an interrupt between here and the end leaves a memory that nobody knows
-        found = step(self._request, fresh, ids_BL.shape[1], mask_BL)
-        if self.exact:
-            token = torch.from_numpy(found[dg.TOKEN][:, -1].astype(np.int64))
-            rows = found[dg.EXACT][:, -1].tolist()
+    def _compile(self, root: Path, threads: int, precision: str | None) -> tuple[HostHead, Any]:
+        """Return the head as this mode runs it, and a request of the whole decoder."""
+        record = self.record
+        graph = host.load(root / record["model"], root / record["extension"])
+        proof, newer = None, _is_newer(record)
+        choices: dict[str, Any] = {"exact": self.exact, "vocabulary": record["vocabulary"]}
+        if not self.exact or not newer:
+            dg.keep_outputs(graph, (dg.TOKEN, dg.EXACT) if self.exact else (dg.LOGITS,))
         else:
-            logits = found[dg.LOGITS][:, -1]
-            best = logits.argmax(1)  # a NaN, if there is one
-            token = torch.from_numpy(np.where(np.isfinite(logits[np.arange(len(best)), best]), best, -1))
-            rows = [logits.shape[1]] * len(logits)
-        if int(token.min()) < 0:
-            place = int((token < 0).int().argmax())
-            raise NotFiniteError(
-                f"the state of sequence {place} at position {ids_BL.shape[1] - 1} is not finite: it has no most likely "
-                "token"
+            choices |= {"noise": True, "scale": record["scale"]}
+            factory = dg.Factory(root / record["extension"])
+            if self.mode == "deferred":
+                proof = dg.compile_graph(dg.proof_graph(graph, factory), threads, "f32").create_infer_request()
+                choices |= {"best": record["search_rows"], "every": record["verify_every"], "proof": proof}
+            graph = dg.choose_tokens(graph, factory, choices.get("best", 0))
+        request = dg.compile_graph(graph, threads, precision).create_infer_request()
+        return HostHead(**choices), request
+
+    def _check_sampling(self) -> None:
+        if not self.exact:
+            return
+        if not _is_newer(self.record):
+            raise ConfigError("generate: do_sample needs a newer export of this model; export it again")
+        if self.record["cap"] is not None:
+            raise ConfigError(
+                "generate: the model caps its logits, and do_sample then needs them all; export it with a dense head, "
+                "or use nogemm.generate"
             )
-        report.rows += rows
-        self._held = ids_BL, mask_BL
-        return token
 
     def _check(self, ids: Tensor, mask: Tensor | None, count: int) -> None:
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or len(ids) < 1:
@@ -170,9 +180,21 @@ class OpenVINODecoder:
             )
 
 
-def _begins(whole_BL: Tensor, start_BL: Tensor) -> bool:
-    """Say whether each row begins with a row of `start_BL`."""
-    return whole_BL.shape[0] == start_BL.shape[0] and torch.equal(whole_BL[:, : start_BL.shape[1]], start_BL)
+def _is_newer(record: dict[str, Any]) -> bool:
+    """Say whether an export knows of modes; its operators then search and take noise, too."""
+    return "mode" in record
+
+
+def _mode(record: dict[str, Any], exact: bool, asked: str | None) -> str | None:
+    if asked not in (None, *MODES):
+        raise ConfigError(f"OpenVINODecoder: mode must be one of {', '.join(MODES)}, got {asked!r}")
+    if not exact:
+        if asked is not None:
+            raise ConfigError(f"OpenVINODecoder: mode={asked!r} needs a converted head; this export has a dense one")
+        return None
+    if asked == "deferred" and not _is_newer(record):
+        raise ConfigError("OpenVINODecoder: mode='deferred' needs a newer export of this model; export it again")
+    return asked or record.get("mode", "exact")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

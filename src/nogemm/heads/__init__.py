@@ -2,6 +2,15 @@
 
 from nogemm.heads.codes import make_codes, second_moment
 from nogemm.heads.config import HeadConfig
-from nogemm.heads.layer import Choice, HireHead, head_of, output_embeddings
+from nogemm.heads.layer import Choice, HireHead, deferred_bytes, head_of, output_embeddings
 
-__all__ = ["Choice", "HeadConfig", "HireHead", "head_of", "make_codes", "output_embeddings", "second_moment"]
+__all__ = [
+    "Choice",
+    "HeadConfig",
+    "HireHead",
+    "deferred_bytes",
+    "head_of",
+    "make_codes",
+    "output_embeddings",
+    "second_moment",
+]

@@ -39,6 +39,17 @@ class Choice:
     rows: Tensor
 
 
+def deferred_bytes(codes: HeadCodes, weight_VD: Tensor, config: HeadConfig) -> int:
+    """Return the bytes of a head that a token reads in mode "deferred".
+
+        search + rows D bytes of a weight + codes / verify_every
+
+    What a proof computes exactly, some dozens of rows, is not counted.
+    """
+    rows = min(config.rows, weight_VD.shape[0]) * weight_VD.shape[1] * weight_VD.element_size()
+    return codes.search_bytes + rows + codes.bytes // config.verify_every
+
+
 class HireHead(nn.Module):
     """The head of a language model.
 

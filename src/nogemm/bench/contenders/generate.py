@@ -23,7 +23,7 @@ from nogemm.decoding.sampling import Sampling
 from nogemm.decoding.states import Decoder, new_cache
 from nogemm.export import OpenVINODecoder
 from nogemm.export import decoder_graph as dg
-from nogemm.export.decoder_check import step
+from nogemm.export.memory import step
 from nogemm.export.openvino_host import load
 from nogemm.heads import HeadConfig
 from nogemm.models.loading import load_model, load_tokenizer
@@ -139,8 +139,8 @@ class OpenVINO(Engine):
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.folder, self.threads = Path(settings["folder"]), torch.get_num_threads()
-        self.decoder = OpenVINODecoder(self.folder, threads=self.threads)
-        self.bytes_read = float(self.decoder.record["bytes_per_token"])
+        self.decoder = OpenVINODecoder(self.folder, threads=self.threads, mode=settings.get("mode"))
+        self.bytes_read = float(self.decoder.bytes_per_token)
 
     def generate(self, ids_L: list[int], count: int) -> list[int]:
         found = self.decoder.generate(torch.tensor([ids_L]), count, eos_token_id=[])
@@ -155,8 +155,13 @@ class OpenVINO(Engine):
             return {}
         record = self.decoder.record
         count = min(64, (record["positions"] or 1024) - 8)
-        ids = torch.randint(0, record["vocabulary"], (8,), generator=torch.Generator().manual_seed(0)).tolist()
-        ids += self.generate(ids, count)
+        prompt = torch.randint(0, record["vocabulary"], (1, 8), generator=torch.Generator().manual_seed(0))
+        made = self.decoder.generate(prompt, count, eos_token_id=[])
+        if self.decoder.mode == "deferred":
+            exact = OpenVINODecoder(self.folder, threads=self.threads, mode="exact")
+            if not torch.equal(exact.generate(prompt, count, eos_token_id=[]), made):
+                return {"error": "its tokens are not those of mode 'exact'"}
+        ids = made[0].tolist()
         tokens, logits = self._read(ids[:-1])
         wrong = int((tokens != logits.argmax(1)).sum())
         facts = {"proven_tokens": len(tokens), "other_tokens": wrong}
@@ -193,6 +198,7 @@ class GenAI(OpenVINO):
             "CPU",
             ATTENTION_BACKEND="SDPA",
             INFERENCE_NUM_THREADS=self.threads,
+            KV_CACHE_PRECISION=dg.cache_precision(),
             extensions=[extension],
         )
 
