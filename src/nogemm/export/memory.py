@@ -135,5 +135,7 @@ def _first(state: Any, length: int) -> Any:
 
     if state.shape[2] < length:
         return None
-    kept = np.ascontiguousarray(state.data[:, :, :length])
-    return openvino.Tensor(kept, list(kept.shape), state.element_type)
+    batch, heads, _, width = state.shape
+    kept = openvino.Tensor(state.element_type, [batch, heads, length, width])
+    kept.data[:] = state.data[:, :, :length]
+    return kept
