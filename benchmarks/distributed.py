@@ -31,7 +31,7 @@ from nogemm import HeadConfig
 from nogemm.activations import activation
 from nogemm.bench.engine.measure import summary
 from nogemm.bench.engine.result import origin
-from nogemm.bench.head import MOST_COPIES, reference_tokens
+from nogemm.bench.head import copies_of, reference_tokens
 from nogemm.bench.report.tables import distributed_table
 from nogemm.convert.activations import batches_of
 from nogemm.convert.head import dense_head, head_states
@@ -40,7 +40,6 @@ from nogemm.distributed import Exchange, ShardedHead, join, shard_head
 from nogemm.distributed.deal import deal
 from nogemm.distributed.report import Traffic
 from nogemm.errors import ConfigError
-from nogemm.hardware.cpu import last_level_cache_bytes
 from nogemm.heads import HireHead, second_moment
 from nogemm.models.loading import load_model, load_tokenizer
 from nogemm.ops import head_logits
@@ -54,6 +53,7 @@ RANKS = (2, 4, 8)  # that rows are dealt to, for recall
 DEALS = 8  # at random, whose mean is held against the formula
 SIZES = (16, 4096, 65536)  # bytes a rank sends, for the exchange alone
 EXCHANGES = 500
+CONTENDERS = 4  # heads that stand in memory at once: whole ones, and sharded ones on two ranks
 ROUNDS = 7
 
 
@@ -245,7 +245,7 @@ def exchange_rows(carrier: Exchange, size: int) -> list[dict[str, Any]]:
 def make_contenders(stored: dict[str, Tensor], shared: Exchange, group: Exchange) -> list[Contender]:
     """Make C copies of the head, whole (used on rank 0) and sharded: a lone small one would sit in a cache."""
     weight_VD, moment_DD = stored["weight"], stored["moment"]
-    copies = min(MOST_COPIES, max(1, round(2 * last_level_cache_bytes() / (weight_VD.numel() / 2))))
+    copies = copies_of(weight_VD, CONTENDERS)
 
     def head() -> HireHead:
         weight = torch.nn.Parameter(weight_VD.clone(), requires_grad=False)

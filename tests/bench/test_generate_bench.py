@@ -12,7 +12,7 @@ import torch
 import nogemm
 import people
 from nogemm.bench import generate as bench
-from nogemm.bench.contenders.generate import GenerateContender, Torch, perplexity
+from nogemm.bench.contenders.generate import GenerateContender, Torch, behind, perplexity
 from nogemm.bench.engine.measure import trial_runs
 from nogemm.bench.report.tables import generate_table
 
@@ -80,6 +80,12 @@ def test_an_engine_that_computes_something_else_is_refused(model: Path) -> None:
     worse = contender.prepare({"new_tokens": 3})
     assert not worse["verified"]
     assert "another model" in worse["error"]
+
+
+def test_a_token_is_as_far_behind_as_its_logit() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 2.75]])
+    assert behind(logits, [1, 2]) == 0.25
+    assert behind(logits, [2, 1]) == 3.0
 
 
 def test_perplexity_is_that_of_the_probabilities() -> None:

@@ -307,9 +307,7 @@ def write_gguf(path: Path) -> dict[str, np.ndarray]:
     shapes |= {"blk.0.ffn_gate": (64, 32), "blk.0.ffn_up": (64, 32), "blk.0.ffn_down": (32, 64)}
     random, means = np.random.default_rng(0), {}
     for name, shape in shapes.items():
-        packed = gguf.quants.quantize(
-            random.standard_normal(shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0
-        )
+        packed = gguf.quants.quantize(random.standard_normal(shape).astype(np.float32), gguf.GGMLQuantizationType.Q8_0)
         means[name] = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):

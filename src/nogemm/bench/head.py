@@ -22,7 +22,7 @@ from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, meas
 from nogemm.bench.engine.result import origin
 from nogemm.convert.head import dense_head, find_head, head_states
 from nogemm.errors import ConfigError
-from nogemm.hardware.cpu import last_level_cache_bytes, usable_cores
+from nogemm.hardware.cpu import last_level_cache_bytes, machine, usable_cores
 from nogemm.heads import second_moment
 from nogemm.models.loading import load_model, load_tokenizer
 from nogemm.ops import head_logits
@@ -86,8 +86,7 @@ def run_head_bench(
     with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
         file = Path(folder) / "head.safetensors"
         weight_VD = _write(args, texts, file, note or (lambda line: None))
-        rows_bytes = weight_VD.shape[0] * weight_VD.shape[1] / 2  # about what ours reads, the least of all
-        copies = min(MOST_COPIES, max(1, round(2 * last_level_cache_bytes() / rows_bytes)))
+        copies = copies_of(weight_VD, 4 + len(args.against))
         settings = {"file": str(file), "copies": copies}
         settings |= {"leading": args.leading, "sketch": args.sketch, "rows": args.rows}
         ours = "nogemm.bench.contenders.head:OurHead"
@@ -110,6 +109,16 @@ def run_head_bench(
 
         kept = None if keep is None else lambda rows: keep(finished(rows))
         return finished(measure(specs, cases, plan, note=note, keep=kept))
+
+
+def copies_of(weight_VD: Tensor, contenders: int) -> int:
+    """Return how many heads take turns: twice the last cache, by the least that a contender reads, where memory allows.
+
+    Memory holds each contender's heads twice in float32: a dense engine keeps what it was made from.
+    """
+    read, held = weight_VD.numel() / 2, 2 * 4 * weight_VD.numel() * contenders
+    room = int((machine()["memory_bytes"] or 2**63) // held)
+    return max(1, min(MOST_COPIES, room, round(2 * last_level_cache_bytes() / read)))
 
 
 def _write(args: HeadArgs, texts: Iterable[str], file: Path, note: Note) -> Tensor:

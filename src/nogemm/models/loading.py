@@ -139,7 +139,7 @@ def _load_gguf(path: str | Path, auto: str, **more: Any) -> Any:
 
 
 def _plain(model: Any) -> Any:
-    """Take off the marks of a quantised model, whose weights are ordinary numbers by now: it is cast and saved as any."""
+    """Take off the marks of a quantised model: its weights are ordinary numbers by now, to be cast and saved."""
     model.hf_quantizer, model.is_quantized = None, False
     for owner, name in ((model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, name):

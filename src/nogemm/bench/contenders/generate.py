@@ -31,6 +31,7 @@ from nogemm.ops import head_logits
 
 SEED = 1  # of the noise that sampled tokens are drawn by
 MOST_OTHER = 0.1  # share of the tokens that may differ where nothing is proven
+NEAR = 0.5  # nats that the logit of a token may lie behind the best, where keys and values are rounded otherwise
 WORSE = 1.5  # a perplexity further above float32's is no longer called the same model
 
 
@@ -192,15 +193,11 @@ class GenAI(OpenVINO):
         import openvino_genai  # pyright: ignore[reportMissingImports]
 
         self.genai = openvino_genai
-        extension = str(self.folder / self.decoder.record["extension"])
-        self.pipe = openvino_genai.LLMPipeline(
-            str(self.folder),
-            "CPU",
-            ATTENTION_BACKEND="SDPA",
-            INFERENCE_NUM_THREADS=self.threads,
-            KV_CACHE_PRECISION=dg.cache_precision(),
-            extensions=[extension],
-        )
+        options: dict[str, Any] = {"ATTENTION_BACKEND": "SDPA", "INFERENCE_NUM_THREADS": self.threads}
+        options["extensions"] = [str(self.folder / self.decoder.record["extension"])]
+        if self.decoder.exact:  # dense rows keep OpenVINO's own choice, eight bits
+            options["KV_CACHE_PRECISION"] = dg.cache_precision()
+        self.pipe = openvino_genai.LLMPipeline(str(self.folder), "CPU", **options)
 
     def generate(self, ids_L: list[int], count: int) -> list[int]:
         import openvino
@@ -211,9 +208,14 @@ class GenAI(OpenVINO):
         return list(self.pipe.generate(inputs, config).tokens[0])
 
     def verify(self) -> dict[str, Any]:
+        """Hold the tokens against those of the same file in plain OpenVINO, or against its logits, along their way."""
         ids = list(range(5, 13))
-        same = self.generate(ids, 32) == OpenVINO.generate(self, ids, 32)
-        return {} if same else {"error": "its tokens are not those of the same file in plain OpenVINO"}
+        made = self.generate(ids, 32)
+        if self.decoder.exact:
+            same = made == OpenVINO.generate(self, ids, 32)
+            return {} if same else {"error": "its tokens are not those of the same file in plain OpenVINO"}
+        far = behind(self._read(ids + made[:-1])[1][len(ids) - 1 :], made)
+        return {} if far <= NEAR else {"error": f"a token of its own is {far:.2f} nats behind plain OpenVINO's best"}
 
 
 class LlamaCpp(Engine):
@@ -344,6 +346,12 @@ def perplexity(logits_SV: Tensor, ids_S: list[int]) -> float:
     for logits, target in zip(logits_SV[:-1].split(64), targets.split(64), strict=True):
         total += float(torch.nn.functional.cross_entropy(logits.double(), target, reduction="sum"))
     return math.exp(total / len(targets))
+
+
+def behind(logits_NV: Tensor, tokens: list[int]) -> float:
+    """Return how far the logit of one of N tokens lies behind the largest, at most."""
+    own = logits_NV.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+    return float((logits_NV.amax(1) - own).max())
 
 
 def _rows(graph: Any, record: dict[str, Any]) -> Tensor:
