@@ -28,7 +28,7 @@ from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, meas
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import origin
 from nogemm.bench.models import site_inputs
-from nogemm.config import layer_class, parse_set
+from nogemm.config import parse_layer
 from nogemm.cost import Cost
 from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line, processor, usable_cores
@@ -237,7 +237,7 @@ def narrow_dense(part: Part) -> list[tuple[str, int, str]]:
 def build(part: Part, layer: Layer) -> FFN:
     """Build a layer of ours without numbers in it."""
     with torch.device("meta"):  # shapes are enough
-        return parse_set(layer_class(layer.method), layer.set).build(part.d, hidden=part.hidden)
+        return parse_layer(layer.method, layer.set).build(part.d, hidden=part.hidden)
 
 
 def cost_of(part: Part, layer: Layer) -> Cost:

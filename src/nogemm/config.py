@@ -2,7 +2,7 @@
 
 Every layer and projection has one frozen, keyword-only config next to its module. `kind` names it in JSON;
 `register` fills the only registry. Reading order: `Config`, `LayerConfig`, `ProjectionConfig`, `layer_config`,
-`parse_set`.
+`parse_set`, `parse_layer`.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ LayerT = TypeVar("LayerT", bound="FFN")
 FFNT = TypeVar("FFNT", bound="FFN")
 _REGISTRY: dict[str, dict[str, type[Config]]] = {"layer": {}, "projection": {}, "head": {}}
 _LAYERS: dict[type[Config], type[FFN]] = {}
+SUM = "sum"  # the kind that a command line writes by its terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +40,7 @@ class Config(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """Return {"kind": ..., field: value, ...}; nested configs likewise, JSON values only."""
-        out: dict[str, Any] = {"kind": self.kind}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            out[field.name] = value.to_dict() if isinstance(value, Config) else value
-        return out
+        return {"kind": self.kind} | {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +70,8 @@ class LayerConfig(Config, Generic[LayerT]):
         return typing.cast("LayerT", _LAYERS[type(self)](self, shape))
 
 
+# Metadata of a field `terms: tuple[LayerConfig, ...]`: each of them is read as the config of a layer.
+LAYERS = {"each": "layer"}
 # Metadata of a field `projection: ProjectionConfig | None = None`: `--set projection.block=64` means this kind.
 OPTIONAL_PROJECTION = {"kind": "bh"}
 
@@ -158,6 +157,44 @@ def parse_set(cls: type[LayerConfig], assignments: Sequence[str]) -> LayerConfig
     return layer_config(tree)
 
 
+def parse_layer(method: str, assignments: Sequence[str] = ()) -> LayerConfig:
+    """Make a config from a command line's kind of layer and its `parse_set` words.
+
+    A sum is written by its terms, and a word names the term that it is for: `dense+lookup` with `dense.hidden=384` and
+    `lookup.tables=32`. Two terms of a kind are `lookup1` and `lookup2`. `sum` with `terms=dense+lookup` is the same.
+
+    Raises:
+        ConfigError: an unknown kind, or a word that fits no term or no field.
+    """
+    words = list(assignments)
+    if method == SUM:
+        kinds = [word.removeprefix("terms=") for word in words if word.startswith("terms=")]
+        if len(kinds) != 1 or "+" not in kinds[0]:
+            raise ConfigError("method 'sum': name its terms, such as dense+lookup, in the place of 'sum'")
+        method, words = kinds[0], [word for word in words if not word.startswith("terms=")]
+    kinds = method.split("+")
+    if len(kinds) == 1:
+        return parse_set(layer_class(method), words)
+    names = [kind + str(kinds[: i + 1].count(kind)) * (kinds.count(kind) > 1) for i, kind in enumerate(kinds)]
+    own: dict[str, list[str]] = {name: [] for name in names}
+    for word in words:
+        name, dot, rest = word.partition(".")
+        if not dot or name not in own:
+            raise ConfigError(
+                f"--set {word!r}: {method} is a sum; say which of {', '.join(names)} is meant, as in "
+                f"{names[0]}.NAME=VALUE"
+            )
+        own[name].append(rest)
+    terms = [parse_set(layer_class(kind), own[name]) for kind, name in zip(kinds, names, strict=True)]
+    return layer_config({"kind": SUM, "terms": [term.to_dict() for term in terms]})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Config):
+        return value.to_dict()
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _read_value(text: str) -> Any:
     try:
         return json.loads(text)
@@ -185,9 +222,11 @@ def _from_dict(family: str, data: Any, default_kind: str | None = None) -> Confi
             continue
         if name not in fields:
             raise ConfigError(f"{cls.__name__} has no field {name!r}; it has: {', '.join(fields)}")
-        nested = _nested_kind(fields[name])
+        nested, each = _nested_kind(fields[name]), fields[name].metadata.get("each")
         if nested is not None and value is not None:
             value = _from_dict("projection", value, nested)
+        elif each is not None and isinstance(value, (list, tuple)):
+            value = tuple(_from_dict(each, item) for item in value)
         values[name] = value
     return cls(**values)
 

@@ -16,7 +16,7 @@ from nogemm.bench.engine.rounding import our_bound
 from nogemm.bench.methods import MethodsBenchArgs, presets, run_methods_bench
 from nogemm.bench.report.tables import methods_table
 from nogemm.bench.report.write import write_report
-from nogemm.config import layer_class, layer_kinds, parse_set
+from nogemm.config import layer_kinds, parse_layer
 from nogemm.errors import ConfigError
 from nogemm_papers.fff_gather import BMM, GATHER, published_forms
 
@@ -138,7 +138,7 @@ def test_every_registered_layer_has_a_preset_that_builds() -> None:
     assert names[names.index("nogemm-slide") + 1] == CHUNKED
     assert CHUNKED not in [name for name, _, _ in presets(MethodsBenchArgs(methods=("tree",)))]
     for _, kind, words in presets(args):
-        assert parse_set(layer_class(kind), words).build(48, hidden=96).cost(1).parameters > 0
+        assert parse_layer(kind, words).build(48, hidden=96).cost(1).parameters > 0
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import nogemm
 from nogemm.bench.engine.check import Bound, compare
 from nogemm.bench.engine.rounding import check_packed
 from nogemm.bench.models import sample_texts
-from nogemm.config import layer_class, layer_kinds, parse_set
+from nogemm.config import layer_kinds, parse_layer
 from nogemm.convert.sites import record_sites
 from nogemm.layers import FFN, PACK_DTYPES, NoFFN, PackedFFN
 from nogemm.models.loading import load_encoder, load_tokenizer
@@ -29,6 +29,7 @@ SMALLER = {
     "tree": ("trees=8", "depth=5"),
     "switch": ("experts=4", "hidden=96"),
     "shuffle": ("block=96",),
+    "sum": ("terms=dense+lookup", "dense.hidden=96", "lookup.tables=16", "lookup.bits=6"),
     "slide": ("bits=4", "tables=8"),
     "mongoose": ("bits=4", "tables=8"),
 }
@@ -57,7 +58,7 @@ ALWAYS = ("dense", "hire", "lookup")
 )
 def test_the_whole_way_of_every_method(kind: str, teacher: nn.Module, tokenizer: Any, tmp_path: Path) -> None:
     model, texts = copy.deepcopy(teacher), sample_texts(12)
-    config = parse_set(layer_class(kind), SMALLER.get(kind, ()))
+    config = parse_layer(kind, SMALLER.get(kind, ()))
     assert len(nogemm.convert(model, config, data=texts, tokenizer=tokenizer).sites) == 6
     train_a_little(model, teacher, tokenizer, texts)
     nogemm.save(model, tmp_path / "model")

@@ -142,6 +142,27 @@ def test_sites_left_dense_and_other_layers_are_exported(config: Any, tmp_path: P
     assert close(read(tmp_path / "out", [(ids, mask)])[0], expected, mask) == 1.0
 
 
+CORE = nogemm.DenseConfig(hidden=16)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+def test_sums_are_exported(dtype: str, tmp_path: Path) -> None:
+    """Our operator answers the lookups, and OpenVINO adds what the dense core answers."""
+    model = build({"*.0": nogemm.SumConfig(terms=(CORE, LOOKUP)), "*.1": nogemm.DenseConfig()})
+    with torch.no_grad():
+        nogemm.converted(model)["encoder.layer.0"].table_parameters()[0].normal_(std=0.3)
+    report = nogemm.export(model, tmp_path / "out", dtype=dtype)
+    assert report.layers == ("encoder.layer.0",)
+    assert (tmp_path / "out" / "openvino_model.xml").read_text().count('type="PackedFFN"') == 1
+    ids, mask = batches()[1]
+    with torch.no_grad():
+        expected = model(input_ids=ids, attention_mask=mask).last_hidden_state
+    found = read(tmp_path / "out", [(ids, mask)])[0]
+    assert dtype != "fp32" or close(found, expected, mask) == 1.0
+    assert float(torch.cosine_similarity(found, expected, dim=-1).mean()) > 0.99
+    assert float(torch.cosine_similarity(found, expected.roll(1, 1), dim=-1).mean()) < 0.9
+
+
 def test_the_model_is_left_as_it_was_and_a_second_export_replaces_the_first(converted: Any, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in converted.state_dict().items()}
     nogemm.export(converted, tmp_path / "out")

@@ -307,6 +307,18 @@ def test_training_lowers_the_loss(kind: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
+@kinds
+def test_from_zero_a_layer_learns(kind: str) -> None:
+    layer, x = build(kind).requires_grad_(True), torch.randn(20, D)
+    assert layer(x).any()
+    layer.start_at_zero()
+    assert not layer(x).any()
+    optimiser = torch.optim.SGD(layer.parameters(), lr=0.1)
+    (layer(x) - 1.0).square().sum().backward()
+    optimiser.step()
+    assert layer(x).any(1).all()
+
+
 def gradients(layer: FFN, x: Tensor, pull: Tensor) -> dict[str, Tensor | None]:
     x = x.to(layer.compute_dtype(), copy=True).requires_grad_()
     (layer(x) * pull.to(x.dtype)).sum().backward()

@@ -9,6 +9,7 @@ from tiny_training import WordTokenizer, make_pair, make_texts
 
 import nogemm
 
+SMALL = nogemm.BHConfig(rounds=2, block=8)
 CONFIGS: list[Any] = [
     nogemm.LookupConfig(tables=8, bits=4, projection=nogemm.HadamardChainConfig(depth=2)),
     nogemm.YosoConfig(hashes=64, bits=3),
@@ -17,6 +18,7 @@ CONFIGS: list[Any] = [
     nogemm.ShuffleConfig(block=16),
     nogemm.SlideConfig(bits=3, tables=4),
     nogemm.MongooseConfig(bits=3, tables=4),
+    nogemm.SumConfig(terms=(nogemm.DenseConfig(hidden=8), nogemm.LookupConfig(tables=4, bits=4, projection=SMALL))),
 ]
 
 

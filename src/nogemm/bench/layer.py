@@ -17,7 +17,7 @@ from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import origin, our_names
 from nogemm.bench.engine.row import Row, fill
 from nogemm.bench.models import site_inputs
-from nogemm.config import layer_class, parse_set
+from nogemm.config import parse_layer
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import caches, usable_cores
 from nogemm.hardware.roofline import Roofline, measure_roofline
@@ -129,7 +129,7 @@ def checked(args: LayerBenchArgs) -> LayerBenchArgs:
         raise ConfigError(f"--d and --hidden must be positive, got d={args.d}, hidden={args.hidden}")
     if args.path not in PATHS:
         raise ConfigError(f"--path must be one of {', '.join(PATHS)}, got {args.path!r}")
-    parse_set(layer_class(args.method), args.set)
+    parse_layer(args.method, args.set)
     for name in args.against:
         peers.missing(name)
     return replace(args, hidden=args.hidden or 4 * args.d, threads=args.threads or usable_cores())

@@ -19,7 +19,7 @@ from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, measure
 from nogemm.bench.engine.pool import CAP_BYTES, pool_size, write_pool
 from nogemm.bench.engine.result import DTYPES, origin
 from nogemm.bench.engine.row import Row
-from nogemm.config import layer_class, layer_kinds, parse_set
+from nogemm.config import layer_class, layer_kinds, parse_layer
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
 from nogemm.running.partial import Keep
@@ -116,8 +116,9 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
     """Return (contender, kind, fields) of what is timed: the papers' shapes scaled to d, or a layer's defaults.
 
     Lookup 128 x 8 with BH4; YOSO with 256 hashes, of 8 bits because the tables of the inferred 10 would fill 6 GiB in
-    12 copies; Switch with 8 experts of half the width; a shuffle of two groups. SLIDE twice: its defaults, and chunks
-    of 128 tokens with 3 tables of 10 bits: uniform codes would retrieve the third that the published FLOP allow.
+    12 copies; Switch with 8 experts of half the width; a shuffle of two groups; a sum of an eighth of the neurons and
+    a lookup 64 x 8. SLIDE twice: its defaults, and chunks of 128 tokens with 3
+    tables of 10 bits: uniform codes would retrieve the third that the published FLOP allow.
     """
     block = min(64, 1 << max(args.d - 1, 0).bit_length())
     known: dict[str, tuple[str, ...]] = {
@@ -125,6 +126,11 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
         "yoso": ("hashes=256", f"bits={min(8, block)}"),
         "switch": ("experts=8", f"hidden={max(args.hidden // 2, 1)}"),
         "shuffle": (f"block={max(args.d // 2, 1)}",),
+        "sum": (
+            "terms=dense+lookup",
+            f"dense.hidden={max(args.hidden // 8, 1)}",
+            *("lookup.tables=64", "lookup.bits=8", f"lookup.projection.block={block}"),
+        ),
     }
     chosen = [(f"nogemm-{kind}", kind, known.get(kind, ())) for kind in args.methods]
     if "slide" in args.methods:
@@ -141,7 +147,7 @@ def _checked(args: MethodsBenchArgs) -> MethodsBenchArgs:
     if args.d < 1 or args.hidden < 1:
         raise ConfigError(f"--d and --hidden must be positive, got d={args.d}, hidden={args.hidden}")
     for kind in args.methods:
-        layer_class(kind)
+        layer_class(kind)  # of a sum, the terms are the preset's
     for name in args.against:
         peers.missing(name)
     against = tuple(dict.fromkeys((REFERENCE, *args.against)))
@@ -149,7 +155,7 @@ def _checked(args: MethodsBenchArgs) -> MethodsBenchArgs:
 
 
 def _describe(name: str, kind: str, words: Sequence[str], args: MethodsBenchArgs) -> dict[str, Any]:
-    config = parse_set(layer_class(kind), words)
+    config = parse_layer(kind, words)
     with torch.device("meta"):  # shapes are enough
         layer = config.build(args.d, hidden=args.hidden, activation=args.activation)
     one = layer.cost(1)

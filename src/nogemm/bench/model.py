@@ -11,7 +11,7 @@ from nogemm.bench.engine.measure import MIN_ROUNDS, Plan, Spec, add_ratios, meas
 from nogemm.bench.engine.result import origin, our_names
 from nogemm.bench.engine.row import Row, fill
 from nogemm.bench.models import is_published_shape
-from nogemm.config import layer_class, parse_set
+from nogemm.config import parse_layer
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import usable_cores
 from nogemm.models.directory import PACKAGED, model_directory
@@ -130,7 +130,7 @@ def _checked(args: ModelBenchArgs) -> ModelBenchArgs:
     our_names(args.dtype)
     if not args.shape or min(min(shape) for shape in args.shape) < 1:
         raise ConfigError(f"--shape needs at least one pair of positive numbers, got {args.shape}")
-    parse_set(layer_class(args.method), args.set)
+    parse_layer(args.method, args.set)
     for name in (*args.against, *args.ceiling, *args.exported):
         peers.missing(name)
     if is_published_shape(args.dense) and args.model is not None:

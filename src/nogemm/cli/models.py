@@ -36,7 +36,9 @@ Teacher = Annotated[str, typer.Option(help="Directory of the dense model.")]
 def convert(
     model: ModelArgument,
     output: OutputArgument,
-    method: Annotated[str, typer.Option(help=f"Kind of layer: {', '.join(layer_kinds())}.")] = "lookup",
+    method: Annotated[
+        str, typer.Option(help=f"Kind of layer: {', '.join(layer_kinds())}; sums: dense+lookup.")
+    ] = "lookup",
     set_: Set = None,
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
@@ -52,11 +54,11 @@ def convert(
 ) -> None:
     """Replace the FFNs of MODEL and write the result to OUTPUT."""
     import nogemm
-    from nogemm.config import layer_class, parse_set
+    from nogemm.config import parse_layer
     from nogemm.models.loading import load_both
     from nogemm.train.sources import texts
 
-    config = parse_set(layer_class(method), set_ or [])
+    config = parse_layer(method, set_ or [])
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = None if data is None else texts(data)
     with progress.watching():

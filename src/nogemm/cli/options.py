@@ -13,7 +13,7 @@ from nogemm.errors import ConfigError
 if TYPE_CHECKING:
     from nogemm.bench.layer import LayerBenchArgs
 
-Method = Annotated[str, typer.Option(help="Kind of our layer.")]
+Method = Annotated[str, typer.Option(help="Kind of our layer; a sum as its terms, such as dense+lookup.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it.")]
 Width = Annotated[int, typer.Option("--d", help="Width of the model.")]
 Hidden = Annotated[int, typer.Option(help="Hidden width of the dense layer; 0: 4 d.")]

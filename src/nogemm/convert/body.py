@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from nogemm.errors import PackedError
 from nogemm.heads import output_embeddings
 from nogemm.layers import FFN, PackedFFN
-from nogemm.layers._base import KERNEL_DTYPES, each_alone
+from nogemm.layers._base import KERNEL_DTYPES
+from nogemm.layers._tokens import each_alone
 from nogemm.layers.hire.sketch import quantise_neurons
 from nogemm.ops import native_available
 from nogemm.ops.packed_hire import pack_linear, packed_hire

@@ -21,7 +21,7 @@ from nogemm.distributed.merge import best, from_words, to_words
 from nogemm.distributed.report import ShardReport, Traffic, report_of
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN, PackedFFN
-from nogemm.layers._base import flatten_tokens
+from nogemm.layers._tokens import flatten_tokens
 from nogemm.layers.hire import HireFFN, PackedHire
 from nogemm.layers.hire.routing import Choice
 from nogemm.models.inner import inner_model

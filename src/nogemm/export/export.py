@@ -80,8 +80,8 @@ def export(
 
     Args:
         model: a transformers model or SentenceTransformer that takes input_ids, attention_mask and perhaps
-            token_type_ids, converted, in evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, HireFFN, and
-            sites left dense.
+            token_type_ids, converted, in evaluation mode; it is not changed. Layers: LookupFFN, TreeFFN, HireFFN,
+            sums of them and of dense layers, and sites left dense.
         path: directory to write; absent, empty, or an earlier export.
         to: the host, "openvino".
         dtype: of the packed rows, "fp32", "bf16" or "int8", as in `nogemm.pack`.

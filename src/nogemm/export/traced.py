@@ -16,7 +16,17 @@ from nogemm.convert.fitted import warn_if_random
 from nogemm.convert.sites import installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.export.samples import random_batch
-from nogemm.layers import FFN, PACK_DTYPES, DenseFFN, HireFFN, LookupFFN, NoFFN, PackedFFN, TreeFFN
+from nogemm.layers import (
+    FFN,
+    PACK_DTYPES,
+    DenseFFN,
+    HireFFN,
+    LookupFFN,
+    NoFFN,
+    PackedFFN,
+    SumFFN,
+    TreeFFN,
+)
 from nogemm.models.inner import inner_model
 
 # Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
@@ -41,6 +51,20 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x, self.packed, self.d_out)
+
+
+class Added(nn.Module):
+    """The terms of a sum, each as a host runs it."""
+
+    def __init__(self, terms: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.terms = nn.ModuleList(terms)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.terms[0](x)
+        for term in self.terms[1:]:
+            y = y + term(x)
+        return y
 
 
 class HostModel(nn.Module):
@@ -88,10 +112,15 @@ def check_layers(model: nn.Module, layers: Mapping[str, Any]) -> list[str]:
         raise PackedError("export: the model is in training mode; call model.eval() first")
     known = ", ".join(kind.__name__ for kind in (*OPERATORS, *_PLAIN))
     for name, layer in layers.items():
-        if not isinstance(layer, (*OPERATORS, *_PLAIN)):
-            raise ConfigError(f"export: {name} is a {type(layer).__name__}; the host runs {known}")
+        for part in _parts(layer):
+            if not isinstance(part, (*OPERATORS, *_PLAIN)):
+                raise ConfigError(f"export: {name} is a {type(part).__name__}; the host runs {known}, and sums of them")
     warn_if_random(model, "export")
-    return [name for name, layer in layers.items() if isinstance(layer, tuple(OPERATORS))]
+    return [name for name, layer in layers.items() if any(isinstance(part, tuple(OPERATORS)) for part in _parts(layer))]
+
+
+def _parts(layer: nn.Module) -> list[Any]:
+    return list(layer.layers) if isinstance(layer, SumFFN) else [layer]
 
 
 def host_model(model: nn.Module, dtype: str, input_names: tuple[str, ...]) -> HostModel:
@@ -122,15 +151,20 @@ def pack_layers(model: nn.Module, dtype: str) -> None:
     """Put a bare operator in place of each converted layer; raises ConfigError for one without a native kernel."""
     paths = {id(module): path for path, module in model.named_modules()}
     for name, layer in installed(model).items():
-        if isinstance(layer, _PLAIN):
-            continue
         assert isinstance(layer, FFN)
-        packed = layer.pack(dtype, path="rows")  # an operator knows no other
-        if not packed.native:
-            raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
-        operator = Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
-        model.set_submodule(paths[id(layer)], operator)
+        model.set_submodule(paths[id(layer)], _host_form(name, layer, dtype))
     model.requires_grad_(False)
+
+
+def _host_form(name: str, layer: FFN, dtype: str) -> nn.Module:
+    if isinstance(layer, SumFFN):
+        return Added([_host_form(name, term, dtype) for term in layer.layers])
+    if isinstance(layer, _PLAIN):
+        return layer
+    packed = layer.pack(dtype, path="rows")  # an operator knows no other
+    if not packed.native:
+        raise ConfigError(f"export: {name} has no native kernel: {layer}; a host runs native kernels alone")
+    return Operator(OPERATORS[type(layer)], packed.get_buffer("packed"), layer.d_out)
 
 
 def _call(model: nn.Module, names: Sequence[str], inputs: Sequence[Tensor]) -> Any:

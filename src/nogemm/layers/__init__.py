@@ -11,6 +11,7 @@ from nogemm.layers.mongoose import MongooseConfig, MongooseFFN
 from nogemm.layers.no import NoConfig, NoFFN
 from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
 from nogemm.layers.slide import SlideConfig, SlideFFN
+from nogemm.layers.sum import SumConfig, SumFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN
 from nogemm.layers.tree import TreeConfig, TreeFFN
 from nogemm.layers.yoso import YosoConfig, YosoFFN
@@ -37,6 +38,8 @@ __all__ = [
     "ShuffleFFN",
     "SlideConfig",
     "SlideFFN",
+    "SumConfig",
+    "SumFFN",
     "SwitchConfig",
     "SwitchFFN",
     "TreeConfig",

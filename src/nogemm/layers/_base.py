@@ -1,6 +1,6 @@
 """What every layer is: a replacement for one transformer FFN, trainable (FFN) or packed for evaluation (PackedFFN).
 
-Flattening of leading dimensions and the checks of shape and dtype happen here, once.
+Flattening of leading dimensions and the checks of shape and dtype happen here, once (`_tokens.py`).
 
 Legend: N tokens (all leading dimensions flattened), D width.
 """
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from nogemm.config import LayerConfig, check_choice
 from nogemm.cost import Cost
-from nogemm.errors import ConfigError, DtypeError, PackedError, ShapeError
+from nogemm.errors import ConfigError, PackedError
+from nogemm.layers._tokens import flatten_tokens
 from nogemm.ops._threads import in_passing
-from nogemm.ops.neurons_at_indices import finite_tokens
 from nogemm.shape import FFNShape
 
 if TYPE_CHECKING:
@@ -28,23 +28,6 @@ if TYPE_CHECKING:
 
 PACK_DTYPES = ("fp32", "bf16", "int8")
 PATHS = ("auto", "rows", "dense")
-
-
-def flatten_tokens(owner: str, config: LayerConfig, x: Tensor, width: int) -> Tensor:
-    """Return x as [N, width], or say in the caller's words why it does not fit."""
-    if x.dim() == 0 or x.shape[-1] != width:
-        raise ShapeError(f"{owner}: expected last dim {width}, got x of shape {tuple(x.shape)}; built from {config}")
-    if not x.is_floating_point():
-        raise DtypeError(f"{owner}: expected a floating-point x, got {x.dtype}")
-    return x.reshape(-1, width)
-
-
-def each_alone(answer: Callable[[Tensor], Tensor], x_ND: Tensor) -> Tensor:
-    """Answer tokens that hold NaN or infinity with NaN, and keep them away from the others."""
-    finite_N1 = finite_tokens(x_ND)
-    if finite_N1 is None:
-        return answer(x_ND)
-    return torch.where(finite_N1, answer(torch.where(finite_N1, x_ND, 0.0)), float("nan"))
 
 
 def check_packing(dtype: str, path: str) -> None:
@@ -193,6 +176,25 @@ class FFN(nn.Module, ABC):
     def solve(self, x_ND: Tensor, y_ND: Tensor) -> float | None:
         """Solve for what the answer is linear in, given targets; return 1 - R^2, None where nothing can be solved."""
         return None
+
+    @abstractmethod
+    def output_parameters(self) -> list[nn.Parameter]:
+        """Return what the answer is a multiple of: where all of it is zero, so is the answer to every token.
+
+        Raises:
+            ConfigError: there is nothing of the kind, as in a layer that adds its input.
+        """
+
+    @torch.no_grad()
+    def start_at_zero(self) -> None:
+        """Answer zero to every token, and learn from there; raises as `output_parameters`."""
+        for parameter in self.output_parameters():
+            parameter.zero_()
+
+    def fit_rest(self, x_ND: Tensor, y_ND: Tensor) -> None:
+        """Start as a later term of a sum: from zero, then fit what the former terms leave, y, if it can be solved."""
+        self.start_at_zero()
+        self.solve(x_ND, y_ND)
 
     def compress(self, tables: str = "int8") -> FFN:
         """Store tables in fewer bytes, in place; see `LookupFFN.compress`."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nogemm.config import LayerConfig, layer_class, layer_kinds
-from nogemm.layers import LookupConfig, TreeConfig
+from nogemm.layers import DenseConfig, LookupConfig, TreeConfig
 from nogemm.projections import (
     AcdcConfig,
     BHConfig,
@@ -101,6 +101,7 @@ _SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "lookup": {"tables": 8, "bits": 4, "projection": BHConfig(rounds=2, block=8)},
     "tree": {"depth": 5},
     "shuffle": {"block": 8},
+    "sum": {"terms": (DenseConfig(hidden=9), LookupConfig(tables=4, bits=3, projection=BHConfig(rounds=2, block=8)))},
     "slide": {"bits": 3, "tables": 4},
     "mongoose": {"bits": 3, "tables": 4},
     "yoso": {"hashes": 8, "bits": 4},

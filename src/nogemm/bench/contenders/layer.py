@@ -18,7 +18,7 @@ from nogemm.bench.engine.check import DENSE_BOUNDS, Bound, compare, some_rows
 from nogemm.bench.engine.pool import TokenPool
 from nogemm.bench.engine.rounding import check_packed
 from nogemm.bench.flips import flip_rate
-from nogemm.config import layer_class, parse_set
+from nogemm.config import parse_layer
 from nogemm.convert import converted
 from nogemm.layers import FFN
 from nogemm.layers._base import PackedFFN
@@ -215,7 +215,7 @@ class OurContender(LayerContender):
 def our_layer(settings: dict[str, Any]) -> FFN:
     """Build the layer of random weights, or take one site of a distilled checkpoint."""
     if settings.get("checkpoint") is None:
-        config = parse_set(layer_class(settings["method"]), settings["set"])
+        config = parse_layer(settings["method"], settings["set"])
         torch.manual_seed(settings["seed"])
         gated = settings.get("gated", False)
         layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"], gated=gated)

@@ -19,7 +19,7 @@ from nogemm.bench.models import is_published_shape, keep_layers, sample_texts, t
 from nogemm.bench.peers.eager import EagerRunner
 from nogemm.bench.peers.inductor import compile_frozen
 from nogemm.bench.peers.openvino_engine import compiled
-from nogemm.config import layer_class, parse_set
+from nogemm.config import parse_layer
 from nogemm.convert.convert import convert
 from nogemm.convert.pack import pack
 from nogemm.export import export, openvino_host
@@ -215,7 +215,7 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
         return load_encoder(settings["model"])
     torch.manual_seed(settings["seed"])
     model = timed_encoder(settings["dense"], settings["seed"])
-    convert(model, parse_set(layer_class(settings["method"]), settings["set"]))
+    convert(model, parse_layer(settings["method"], settings["set"]))
     return model.eval()
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nogemm.activations import ACTIVATIONS, cutoff
 from nogemm.config import check_choice, layer_of
 from nogemm.cost import Cost
-from nogemm.layers._base import FFN, Route, each_alone
+from nogemm.layers._base import FFN, Route
+from nogemm.layers._tokens import each_alone
 from nogemm.layers.dense.config import DenseConfig
 from nogemm.layers.dense.fit import forward_selection
 from nogemm.ops._packing import through_int8
@@ -102,6 +103,9 @@ class DenseFFN(FFN):
         matrices = self.hidden * (self.d_model * (1 if self.gate is None else 2) + self.d_out)
         read = sum(part.numel() * part.element_size() for part in parts)
         return Cost(2.0 * matrices * n_tokens, float(read if n_tokens else 0), sum(part.numel() for part in parts))
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.down.weight, self.down.bias) if isinstance(p, nn.Parameter)]
 
     def fit_dense(self, dense: DenseFFN) -> str:
         """Copy the dense layer if the widths are equal; otherwise keep the neurons with the largest weights."""

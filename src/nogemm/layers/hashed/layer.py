@@ -83,6 +83,9 @@ class HashedNeurons(FFN):
         first = self.neurons.up if self.neurons.gate is None else self.neurons.gate
         return with_best(mask_NF, v_ND, self.chunk, first) if self.falls_back else mask_NF
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        return self.neurons.output_parameters()
+
     def rounded(self, dtype: str) -> FFN:
         return super().rounded(dtype) if dtype != "int8" else round_dense(copy.deepcopy(self))
 

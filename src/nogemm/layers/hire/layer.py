@@ -231,6 +231,9 @@ class HireFFN(FFN):
         """Expect the number of distinct neurons, if tokens chose theirs independently and uniformly."""
         return float(self.hidden) if per_token >= self.hidden else distinct_rows(n_tokens * per_token, self.hidden)
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        return [self.down, self.bias]
+
     def fit_dense(self, dense: DenseFFN) -> str:
         """Copy the dense layer: exact where no neuron that fires is left out, up to what the sketch misses."""
         if copy_dense(self, dense):

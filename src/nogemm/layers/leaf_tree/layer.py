@@ -192,6 +192,10 @@ class LeafTreeFFN(FFN):
             self.fitted = "closed-form"
         return self.fitted
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        parts = (self.leaf_out, self.leaf_out_bias, self.master_out, self.master_out_bias)
+        return [p for p in parts if p is not None]
+
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the leaves' out-rows, an optimiser group of their own."""
         return [self.leaf_out, self.leaf_out_bias]

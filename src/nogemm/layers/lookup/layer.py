@@ -128,6 +128,11 @@ class LookupFFN(FFN):
         self.fitted = "closed-form"
         return self.fitted
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        if self.storage != "fp32":
+            raise ConfigError(f"the tables are stored as {self.storage}; decompress() first")
+        return [p for p in (*self.table_parameters(), self.bias) if p is not None]
+
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the tables, an optimiser group of their own."""
         return [self.tables] if isinstance(self.tables, nn.Parameter) else []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nogemm.layers._base import PackedFFN, each_alone, packed_of
+from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._tokens import each_alone
 from nogemm.layers.no.layer import NoFFN
 
 

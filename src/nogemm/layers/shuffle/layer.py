@@ -15,7 +15,8 @@ from nogemm.activations import ACTIVATIONS
 from nogemm.config import check_choice, layer_of
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
-from nogemm.layers._base import FFN, each_alone
+from nogemm.layers._base import FFN
+from nogemm.layers._tokens import each_alone
 from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.shuffle.config import ShuffleConfig
 from nogemm.ops import block_product
@@ -96,6 +97,9 @@ class ShuffleFFN(FFN):
         stored = sum(p.numel() for p in self.parameters())
         matrices = self.up.numel() + self.down.numel()
         return Cost(2.0 * matrices * n_tokens, float(stored * self.up.element_size() if n_tokens else 0), stored)
+
+    def output_parameters(self) -> list[nn.Parameter]:
+        return [self.down, self.bias]
 
     def fit_activations(self, dense: DenseFFN, x_ND: Tensor) -> str:
         """Put each dense neuron into the group whose inputs it weighs most, and solve for the second matrices.

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.activations import ACTIVATIONS
-from nogemm.layers._base import PackedFFN, each_alone, packed_of
+from nogemm.layers._base import PackedFFN, packed_of
+from nogemm.layers._tokens import each_alone
 from nogemm.layers.shuffle.layer import ShuffleFFN
 
 

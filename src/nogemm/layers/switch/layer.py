@@ -125,6 +125,11 @@ class SwitchFFN(FFN):
         read = sum(part.numel() * part.element_size() for part in parts)
         return Cost(2.0 * self.d_model * self.config.experts, float(read), sum(part.numel() for part in parts))
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        if self.config.faithful:
+            raise ConfigError("SwitchConfig: faithful=True adds the input to the output, so no weights make it zero")
+        return [p for expert in self.experts for p in expert.output_parameters()]  # type: ignore[operator]
+
     def projection_parameters(self) -> list[nn.Parameter]:
         """Return the router's weights, an optimiser group of their own."""
         return self.router.weights() if isinstance(self.router, Projection) else [self.router.get_parameter("weight")]

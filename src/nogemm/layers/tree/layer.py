@@ -189,6 +189,9 @@ class TreeFFN(FFN):
         self.fitted = "closed-form"
         return self.fitted
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.weight_out, self.core_out, self.bias) if p is not None]
+
     def table_parameters(self) -> list[nn.Parameter]:
         """Return the out-rows, an optimiser group of their own."""
         return [self.weight_out]

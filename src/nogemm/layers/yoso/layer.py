@@ -178,6 +178,11 @@ class YosoFFN(FFN):
     def computes_in(self, dtype: str) -> str:
         return "fp32" if dtype == "fp32" else "int16"
 
+    def output_parameters(self) -> list[nn.Parameter]:
+        if self.unit and self.gain is None:
+            raise ConfigError("YosoConfig: unit=True gives every answer length one, so no weights make it zero")
+        return [self.values if self.gain is None else self.gain, self.bias]
+
     def fit_dense(self, dense: DenseFFN) -> str:
         """Take the dense neurons' directions, and for each the best multiple of its output (see `fit.py`)."""
         if not self.unit and fit_neurons(self, dense):
