@@ -112,9 +112,8 @@ def removed() -> nn.Module:
 
 def three_layers() -> nn.Module:
     """Rival (c): three of the six layers, FFNs and all."""
-    model: Any = load_encoder(TEACHER)
-    model.encoder.layer = nn.ModuleList(model.encoder.layer[k] for k in KEPT_LAYERS)
-    model.config.num_hidden_layers = len(KEPT_LAYERS)
+    model = load_encoder(TEACHER)
+    nogemm.keep_layers(model, KEPT_LAYERS)
     return model
 
 

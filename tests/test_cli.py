@@ -25,7 +25,7 @@ from nogemm.hardware.held import held_to
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
     "env": "--processor --json",
-    "convert": "--method --set --layers --data --tables --faster-at --speed --trust-remote-code --json",
+    "convert": "--method --set --layers --keep --data --tables --faster-at --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",

@@ -55,9 +55,11 @@ from nogemm.layers import (
     SlideConfig,
     SumConfig,
     SwitchConfig,
+    TokenTableConfig,
     TreeConfig,
     YosoConfig,
 )
+from nogemm.models.depth import keep_layers
 from nogemm.ops.topk import topk, topk_grouped, topk_threshold
 from nogemm.projections import (
     AcdcConfig,
@@ -109,6 +111,7 @@ __all__ = [
     "SlideConfig",
     "SumConfig",
     "SwitchConfig",
+    "TokenTableConfig",
     "TrainingError",
     "TrainingInterrupted",
     "TreeConfig",
@@ -125,6 +128,7 @@ __all__ = [
     "generate",
     "head_error",
     "importers",
+    "keep_layers",
     "layer_config",
     "pack",
     "refused",

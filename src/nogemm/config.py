@@ -65,6 +65,15 @@ class LayerConfig(Config, Generic[LayerT]):
         width = d_model if d_out is None else d_out
         return self.make(FFNShape(d_in=d_model, d_out=width, hidden=hidden, activation=activation, gated=gated))
 
+    @property
+    def reads_ids(self) -> bool:
+        """Whether the layer needs the ids of the tokens besides their hidden states."""
+        return False
+
+    def for_vocabulary(self, size: int) -> LayerConfig:
+        """Return the config for a model of so many token ids; itself, unless a table of it takes the model's number."""
+        return self
+
     def make(self, shape: FFNShape) -> LayerT:
         """Make the layer that takes the place of a dense FFN of this shape."""
         return typing.cast("LayerT", _LAYERS[type(self)](self, shape))

@@ -13,7 +13,7 @@ from nogemm.bench import peers
 from nogemm.bench.contenders.model import DenseModelContender, OurModelContender
 from nogemm.bench.engine.result import shown_name
 from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
-from nogemm.bench.models import RANDOM, keep_layers, timed_encoder
+from nogemm.bench.models import RANDOM, spread_layers, timed_encoder
 from nogemm.errors import ConfigError
 from nogemm.models.directory import PACKAGED
 from nogemm.models.loading import load_encoder, load_tokenizer
@@ -84,11 +84,11 @@ def test_layers_are_kept_evenly() -> None:
     for count, kept in ((1, (0,)), (3, (0, 2, 5)), (4, (0, 2, 3, 5)), (5, (0, 1, 2, 4, 5)), (6, tuple(range(6)))):
         model: Any = load_encoder(PACKAGED)
         layers = list(model.encoder.layer)
-        assert keep_layers(model, count) == kept
+        assert spread_layers(model, count) == kept
         assert list(model.encoder.layer) == [layers[k] for k in kept]
         assert model.config.num_hidden_layers == count
     with pytest.raises(ConfigError, match="--layers 7: the dense model has 6"):
-        keep_layers(load_encoder(PACKAGED), 7)
+        spread_layers(load_encoder(PACKAGED), 7)
 
 
 def test_published_shapes_have_random_weights_from_a_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from nogemm.export import decoder_graph as dg
 from nogemm.export.decoder_check import compare_tokens, dense_logits
 from nogemm.export.folder import RECORD
 from nogemm.export.openvino_host import load
+from nogemm.layers import TokenTableFFN
 
 NEW = 10
 GENAI = importlib.util.find_spec("openvino_genai") is None
@@ -69,6 +70,23 @@ def test_tokens_are_those_of_the_dense_head_in_openvino(kind: str, body: str, ro
             assert torch.equal(found, nogemm.generate(model, prompt, NEW))
             assert torch.equal(found, plain.generate(prompt, max_new_tokens=NEW, do_sample=False))
     assert max(gen.rows) <= decoders.V
+
+
+def test_token_tables_read_the_ids_of_the_new_tokens(tmp_path: Path) -> None:
+    model = decoders.make("llama tied")
+    plain = decoders.make("llama tied")
+    nogemm.convert(model, nogemm.SumConfig(terms=(nogemm.DenseConfig(), nogemm.TokenTableConfig())))
+    with torch.no_grad():
+        for part in model.modules():
+            if isinstance(part, TokenTableFFN):
+                part.rows.normal_(std=2.0)
+    report = exported("llama tied", tmp_path / "out", "float", "fp32", model=model)[1]
+    assert report.layers == ()  # OpenVINO's own Gather reads the rows
+    own = OpenVINODecoder(tmp_path / "out", precision="f32")
+    for prompt in (decoders.prompts(1, 5), decoders.prompts(2, 11)):
+        found = own.generate(prompt, NEW)
+        assert torch.equal(found, nogemm.generate(model, prompt, NEW))
+        assert not torch.equal(found, plain.generate(prompt, max_new_tokens=NEW, do_sample=False))
 
 
 def test_padding_on_the_left_streaming_and_ends(llama: tuple[Any, Path]) -> None:

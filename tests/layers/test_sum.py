@@ -13,6 +13,7 @@ import nogemm
 from nogemm.config import layer_config, parse_layer
 from nogemm.errors import ConfigError
 from nogemm.layers import DenseFFN, LookupFFN, SumFFN
+from nogemm.layers.token_table.layer import make_ids_up
 from nogemm.projections import BHConfig
 from nogemm.testing.cases import KINDS
 from nogemm.testing.compare import check_equal
@@ -65,6 +66,7 @@ def test_cost_and_groups_are_those_of_the_terms() -> None:
 def test_every_kind_can_be_a_later_term(kind: str) -> None:
     source, config = dense(), nogemm.SumConfig(terms=(nogemm.DenseConfig(), KINDS[kind]))
     layer, x = build(config), torch.randn(5, D)
+    make_ids_up(layer)
     assert layer.fit_dense(source) == "exact"
     torch.testing.assert_close(layer(x), source(x))
 

@@ -117,7 +117,7 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
 
     Lookup 128 x 8 with BH4; YOSO with 256 hashes, of 8 bits because the tables of the inferred 10 would fill 6 GiB in
     12 copies; Switch with 8 experts of half the width; a shuffle of two groups; a sum of an eighth of the neurons and
-    a lookup 64 x 8. SLIDE twice: its defaults, and chunks of 128 tokens with 3
+    a lookup 64 x 8; a token table of BERT's vocabulary. SLIDE twice: its defaults, and chunks of 128 tokens with 3
     tables of 10 bits: uniform codes would retrieve the third that the published FLOP allow.
     """
     block = min(64, 1 << max(args.d - 1, 0).bit_length())
@@ -126,6 +126,7 @@ def presets(args: MethodsBenchArgs) -> list[tuple[str, str, tuple[str, ...]]]:
         "yoso": ("hashes=256", f"bits={min(8, block)}"),
         "switch": ("experts=8", f"hidden={max(args.hidden // 2, 1)}"),
         "shuffle": (f"block={max(args.d // 2, 1)}",),
+        "token_table": ("vocabulary=30522",),
         "sum": (
             "terms=dense+lookup",
             f"dense.hidden={max(args.hidden // 8, 1)}",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, record_sites
 from nogemm.errors import ConfigError
+from nogemm.models.depth import keep_layers
 from nogemm.models.directory import PACKAGED
 from nogemm.models.embed import batches
 from nogemm.models.loading import load_encoder, load_tokenizer
@@ -50,7 +51,7 @@ def timed_tokenizer(path: str | Path) -> Any:
     return load_tokenizer(PACKAGED if is_published_shape(path) else path)
 
 
-def keep_layers(model: nn.Module, count: int) -> tuple[int, ...]:
+def spread_layers(model: nn.Module, count: int) -> tuple[int, ...]:
     """Keep `count` of an encoder's layers, evenly spread, the first and the last among them; in place.
 
     Returns:
@@ -62,18 +63,8 @@ def keep_layers(model: nn.Module, count: int) -> tuple[int, ...]:
     layers = int(config.num_hidden_layers)
     if not 1 <= count <= layers:
         raise ConfigError(f"--layers {count}: the dense model has {layers}")
-    found = [
-        (parent, name, stack)
-        for parent in model.modules()
-        for name, stack in parent.named_children()
-        if isinstance(stack, nn.ModuleList) and len(stack) == layers
-    ]
-    if len(found) != 1:
-        raise ConfigError(f"--layers: {type(model).__name__} has {len(found)} lists of {layers} layers, one is needed")
-    parent, name, stack = found[0]
     kept = tuple(round(i * (layers - 1) / max(1, count - 1)) for i in range(count))
-    setattr(parent, name, nn.ModuleList(stack[i] for i in kept))
-    config.num_hidden_layers = count
+    keep_layers(model, kept)
     return kept
 
 

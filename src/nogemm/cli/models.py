@@ -17,7 +17,7 @@ from nogemm.cli.common import (
     print_table,
     save_like,
 )
-from nogemm.cli.options import words
+from nogemm.cli.options import integers, words
 from nogemm.config import layer_kinds
 from nogemm.errors import CheckpointError, ConfigError, NogemmError
 from nogemm.running.measured import Keep, Note, end_early, measured
@@ -41,6 +41,7 @@ def convert(
     ] = "lookup",
     set_: Set = None,
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
+    keep: Annotated[str, typer.Option(help="First leave out all layers of the model but these, such as 0,2,5.")] = "",
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
     tables: Annotated[str | None, typer.Option(help="Store tables as int8 or bf16 instead of fp32.")] = None,
     faster_at: Annotated[
@@ -61,6 +62,8 @@ def convert(
     config = parse_layer(method, set_ or [])
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = None if data is None else texts(data)
+    if keep:
+        print(f"hidden_map={list(nogemm.keep_layers(loaded, integers('--keep', keep)))} for nogemm distil")
     with progress.watching():
         progress(f"converting {model}")
         report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer, faster_at=faster_at)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.layers.token_table import ids
+
 
 @dataclass(frozen=True)
 class Arguments:
@@ -60,9 +62,16 @@ def structural_copy(model: nn.Module) -> nn.Module:
 
 
 def without_hooks(model: nn.Module) -> nn.Module:
-    """Take users' hooks from a copy, or they would see what is run there; torch's own make weights, and stay."""
+    """Take users' hooks from a copy, or they would see what is run there.
+
+    Torch's own make weights, and those of token tables bring ids to them: they stay.
+    """
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if not type(hook).__module__.startswith("torch.")]:
+            for key in [key for key, hook in hooks.items() if not _is_part(hook)]:
                 del hooks[key]
     return model
+
+
+def _is_part(hook: Any) -> bool:
+    return type(hook).__module__.startswith("torch.") or getattr(hook, "__module__", "") == ids.__name__

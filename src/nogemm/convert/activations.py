@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nogemm.convert.sites import Site, record_sites
+from nogemm.convert.token_ids import noted_ids
 from nogemm.errors import ConfigError
 from nogemm.models.inner import inner_model
 from nogemm.models.loading import load_tokenizer
@@ -24,15 +26,20 @@ Sample = str | Mapping[str, Tensor]
 
 
 def collect_inputs(
-    model: nn.Module, chosen: Sequence[Site], data: Iterable[Sample], tokenizer: Any = None
+    model: nn.Module,
+    chosen: Sequence[Site],
+    data: Iterable[Sample],
+    tokenizer: Any = None,
+    ids: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return {site name: inputs [N, d_in]} in fp32, padding left out.
 
     Args:
         data: texts, or mappings of keyword arguments for the model (images, ready token ids).
         tokenizer: default: the SentenceTransformer's own, or the one stored with the model.
+        ids: filled with {site name: token ids [N]} of the same tokens.
     Raises:
-        ConfigError: no tokenizer is found, or the data holds no token.
+        ConfigError: no tokenizer is found, the data holds no token, or no token ids though they are asked for.
     Cost: forward passes until 65,536 tokens or 512 MB are kept, whatever the data's size.
     """
     width = sum(site.d_in for site in chosen)
@@ -43,7 +50,7 @@ def collect_inputs(
     inner.eval()
     tokens = 0
     try:
-        with torch.no_grad(), record_sites(inner, list(kept)) as seen:
+        with torch.no_grad(), record_sites(inner, list(kept)) as seen, _noting(inner, chosen, ids) as noted:
             for batch in batches_of(model, data, tokenizer):
                 seen.clear()
                 inner(**batch)
@@ -52,6 +59,9 @@ def collect_inputs(
                     rows = real_tokens(x, batch.get("attention_mask"))[: limit - tokens].float()
                     kept[name].append(rows)
                     counts.append(rows.shape[0])
+                    if ids is not None:
+                        own = _own_ids(noted[name], name, batch.get("attention_mask"))
+                        ids[name] = torch.cat((ids.get(name, own[:0]), own[: len(rows)]))
                 # A model that routes tokens may show its sites different numbers; the largest decides when to stop.
                 tokens += max(counts, default=0)
                 if tokens >= limit:
@@ -62,6 +72,22 @@ def collect_inputs(
     if empty:
         raise ConfigError(f"convert: the data gave no token to {', '.join(empty)}; is it empty?")
     return {name: torch.cat(rows) for name, rows in kept.items()}
+
+
+@contextmanager
+def _noting(inner: nn.Module, chosen: Sequence[Site], ids: object) -> Iterator[dict[str, Tensor | None]]:
+    """Note each site's ids within the block, if they are asked for."""
+    if ids is None:
+        yield {}
+        return
+    with noted_ids(inner, chosen) as noted:
+        yield noted
+
+
+def _own_ids(noted: Tensor | None, name: str, mask: Tensor | None) -> Tensor:
+    if noted is None:
+        raise ConfigError(f"convert: the data gives {name} no token ids (inputs_embeds?), which a token table needs")
+    return real_tokens(noted.unsqueeze(-1), mask).flatten()
 
 
 def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iterator[dict[str, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -18,9 +19,11 @@ from nogemm.convert.faster import slower_sites
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.convert.sites import Refusal, Site, Survey, installed, remember, site_names, survey
+from nogemm.convert.token_ids import check_order, connect, start_alone, vocabulary_of
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.layers import ACTIVATIONS, FFN, DenseConfig
+from nogemm.layers.token_table import given
 from nogemm.models.inner import inner_model
 
 Layers = str | int | Sequence[str | int]
@@ -53,8 +56,8 @@ def convert(
         what changed, one entry per site.
     Raises:
         ConfigError: the model has no site, a name or glob matches nothing, or a chosen site is converted already, has a
-            wrapped or quantised matrix, or is a mixture of experts; or `faster_at` or `timed_in` is none. The model is
-            unchanged then.
+            wrapped or quantised matrix, or is a mixture of experts; a token table's site sees no token ids; or
+            `faster_at` or `timed_in` is none. The model is unchanged then.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"convert: expected a model, got {model!r}; load it first, for example by AutoModel")
@@ -62,8 +65,17 @@ def convert(
         raise ConfigError("config: the mapping is empty")
     found = survey(model)
     chosen = _choose(model, config, layers, found)
-    inputs = {} if data is None else collect_inputs(model, [site for site, _ in chosen], data, tokenizer)
-    built = [(site, *_build(site, cfg, inputs.get(site.name))) for site, cfg in chosen]
+    root, reading = inner_model(model), [site for site, cfg in chosen if cfg.reads_ids]
+    if reading:
+        size = vocabulary_of(root)
+        chosen = [(site, cfg.for_vocabulary(size)) for site, cfg in chosen]
+        check_order(root, reading)
+    ids: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    if data is not None:
+        inputs = collect_inputs(model, [site for site, _ in chosen], data, tokenizer, ids if reading else None)
+    built = [(site, *_build(site, cfg, inputs.get(site.name), ids.get(site.name))) for site, cfg in chosen]
+    start_alone(root, [(site, layer) for site, layer, _ in built])
     slower: list[Refusal] = []
     if faster_at is not None:
         slower = slower_sites([(site, layer) for site, layer, _ in built], inputs, faster_at, timed_in)
@@ -78,23 +90,24 @@ def convert(
     for site in found.open:  # those left dense too: a checkpoint and copies keep all names without another search
         if not is_listed(type(site.owner).__name__, site.adapter):
             remember(site.owner, site.adapter)
-    attach(inner_model(model))
+    connect(root)
+    attach(root)
     return ConversionReport(tuple(reports), (*found.blocked, *found.refused), tuple(slower))
 
 
-def _build(site: Site, config: LayerConfig, x: torch.Tensor | None) -> tuple[FFN, Cost]:
-    """Build and fit the layer for a site, in fp32; return it with the dense FFN's cost."""
+def _build(site: Site, config: LayerConfig, x: torch.Tensor | None, ids: torch.Tensor | None) -> tuple[FFN, Cost]:
+    """Build and fit the layer for a site, in fp32, to tokens x with their ids; return it with the dense FFN's cost."""
     before = _dense_cost(site)
     device, dtype = site.placement()
     layer = site.empty_layer(config)
     if x is None and site.activation not in ACTIVATIONS and not isinstance(config, DenseConfig):
         return layer, before  # nothing to start from: our dense layer cannot express this activation
     dense = site.dense()
-    if dtype == torch.float32:
-        layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
-    else:
+    if dtype != torch.float32:
         layer, dense = layer.float(), dense.float()
+    with nullcontext() if ids is None else given(ids):
         layer.fit_dense(dense) if x is None else layer.fit_activations(dense, x)
+    if dtype != torch.float32:
         layer = layer.to(dtype)
     if site.shape.sparsity and not layer.has_cutoff and layer.fitted == "exact":
         layer.fitted = "closed-form"  # the neurons are the dense network's, its cutoff is not

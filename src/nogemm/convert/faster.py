@@ -21,6 +21,7 @@ from nogemm.convert.discover import Refusal
 from nogemm.hardware.cpu import last_level_cache_bytes
 from nogemm.layers import FFN, HireConfig
 from nogemm.layers._base import PACK_DTYPES
+from nogemm.layers.token_table.layer import make_ids_up
 from nogemm.ops._threads import in_passing
 
 ROUNDS = 9
@@ -98,4 +99,6 @@ def _twin(site: Site, layer: FFN, *, measured: bool) -> FFN:
         twin: FFN = replace(config, select="topk").make(site.shape)
         twin.fit_dense(site.dense().float())
         return twin.eval()
-    return copy.deepcopy(layer).float().eval()
+    own = copy.deepcopy(layer).float().eval()
+    make_ids_up(own)
+    return own

@@ -21,6 +21,7 @@ from nogemm.convert.convert import convert
 from nogemm.convert.fitted import mark_random, warn_if_random
 from nogemm.convert.save import refuse_quantised
 from nogemm.convert.sites import Installed, Site, converted, installed, survey
+from nogemm.convert.token_ids import connect
 from nogemm.errors import CheckpointError, ConfigError, PackedError
 from nogemm.heads import HeadConfig, HireHead, head_of, output_embeddings
 from nogemm.layers import PackedFFN
@@ -106,6 +107,7 @@ class NogemmQuantizer(HfQuantizer):
                 layer.fitted = stored.get(checkpoint.base_name(model, name), "trained")
                 if layer.fitted == "random":
                     mark_random(layer)
+            connect(model)
             checkpoint.attach(model)
         else:
             assert self.request.config is not None  # validate_environment saw to it

@@ -244,11 +244,12 @@ def graph_head(model: Any, rows: str) -> dg.GraphHead:
 
 
 def matrix_bytes(graph: Any) -> int:
-    """Count the bytes of constants that a token reads: all but the embedding's rows and what nothing reads."""
+    """Count the bytes of constants that a token reads; those of which it reads one row, and unread ones, count none."""
     total, seen = 0, set()
     for node in graph.get_ordered_ops():
-        if node.get_type_name() == "EmbedRows":
-            seen.add(node.input_value(1).get_node().get_friendly_name())
+        rows = {"EmbedRows": 1, "Gather": 0}.get(node.get_type_name())
+        if rows is not None:
+            seen.add(node.input_value(rows).get_node().get_friendly_name())
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "Constant" and node.get_friendly_name() not in seen:
             total += node.get_byte_size()

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.convert.fitted import warn_if_random
@@ -25,8 +26,11 @@ from nogemm.layers import (
     NoFFN,
     PackedFFN,
     SumFFN,
+    TokenTableFFN,
     TreeFFN,
 )
+from nogemm.layers.token_table.ids import running_ids
+from nogemm.layers.token_table.packed import halves, packed_rows
 from nogemm.models.inner import inner_model
 
 # Layers that a host's operator runs, and the torch op that stands for it while the model is traced.
@@ -36,7 +40,7 @@ OPERATORS: dict[type[FFN], str] = {
     HireFFN: "packed_hire",
 }
 # Layers that are plain torch and need no operator.
-_PLAIN = (DenseFFN, NoFFN)
+_PLAIN = (DenseFFN, NoFFN, TokenTableFFN)
 _OUTPUTS = ("logits", "last_hidden_state")
 
 
@@ -65,6 +69,25 @@ class Added(nn.Module):
         for term in self.terms[1:]:
             y = y + term(x)
         return y
+
+
+class Rows(nn.Module):
+    """A token table as a host runs it: rows gathered by the graph's own input_ids, widened and scaled."""
+
+    def __init__(self, layer: TokenTableFFN, dtype: str) -> None:
+        super().__init__()
+        rows, scale = packed_rows(layer, dtype)
+        rows = halves(rows, layer.d_out) if rows.dtype == torch.uint8 else rows  # graphs hold no half bytes of ours
+        self.register_buffer("rows", rows)
+        self.register_buffer("scale", None if scale is None else scale.unsqueeze(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        ids = running_ids()
+        assert ids is not None  # the model that is traced notes them
+        y = F.embedding(ids, self.get_buffer("rows")).float()
+        if (scale := self._buffers["scale"]) is not None:
+            y = y * F.embedding(ids, scale)
+        return y if y.dim() == x.dim() else y.flatten(0, -2)
 
 
 class HostModel(nn.Module):
@@ -159,6 +182,8 @@ def pack_layers(model: nn.Module, dtype: str) -> None:
 def _host_form(name: str, layer: FFN, dtype: str) -> nn.Module:
     if isinstance(layer, SumFFN):
         return Added([_host_form(name, term, dtype) for term in layer.layers])
+    if isinstance(layer, TokenTableFFN):
+        return Rows(layer, dtype)
     if isinstance(layer, _PLAIN):
         return layer
     packed = layer.pack(dtype, path="rows")  # an operator knows no other

@@ -13,6 +13,7 @@ from nogemm.layers.shuffle import ShuffleConfig, ShuffleFFN
 from nogemm.layers.slide import SlideConfig, SlideFFN
 from nogemm.layers.sum import SumConfig, SumFFN
 from nogemm.layers.switch import SwitchConfig, SwitchFFN
+from nogemm.layers.token_table import TokenTableConfig, TokenTableFFN
 from nogemm.layers.tree import TreeConfig, TreeFFN
 from nogemm.layers.yoso import YosoConfig, YosoFFN
 
@@ -42,6 +43,8 @@ __all__ = [
     "SumFFN",
     "SwitchConfig",
     "SwitchFFN",
+    "TokenTableConfig",
+    "TokenTableFFN",
     "TreeConfig",
     "TreeFFN",
     "YosoConfig",

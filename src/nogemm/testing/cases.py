@@ -104,6 +104,7 @@ _SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "sum": {"terms": (DenseConfig(hidden=9), LookupConfig(tables=4, bits=3, projection=BHConfig(rounds=2, block=8)))},
     "slide": {"bits": 3, "tables": 4},
     "mongoose": {"bits": 3, "tables": 4},
+    "token_table": {"vocabulary": 16},
     "yoso": {"hashes": 8, "bits": 4},
     "switch": {"experts": 3},
 }

@@ -21,6 +21,7 @@ from nogemm.convert.fitted import is_random
 from nogemm.convert.sites import converted, record_sites, site_names
 from nogemm.errors import ConfigError
 from nogemm.layers import FFN
+from nogemm.layers.token_table import given
 from nogemm.models.pooling import MEAN, Pooling
 from nogemm.train.data import Batch
 from nogemm.train.errors import TrainingError
@@ -73,12 +74,14 @@ class LayerStage:
             if name in self.fresh:
                 self.layers[name].start_from_mean(t_ND.mean(0))
         self.fresh.clear()
-        updates = min(self.options.updates_per_batch, batch.tokens)
+        updates, ids_N = min(self.options.updates_per_batch, batch.tokens), ids_of_tokens(batch)
         for first in range(updates):
             losses: dict[str, float] = {}
             for name, (x_ND, t_ND) in activations.items():
                 layer, weights_D = self.layers[name], self.spreads[name].weights()
-                loss = relative_error(layer(x_ND[first::updates]), t_ND[first::updates], weights_D)
+                with given(ids_N[first::updates]):
+                    y_ND = layer(x_ND[first::updates])
+                loss = relative_error(y_ND, t_ND[first::updates], weights_D)
                 loss.backward()
                 losses[name] = finite(loss, f"the loss of {name}")
                 finite(clip_gradients(layer.parameters(), self.options.clip), f"the gradient of {name}")
@@ -102,7 +105,8 @@ class LayerStage:
             if layer.storage is None:
                 continue
             x_ND = torch.cat([x for x, _ in parts[name]])
-            left = layer.solve(x_ND, torch.cat([t for _, t in parts.pop(name)]))
+            with given(torch.cat([ids_of_tokens(batch) for batch in batches])):
+                left = layer.solve(x_ND, torch.cat([t for _, t in parts.pop(name)]))
             if left is not None:
                 out[name] = left
         return out
@@ -213,6 +217,11 @@ def _takes_types(model: type[nn.Module]) -> bool:
 def tokens_of(x: Tensor, keep_SL: Tensor) -> Tensor:
     """Return the rows of x that are not padding, [N, D]; x is [S, L, D] or already flattened to [S L, D]."""
     return x.reshape(-1, x.shape[-1])[keep_SL.flatten()]
+
+
+def ids_of_tokens(batch: Batch) -> Tensor:
+    """Return the ids of a batch's tokens that are not padding, [N]: what `run` gives to encoder and decoder alike."""
+    return tokens_of(batch.ids.unsqueeze(-1), batch.mask.bool()).squeeze(-1)
 
 
 def fittable(model: nn.Module, teacher: nn.Module) -> dict[str, FFN]:

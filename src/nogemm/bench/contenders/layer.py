@@ -22,11 +22,13 @@ from nogemm.config import parse_layer
 from nogemm.convert import converted
 from nogemm.layers import FFN
 from nogemm.layers._base import PackedFFN
+from nogemm.layers.token_table.layer import TokenTableFFN, make_ids_up
 from nogemm.models.loading import load_encoder
 
 # As many as a small model has layers: a lone layer would sit in a cache that a model's layers share.
 COPIES = 12
 COPIED_BATCH = 8
+VOCABULARY = 30_522  # BERT's: of a token table that is timed outside a model and not told how many rows it has
 _CALIBRATION = 16
 _MEASURED = 256  # tokens whose recall is measured
 _ITEMSIZE = {"fp32": 4, "bf16": 2, "int8": 1}
@@ -214,15 +216,20 @@ class OurContender(LayerContender):
 
 def our_layer(settings: dict[str, Any]) -> FFN:
     """Build the layer of random weights, or take one site of a distilled checkpoint."""
+    layer: FFN
     if settings.get("checkpoint") is None:
-        config = parse_layer(settings["method"], settings["set"])
+        config = parse_layer(settings["method"], settings["set"]).for_vocabulary(VOCABULARY)
         torch.manual_seed(settings["seed"])
         gated = settings.get("gated", False)
         layer = config.build(settings["d"], hidden=settings["hidden"], activation=settings["activation"], gated=gated)
         layer.fit_own_weights()
-        return layer.eval().requires_grad_(False)
-    layers = list(converted(load_encoder(Path(settings["checkpoint"]))).values())
-    return layers[settings["site"]].eval().requires_grad_(False)
+    else:
+        layer = list(converted(load_encoder(Path(settings["checkpoint"]))).values())[settings["site"]]
+    make_ids_up(layer)
+    for part in layer.modules():
+        if isinstance(part, TokenTableFFN) and not part.rows.any():  # of zeros, a wrong row would be as right
+            nn.init.normal_(part.rows)
+    return layer.eval().requires_grad_(False)
 
 
 def dense_work(width: int, hidden: int, tokens: int, precision: str, gated: bool = False) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench import peers
-from nogemm.bench.models import is_published_shape, keep_layers, sample_texts, timed_encoder, timed_tokenizer
+from nogemm.bench.models import is_published_shape, sample_texts, spread_layers, timed_encoder, timed_tokenizer
 from nogemm.bench.peers.eager import EagerRunner
 from nogemm.bench.peers.inductor import compile_frozen
 from nogemm.bench.peers.openvino_engine import compiled
@@ -130,7 +130,7 @@ class DenseModelContender(_ModelContender):
         if settings.get("removed"):
             convert(model, NoConfig())
         if settings.get("layers"):
-            keep_layers(model, settings["layers"])
+            spread_layers(model, settings["layers"])
         self.reference = Encoder(model).eval().requires_grad_(False)
         if not (peer or settings.get("removed") or settings.get("layers")):
             self.teacher = self.reference

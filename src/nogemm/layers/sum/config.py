@@ -35,3 +35,10 @@ class SumConfig(LayerConfig["SumFFN"]):
             if isinstance(term, SumConfig):
                 raise ConfigError("SumConfig: one of terms is a sum itself; write its terms in its place")
         object.__setattr__(self, "terms", tuple(self.terms))  # a list, as JSON has it, could not be hashed
+
+    @property
+    def reads_ids(self) -> bool:
+        return any(term.reads_ids for term in self.terms)
+
+    def for_vocabulary(self, size: int) -> SumConfig:
+        return SumConfig(terms=tuple(term.for_vocabulary(size) for term in self.terms))
