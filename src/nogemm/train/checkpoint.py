@@ -1,6 +1,6 @@
 """Checkpoints of a run: safetensors and JSON in a directory of their own, made visible by one rename.
 
-    output_dir/step-00000120/{model,optimiser,spread}.safetensors, state.json
+    output_dir/step-00000120/{model,optimiser,...}.safetensors, state.json
     output_dir/latest.json                  {"checkpoint": "step-00000120"}: replaced last
 
 A checkpoint is written into a temporary sibling, synced, renamed; then `latest.json` is replaced; then older ones go.
@@ -30,11 +30,12 @@ from nogemm.train.errors import TrainingError
 
 VERSION = 1
 PARTS = ("model", "optimiser", "spread")
+"""Of a checkpoint that does not list its own."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: named tensors in three parts, and JSON values."""
+    """What a run needs to go on: named tensors in parts, such as "model" and "optimiser", and JSON values."""
 
     parts: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
@@ -77,13 +78,11 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for name in PARTS:
+        for name, part in checkpoint.parts.items():
             # Equal storage under two names (tied weights) is stored twice: safetensors refuses shared memory.
-            tensors = {
-                key: value.detach().clone(memory_format=_contiguous()) for key, value in checkpoint.parts[name].items()
-            }
+            tensors = {key: value.detach().clone(memory_format=_contiguous()) for key, value in part.items()}
             save_file(tensors, temporary / f"{name}.safetensors")
-        _write_json(temporary / "state.json", {"version": VERSION, **checkpoint.state})
+        _write_json(temporary / "state.json", {"version": VERSION, "parts": [*checkpoint.parts], **checkpoint.state})
         for file in (*temporary.iterdir(), temporary):
             _sync(file)
         os.replace(temporary, final)
@@ -132,7 +131,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        parts = {name: load_file(path / f"{name}.safetensors") for name in PARTS}
+        parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
     if state.get("version") != VERSION:

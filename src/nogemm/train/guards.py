@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 # asks for them and never removed, and a mark on every model that has them. Such a model cannot be pickled.
 _CAPTURING = "transformers.utils.output_capturing"
 _CAPTURED = "_output_capturing_hooks_installed"
+
+FREE = frozenset({"log_seconds", "checkpoint_seconds"})
+"""How often to log or to save may change when a run is resumed."""
 
 
 @contextmanager
@@ -103,13 +106,10 @@ def interrupts() -> Iterator[threading.Event]:
         put_back()
 
 
-def changed_options(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """List the options that differ, as "name: before, now after"; how often to log or save may change freely."""
-    free = {"log_seconds", "checkpoint_seconds"}
-    lists = ("hidden_map", "field", "pair")
-    before = {**before, **{name: as_tuple(before.get(name)) for name in lists}}
-    before.setdefault("optimizer", "adamw")  # what versions had that knew no other
-    now = {**now, **{name: as_tuple(now[name]) for name in lists}}
+def changed_options(before: dict[str, Any], now: dict[str, Any], free: Collection[str] = FREE) -> list[str]:
+    """List the options that differ, as "name: before, now after"; those in `free` may change."""
+    before = {"optimizer": "adamw"} | {name: as_tuple(value) for name, value in before.items()}  # once the only one
+    now = {name: as_tuple(value) for name, value in now.items()}
     return [f"{k}: {before.get(k)}, now {v}" for k, v in now.items() if k not in free and before.get(k) != v]
 
 

@@ -92,10 +92,10 @@ class LazyAdam(torch.optim.Optimizer):
         if by_rows and "missed" not in state:
             # Column s: what a row last stepped at `base` + s has missed, (shrink, drift). All of it is float32, because
             # torch casts loaded state to that.
-            state["missed"] = torch.zeros(2, WINDOW + 1)
+            state["missed"] = torch.zeros(2, WINDOW + 1, device=parameter.device)
             state["missed"][0, 0] = 1.0
             state["base"] = state["step"].clone()
-            state["seen"] = torch.zeros(parameter.shape[:-1].numel())
+            state["seen"] = torch.zeros(parameter.shape[:-1].numel(), device=parameter.device)
         return state
 
     def _step_dense(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
@@ -128,7 +128,7 @@ class LazyAdam(torch.optim.Optimizer):
             )  # fmt: skip
             state["seen"][index_V.long()] = now
         # Whoever rested in this step has missed it: the movement by its momentum, after that of the steps before.
-        missed, gaps = state["missed"], torch.arange(now, 0, -1)
+        missed, gaps = state["missed"], torch.arange(now, 0, -1, device=parameter.device)
         missed[:, :now] *= keep
         missed[1, :now] += step / root * (beta1 / math.sqrt(beta2)) ** gaps
         missed[0, now] = 1.0
@@ -155,7 +155,8 @@ class LazyAdam(torch.optim.Optimizer):
 def visited_rows(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows [V] int32, numbered over flattened leading dimensions, and values [V, D] of a sparse gradient."""
     gradient = gradient.coalesce()
-    place, row = gradient.indices(), torch.zeros(gradient.indices().shape[1], dtype=torch.int64)
+    place = gradient.indices()
+    row = torch.zeros_like(place[0])
     for size, part in zip(gradient.shape[:-1], place, strict=True):
         row = row * size + part
     return row.int(), gradient.values()

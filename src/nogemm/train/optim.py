@@ -6,7 +6,7 @@ Tables and projections want other rates than pretrained weights: a table row see
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def backbone_parameters(model: nn.Module, layers: Iterable[nn.Module], embedding
 def make_optimiser(
     groups: Mapping[str, list[nn.Parameter]], options: DistilOptions, factor: float = 1.0
 ) -> tuple[torch.optim.Optimizer, dict[str, float]]:
-    """Make the optimiser with one group for each non-empty entry whose rate is above 0; return it and the peak rates.
+    """Make a distillation's optimiser; return it and the peak rates.
 
     `factor` scales the rates of the new layers, not that of the backbone.
     """
@@ -50,20 +50,46 @@ def make_optimiser(
         "other": options.lr_other * factor,
         "backbone": options.lr_backbone,
     }
+    return optimiser_of(groups, rates, options.optimizer, options.weight_decay, caller="distil"), rates
+
+
+def optimiser_of(
+    groups: Mapping[str, list[nn.Parameter]],
+    rates: Mapping[str, float],
+    kind: str,
+    decay: float = 0.0,
+    undecayed: Collection[str] = ("tables",),
+    betas: tuple[float, float] = _BETAS,
+    eps: float = _EPS,
+    *,
+    caller: str,
+) -> torch.optim.Optimizer:
+    """Make the optimiser with two groups for each non-empty entry whose rate is above 0: matrices decay, vectors do not.
+
+    Args:
+        groups: parameters by name.
+        rates: peak rate of each.
+        kind: "adamw" or "lazy-adam".
+        decay: weight decay of matrices.
+        undecayed: groups whose matrices do not decay either.
+        caller: starts the message.
+    Raises:
+        ConfigError: no group is left.
+    """
     rows: list[dict[str, Any]] = []
     for name, parameters in groups.items():
         if not parameters or rates[name] == 0:
             continue
-        decayed = [p for p in parameters if p.dim() > 1 and name != "tables"]
-        plain = [p for p in parameters if p.dim() <= 1 or name == "tables"]
-        for part, decay in ((decayed, options.weight_decay), (plain, 0.0)):
+        decayed = [p for p in parameters if p.dim() > 1 and name not in undecayed]
+        plain = [p for p in parameters if p.dim() <= 1 or name in undecayed]
+        for part, weight in ((decayed, decay), (plain, 0.0)):
             if part:
-                rows.append({"params": part, "lr": rates[name], "weight_decay": decay, "name": name})
+                rows.append({"params": part, "lr": rates[name], "weight_decay": weight, "name": name})
     if not rows:
-        raise ConfigError("distil: nothing to train: every group of parameters is empty or has a rate of 0")
-    if options.optimizer == "lazy-adam":
-        return LazyAdam(rows, betas=_BETAS, eps=_EPS), rates
-    return torch.optim.AdamW(rows, betas=_BETAS, eps=_EPS, fused=True), rates
+        raise ConfigError(f"{caller}: nothing to train: every group of parameters is empty or has a rate of 0")
+    if kind == "lazy-adam":
+        return LazyAdam(rows, betas=betas, eps=eps)
+    return torch.optim.AdamW(rows, betas=betas, eps=eps, fused=True)
 
 
 def settle(optimiser: torch.optim.Optimizer) -> None:

@@ -27,7 +27,7 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._bar is not None:
             self._bar.start()
-            self._task = self._bar.add_task("distil", total=1.0, loss="", speed="", left="")
+            self._task = self._bar.add_task("training", total=1.0, loss="", speed="", left="")
         return self
 
     def __exit__(
