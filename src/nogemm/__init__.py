@@ -70,7 +70,19 @@ from nogemm.projections import (
     RandomHadamardConfig,
     ShuffleProjectionConfig,
 )
-from nogemm.train import DataError, DistilOptions, DistilReport, TrainingError, TrainingInterrupted, distil
+from nogemm.train import (
+    DataError,
+    DistilOptions,
+    DistilReport,
+    TrainingError,
+    TrainingInterrupted,
+    TrainOptions,
+    TrainReport,
+    distil,
+    train_model,
+    train_options,
+    train_tokenizer,
+)
 from nogemm.version import __version__ as __version__
 
 __all__ = [
@@ -112,6 +124,8 @@ __all__ = [
     "SumConfig",
     "SwitchConfig",
     "TokenTableConfig",
+    "TrainOptions",
+    "TrainReport",
     "TrainingError",
     "TrainingInterrupted",
     "TreeConfig",
@@ -140,6 +154,9 @@ __all__ = [
     "topk",
     "topk_grouped",
     "topk_threshold",
+    "train_model",
+    "train_options",
+    "train_tokenizer",
     "unpack",
 ]
 

@@ -163,6 +163,10 @@ class FFN(nn.Module, ABC):
         """Return what decides which rows are read, an optimiser group of its own."""
         return []
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        """Return the parameters whose gradients hold visited rows alone where `row_sparse` asks for it."""
+        return []
+
     def optimiser_groups(self) -> dict[str, list[nn.Parameter]]:
         """Sort the trainable parameters into "projection", "tables" and "other"."""
         groups = {"projection": self.projection_parameters(), "tables": self.table_parameters()}

@@ -26,6 +26,7 @@ NAMED = "named"
 _AUTO = {
     "search": "AutoModel",
     "mlm": "AutoModelForMaskedLM",
+    "clm": "AutoModelForCausalLM",
     "classify": "AutoModelForSequenceClassification",
 }
 
@@ -42,8 +43,8 @@ def load_model(
     Args:
         path: a directory, a GGUF file, a name in the local Hugging Face cache, or all-MiniLM-L6-v2. A GGUF file is a
             causal language model, whose quantised weights become numbers of `dtype`, float32 by default.
-        head: "search": the base model. "mlm", "classify": with that head. "named": the class that its config names;
-            where the files hold no weight of that class's head, the base model, with a warning.
+        head: "search": the base model. "mlm", "clm", "classify": with that head. "named": the class that its config
+            names; where the files hold no weight of that class's head, the base model, with a warning.
         dtype: of the weights; None keeps the stored one.
         trust_remote_code: run the code that the directory brings for a class that transformers does not have.
     Raises:

@@ -1,9 +1,10 @@
-"""Training of converted models: distillation from the dense teacher, its data, checkpoints and options."""
+"""Training: distillation from a dense teacher, language models on text, their data, checkpoints and options."""
 
 from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.distil import distil
 from nogemm.train.errors import DataError, TrainingError, TrainingInterrupted
 from nogemm.train.lazy_adam import LazyAdam
+from nogemm.train.lm import Trained, TrainOptions, TrainReport, train_model, train_options, train_tokenizer
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.options import DistilOptions, DistilReport, StageReport
 from nogemm.train.sources import SearchPairs, load_labels, load_split, text_pairs, texts
@@ -18,6 +19,9 @@ __all__ = [
     "SearchPairs",
     "StageReport",
     "TokenFile",
+    "TrainOptions",
+    "TrainReport",
+    "Trained",
     "TrainingError",
     "TrainingInterrupted",
     "distil",
@@ -27,4 +31,7 @@ __all__ = [
     "text_pairs",
     "texts",
     "tokenise",
+    "train_model",
+    "train_options",
+    "train_tokenizer",
 ]

@@ -181,7 +181,7 @@ class Run:
         report = self.reports[index]
         saved = begun = time.monotonic()
         seconds_before = report.seconds
-        with gradients_for(stage, self.model), sparse_rows(self.model, self.options.optimizer == "lazy-adam"):
+        with gradients_for(stage.groups, self.model), sparse_rows(self.model, self.options.optimizer == "lazy-adam"):
             while self.fraction() < high and not self.stopped:
                 part = (self.fraction() - low) / (high - low)
                 set_rates(optimiser, rates, rate_factor(part, self.options.warmup))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ def open_feed(
     tokenizer = prepare_tokenizer(tokenizer or default_tokenizer(teacher))
     masking = Masking.of(tokenizer, options.seed) if options.output == "mlm" else None
     if not resume:
-        _forget(directory)
+        forget(directory, ("tokens", "validation"))
 
     common = {"tokenizer": tokenizer_identity(tokenizer), "field": options.field, "pair": options.pair}
 
@@ -87,10 +87,10 @@ def open_feed(
     return Feed(batches, Validation(teacher, held_out, 2 * options.batch_tokens, pad, pooling), masking, pooling)
 
 
-def _forget(directory: Path) -> None:
+def forget(directory: Path, names: Iterable[str]) -> None:
     """Remove the tokens of a run that ended before its first checkpoint: nobody knows what they were made from."""
-    for name in ("tokens", "validation"):
-        if (directory / name / "info.json").is_file():
+    for name in names:
+        if any((directory / name / mark).is_file() for mark in ("info.json", "tokenizer.json")):
             shutil.rmtree(directory / name)
         for leftover in directory.glob(f"{name}.tmp-*"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from nogemm.convert.sites import converted
-
-if TYPE_CHECKING:
-    from nogemm.train.stages import Stage
 
 # How transformers captures hidden states: hooks that are functions of this module, installed by the first call that
 # asks for them and never removed, and a mark on every model that has them. Such a model cannot be pickled.
@@ -53,10 +50,10 @@ def no_hook_left(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_for(stage: Stage, model: nn.Module) -> Iterator[None]:
-    """Let only the stage's parameters collect gradients, and restore every flag afterwards."""
+def gradients_for(groups: Mapping[str, Iterable[nn.Parameter]], model: nn.Module) -> Iterator[None]:
+    """Let only the parameters in the groups collect gradients, and restore every flag afterwards."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    wanted = {id(parameter) for group in stage.groups.values() for parameter in group}
+    wanted = {id(parameter) for group in groups.values() for parameter in group}
     for parameter, _ in before:
         parameter.requires_grad_(id(parameter) in wanted)
     try:

@@ -64,7 +64,7 @@ def optimiser_of(
     *,
     caller: str,
 ) -> torch.optim.Optimizer:
-    """Make the optimiser with two groups for each non-empty entry whose rate is above 0: matrices decay, vectors do not.
+    """Make an optimiser with two groups for each non-empty entry whose rate is above 0: one of them decays.
 
     Args:
         groups: parameters by name.
@@ -114,7 +114,7 @@ def rate_factor(fraction: float, warmup: float) -> float:
 
 def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
     """Scale gradients down to a norm of at most `largest`; return the norm before, which may be NaN or infinite."""
-    gradients = [_numbers(p) for p in parameters if p.grad is not None]
+    gradients = [gradient_numbers(p) for p in parameters if p.grad is not None]
     if not gradients:
         return 0.0
     norm = float(torch.nn.utils.get_total_norm(gradients))
@@ -124,7 +124,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], largest: float) -> float:
     return norm
 
 
-def _numbers(parameter: nn.Parameter) -> Tensor:
+def gradient_numbers(parameter: nn.Parameter) -> Tensor:
     """Return what a parameter's gradient holds, to be changed in place: of a sparse one the visited rows."""
     assert parameter.grad is not None
     if not parameter.grad.is_sparse:

@@ -200,6 +200,9 @@ class TreeFFN(FFN):
         """Return the in-rows, an optimiser group of their own."""
         return [self.weight_in]
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        return [self.weight_in, self.weight_out]
+
     def active_neurons(self) -> int:
         return self.config.trees * self.levels + self.config.core
 

@@ -49,7 +49,9 @@ class TrainOptions:
         decay_tables: whether tables decay, too.
         beta1, beta2, eps: of Adam.
         clip: largest gradient norm of the whole model; 0 does not clip.
-        dropout: of a new model; None: the architecture's own.
+        dropout, tie: of a new model, and whether its head is its embeddings; None: the architecture's own.
+        refit_steps: steps between two fits of what layers derive from their own weights (a HireFFN's low-rank sketch);
+            hash tables of neurons (SLIDE, MONGOOSE) renew themselves.
         optimizer: "adamw", or "lazy-adam": gradients of trees hold the visited rows alone, and only those are stepped.
         precision: "fp32", or "bf16" (matrix products in bfloat16, weights in float32).
         seed: of weights, order of the data, hidden tokens and dropout.
@@ -97,6 +99,8 @@ class TrainOptions:
     eps: float = 1e-6
     clip: float = 1.0
     dropout: float | None = None
+    tie: bool | None = None
+    refit_steps: int = 100
     optimizer: Optimizer = "adamw"
     precision: Precision = "fp32"
     seed: int = 0
@@ -145,7 +149,7 @@ class TrainOptions:
 
 
 BUDGETS = ("tokens", "steps", "max_seconds")
-OF_NEW_MODELS = ("arch", "layers", "width", "heads", "hidden", "activation", "dropout")
+OF_NEW_MODELS = ("arch", "layers", "width", "heads", "hidden", "activation", "dropout", "tie")
 """Options that a model from a checkpoint or a config has no use for."""
 FREE = frozenset({"log_steps", "log_seconds", "checkpoint_seconds", "checkpoint_steps", "tensorboard"})
 """Options that may change when a run is resumed."""
@@ -157,7 +161,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ffn": LookupConfig(tables=256, bits=8, init="reference"), "vocabulary": 50_265, "steps": 250_000,
         "context": 512, "batch": 256, "mask": 0.15, "lr": 1e-4, "warmup": 0.04, "decay": "linear",
         "weight_decay": 0.01, "decay_tables": True, "beta1": 0.9, "beta2": 0.98, "eps": 1e-6, "clip": 0.0,
-        "dropout": 0.1,
+        "dropout": 0.1, "tie": False,
     },
     # HiRE (Yerram et al., 2024): 5 % of the neurons, in groups of eight, and the head. The paper's model has 10^9
     # parameters and its recipe is not published; sizes and rates are those of the smallest GPT-2.
@@ -216,7 +220,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _LARGE = float("inf")
 _RANGES: tuple[tuple[str, float, float], ...] = (
     *((name, 1, _LARGE) for name in ("layers", "width", "heads", "hidden", "tokens", "steps", "batch", "micro_batch")),
-    *((name, 1, _LARGE) for name in ("data_tokens", "validation_tokens", "log_steps")),
+    *((name, 1, _LARGE) for name in ("data_tokens", "validation_tokens", "log_steps", "refit_steps")),
     *((name, 0, _LARGE) for name in ("lr", "lr_projection", "lr_tables", "lr_other", "weight_decay", "clip", "seed")),
     *((name, 0, _LARGE) for name in ("max_seconds", "log_seconds", "checkpoint_seconds", "checkpoint_steps")),
     ("validate_steps", 0, _LARGE),

@@ -1,0 +1,88 @@
+"""The log of a run: a row every few steps, as CSV and as JSON lines, in the run's directory.
+
+A resumed run drops the rows behind its checkpoint, so that the finished log is that of a run which nobody stopped.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+from nogemm.files import write_atomically
+
+COLUMNS = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate", "validation_loss")
+CSV, JSONL = "log.csv", "log.jsonl"
+
+
+class Journal:
+    """Means of loss and gradient norm over a window of steps, written as rows.
+
+    Args:
+        directory: of the run; None: nothing is written.
+        every: steps of a window.
+    """
+
+    def __init__(self, directory: Path | None, every: int) -> None:
+        self.directory, self.every = directory, every
+        self.loss = self.norm = 0.0
+        self.steps = 0
+        self.last = float("nan")
+        """Mean loss of the last row."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the open window as JSON values."""
+        return {"loss": self.loss, "norm": self.norm, "steps": self.steps, "last": _number(self.last)}
+
+    def begin(self, step: int, state: dict[str, Any] | None = None) -> None:
+        """Start files anew, or go on after `step` with what `state` returned there."""
+        if state is not None:
+            self.loss, self.norm, self.steps = state["loss"], state["norm"], state["steps"]
+            self.last = float("nan") if state["last"] is None else state["last"]
+        if self.directory is None:
+            return
+        path = self.directory / JSONL
+        lines = path.read_text(encoding="utf-8").splitlines() if state is not None and path.is_file() else []
+        rows = [row for row in map(_row, lines) if row is not None and row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(self.directory / CSV, table.getvalue().encode())
+
+    def add(self, loss: float, norm: float) -> None:
+        """Take one more step into the window."""
+        self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
+
+    def row(
+        self, step: int, tokens: int, seconds: float, rate: float, validation: float | None = None
+    ) -> dict[str, Any] | None:
+        """Write and return a row if the window is full or there is a validation loss; None otherwise."""
+        if self.steps == 0 or (self.steps < self.every and validation is None):
+            return None
+        self.last = self.loss / self.steps
+        values = (step, tokens, round(seconds, 3), self.last, self.norm / self.steps, rate, validation)
+        row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+        self.loss, self.norm, self.steps = 0.0, 0.0, 0
+        if self.directory is not None:
+            with open(self.directory / JSONL, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            with open(self.directory / CSV, "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        return row
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """Read a row back; None if a kill cut it short."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and set(row) == set(COLUMNS) else None
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None

@@ -1,0 +1,317 @@
+"""Train a masked or a causal language model whose FFNs are any of ours, from scratch or from a checkpoint.
+
+Reading order: `train_model`, `_prepared`, `_trained`; the loop is in `trainer.py`, counters and checkpoints in
+`run.py`, data in `corpus.py` and `contexts.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nogemm.convert import converted
+from nogemm.convert.head import convert_head
+from nogemm.errors import ConfigError, DistributedError
+from nogemm.hardware.cpu import machine, machine_line
+from nogemm.models.loading import load_tokenizer
+from nogemm.train import checkpoint as ckpt
+from nogemm.train.guards import gradients_for, interrupts, sparse_rows
+from nogemm.train.lm.corpus import Corpus, Source, open_corpus
+from nogemm.train.lm.models import flops_per_token, make_model, parameter_counts, refit
+from nogemm.train.lm.options import OF_NEW_MODELS, TrainOptions, preset_record, train_options
+from nogemm.train.lm.report import Trained, TrainReport, perplexity
+from nogemm.train.lm.run import Run
+from nogemm.train.memory import keep_freed_memory
+from nogemm.train.optim import settle
+from nogemm.train.progress import Progress
+from nogemm.train.sources import describe
+
+Found = TypeVar("Found")
+
+
+def train_model(
+    data: Source = "sample",
+    *,
+    model: nn.Module | str | Path | None = None,
+    tokenizer: Any = None,
+    validation: Source | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    bar: bool | None = None,
+    preset: str | None = None,
+    options: TrainOptions | None = None,
+    trust_remote_code: bool = False,
+    **changes: Any,
+) -> Trained:
+    """Train a language model on text, its FFNs replaced by any of our layers.
+
+        loss = mean over the guessed tokens of -log softmax(logits)[token] + what layers add while they train
+
+    Guessed are 15 % of the tokens of a masked language model, the next token of a causal one. transformers' Trainer and
+    accelerate run the loop: started by `torchrun` or `accelerate launch`, the processes share every batch, and their
+    number changes the result by rounding only.
+
+    Args:
+        data: "sample", a text, JSONL or CSV file (also .gz), OWNER/NAME of a data set of the hub, which is streamed, a
+            `datasets` dataset, or a list of texts.
+        model: a transformers model with a vocabulary head, the directory or cached name of a checkpoint, or a JSON file
+            of a config; None: a new model of `options.arch`.
+        tokenizer: transformers'; None: that of the checkpoint, else one that is trained on the data.
+        validation: texts to measure on; by default the sample's own split, or texts held out of the data by their hash.
+        output_dir: where tokens, tokenizer, log and checkpoints go; without it nothing can be resumed.
+        resume: continue from the last checkpoint in `output_dir`, if there is one. A finished run does nothing more and
+            gives its report again.
+        device: "cpu" or "cuda"; None: a GPU where there is one.
+        bar: show a progress bar; by default on a terminal.
+        preset: a set of defaults, "lookupffn", "hire" or "laptop"; see `train_options`.
+        options, changes: `TrainOptions`, or single fields of it as keywords.
+        trust_remote_code: run code that the checkpoint's directory brings.
+    Returns:
+        Trained(model, tokenizer, report): the model in evaluation mode, on the device it was trained on.
+    Raises:
+        ConfigError: options or model do not fit together. DataError: no text, too little of it, or data that changed
+            since the run that is resumed.
+        TrainingError: a loss or gradient is not finite (the last checkpoint stays), a directory in use or with an
+            earlier run, or no room for a checkpoint.
+        TrainingInterrupted: Ctrl-C or SIGTERM; the state was saved, and the message says how to resume.
+    Example:
+        >>> found = nogemm.train_model("sample", preset="laptop", ffn=nogemm.LookupConfig(tables=32))  # doctest: +SKIP
+    """
+    start = time.monotonic()
+    options = _chosen(options, preset, changes, model)
+    _check_packages(options)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_shares(options, world, device)
+    if world > 1 and output_dir is None:
+        raise ConfigError("train: several processes need an output_dir that all of them see")
+    scratch = Path(tempfile.mkdtemp(prefix="nogemm-")) if output_dir is None else None
+    directory = Path(output_dir) if output_dir is not None else scratch
+    assert directory is not None
+    first = int(os.environ.get("RANK", "0")) == 0
+    run = Run(options, directory, start, keep=scratch is None, first=first)
+    was_initialised = dist.is_available() and dist.is_initialized()
+    try:
+        with own_randomness(), keep_freed_memory(), _locked(directory, first):
+            found, corpus = _prepared(run, data, model, tokenizer, validation, resume, device, world, trust_remote_code)
+            facts = _facts(found, corpus, run, data, model) | {"preset": preset_record(preset, options)}
+            with gradients_for({"all": list(found.parameters())}, found):
+                return _trained(run, found, corpus, facts, bar, device, world)
+    finally:
+        if scratch is not None:
+            shutil.rmtree(scratch, ignore_errors=True)
+        if not was_initialised and dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _chosen(options: TrainOptions | None, preset: str | None, changes: Mapping[str, Any], model: Any) -> TrainOptions:
+    """Return the options that count, or say what does not go together."""
+    if options is not None and (preset is not None or changes):
+        raise ConfigError("train: give options, or a preset and single options, not both")
+    given = [name for name in OF_NEW_MODELS if name in changes]
+    if model is not None and given:
+        raise ConfigError(f"train: {', '.join(given)} describe a new model, and a model was given")
+    return options or train_options(preset, **changes)
+
+
+def _check_packages(options: TrainOptions) -> None:
+    for name in ("transformers", "accelerate"):
+        if importlib.util.find_spec(name) is None:
+            raise ConfigError(f"train needs {name}: pip install 'nogemm[train]'")
+    if options.tensorboard and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
+        raise ConfigError("train: tensorboard=True needs tensorboard: pip install tensorboard")
+
+
+def _check_shares(options: TrainOptions, world: int, device: str | None) -> None:
+    """Raise ConfigError unless a batch can be dealt to the processes and the device is there."""
+    micro = options.micro_batch or max(1, options.batch // world)
+    if options.batch % (world * micro):
+        raise ConfigError(
+            f"train: batch={options.batch} cannot be dealt evenly to {world} processes in micro-batches of {micro}"
+        )
+    if device not in (None, "cpu", "cuda"):
+        raise ConfigError(f"train: device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train: device='cuda', and torch sees no GPU")
+
+
+def _prepared(
+    run: Run,
+    data: Source,
+    model: Any,
+    tokenizer: Any,
+    validation: Source | None,
+    resume: bool,
+    device: str | None,
+    world: int,
+    trust_remote_code: bool,
+) -> tuple[Any, Corpus]:
+    """Return model and corpus; the first process tokenises, the others open what it wrote."""
+    from nogemm.train.lm.trainer import start_processes
+
+    start_processes(device, world)
+    if tokenizer is None and isinstance(model, (str, Path)) and Path(model).suffix != ".json":
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+
+    def read() -> Corpus:
+        if not resume:
+            ckpt.refuse_earlier_run(run.directory)
+        else:
+            run.read()
+        return open_corpus(run.options, run.directory, data, validation, tokenizer, resume)
+
+    corpus = in_turn(read, run.first, world)
+    if not run.first:
+        if resume:
+            run.read()
+        corpus = open_corpus(run.options, run.directory, data, validation, tokenizer, resume=True)
+    assert corpus is not None
+    found = make_model(run.options, model, corpus.tokenizer, trust_remote_code=trust_remote_code)
+    run.restore(found)
+    return found, corpus
+
+
+def in_turn(work: Callable[[], Found], first: bool, world: int) -> Found | None:
+    """Let the first process work while the others wait; if it fails, all fail.
+
+    Raises:
+        DistributedError: on the others, when the first one failed.
+    """
+    if world == 1:
+        return work()
+    failed = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    found, error = None, None
+    if first:
+        try:
+            found = work()
+        except BaseException as caught:
+            error = caught
+            failed += 1
+    dist.all_reduce(failed)
+    if error is not None:
+        raise error
+    if bool(failed):
+        raise DistributedError("the first process could not prepare the run; it says why")
+    return found
+
+
+def _trained(
+    run: Run, model: Any, corpus: Corpus, facts: dict[str, Any], bar: bool | None, device: str | None, world: int
+) -> Trained:
+    """Run what is left of the training, measure, and report."""
+    from nogemm.train.lm.trainer import LanguageTrainer, arguments_for
+
+    options = run.options
+    cached = getattr(model.config, "use_cache", None)
+    if run.finished is None:
+        lazy = options.optimizer == "lazy-adam"
+        with sparse_rows(model, lazy), interrupts() as stop:
+            run.stop = stop
+            trainer = LanguageTrainer(model, arguments_for(run, device, world), run, corpus)
+            with Progress(options.log_seconds, bar if run.first else False) as progress:
+                run.progress = progress if run.first else None
+                run.begin()
+                if run.fraction() < 1.0:
+                    trainer.train()
+                trainer.ready()
+            settle(trainer.inner_optimiser)
+            refit(model)
+            loss = trainer.validation_loss()
+            run.history.append({"step": run.step, "tokens": run.tokens, "validation_loss": loss})
+            run.journal.row(run.step, run.tokens, run.seconds(), 0.0, loss)
+            run.finished = {
+                "validation_loss": loss, "loss": run.journal.state()["last"], "seconds": run.seconds(),
+                "busy": run.busy, "processes": world, "device": trainer.args.device.type,
+            }  # fmt: skip
+            run.save(model, trainer.inner_optimiser, run.finished)
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            if world > 1:
+                dist.barrier()
+    if cached is not None:
+        model.config.use_cache = cached
+    model.eval()
+    if options.head == "hire":
+        rows = corpus.validation.rows(np.arange(min(corpus.validation.count, 64)))
+        convert_head(model, data=[{"input_ids": torch.from_numpy(rows).to(model.device)}])
+    return Trained(model, corpus.tokenizer, _report(run, run.finished, corpus, facts))
+
+
+def _facts(model: Any, corpus: Corpus, run: Run, data: Source, source: Any) -> dict[str, Any]:
+    """Return what is known of a run before it begins."""
+    options = run.options
+    module = isinstance(source, nn.Module)
+    kind = "new" if source is None else "module" if module else "config" if Path(source).is_file() else "checkpoint"
+    return {
+        "parameters": parameter_counts(model),
+        "flops_per_token": flops_per_token(model, options.context, corpus.guessing.guessed(options.context)),
+        "model": {
+            "architecture": type(model).__name__,
+            "from": kind,
+            "ffn": {name: layer.config.to_dict() for name, layer in converted(model).items()},
+        },
+        "data": {
+            "source": Path(describe(data)).name
+            if isinstance(data, Path) or os.path.exists(str(data))
+            else describe(data),
+            "documents": corpus.documents,
+            "tokens": len(corpus.train.file.tokens),
+            "validation_tokens": corpus.validation.count * options.context,
+            "vocabulary": len(corpus.tokenizer),
+        },
+    }
+
+
+def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str, Any]) -> TrainReport:
+    options = run.options
+    return TrainReport(
+        validation_loss=finished["validation_loss"],
+        perplexity=perplexity(finished["validation_loss"]),
+        loss=finished["loss"],
+        steps=run.step,
+        tokens=run.tokens,
+        epochs=run.step * options.batch / corpus.train.count,
+        seconds=finished["seconds"],
+        training_seconds=finished["busy"],
+        tokens_per_second=run.tokens / max(finished["busy"], 1e-9),
+        history=run.history,
+        options=options.to_dict(),
+        processes=finished["processes"],
+        device=finished["device"],
+        machine=machine() | {"line": machine_line()},
+        **facts,
+    )
+
+
+@contextmanager
+def _locked(directory: Path, first: bool) -> Iterator[None]:
+    """Keep a second run out of the directory; the first process holds the lock for all."""
+    if not first:
+        yield
+        return
+    with ckpt.Lock(directory):
+        yield
+
+
+@contextmanager
+def own_randomness() -> Iterator[None]:
+    """Give Python, NumPy and torch back the generators' states that they had: Trainer seeds all three."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
