@@ -28,6 +28,9 @@ FLAGS = {
     "convert": "--method --set --layers --keep --data --tables --faster-at --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
+    "train": "--data --model --preset --task --arch --layers --width --d --heads --hidden --method --set --tokenizer "
+    "--vocabulary --field --validation --tokens --steps --max-seconds --context --batch --lr --optimizer --option "
+    "--device --seed --run --resume --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
     "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --mode --trust-remote-code --json",
     "generate": "--prompt --max-new-tokens --chat --mode --stop --sample --temperature --top-k --top-p --seed "

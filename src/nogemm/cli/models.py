@@ -298,11 +298,11 @@ def distil_options(choices: dict[str, Any]) -> Any:
     return DistilOptions(**choices)
 
 
-def parse_choice(word: str) -> tuple[str, Any]:
-    """Read NAME=VALUE; the value as JSON where that works, as a plain word otherwise."""
+def parse_choice(word: str, option: str = "--set") -> tuple[str, Any]:
+    """Read NAME=VALUE of an option; the value as JSON where that works, as a plain word otherwise."""
     name, equals, text = word.partition("=")
     if not name or not equals:
-        raise ConfigError(f"--set {word!r}: expected NAME=VALUE, for example tokens=1000000")
+        raise ConfigError(f"{option} {word!r}: expected NAME=VALUE, for example tokens=1000000")
     try:
         return name, json_format.loads(text)
     except ValueError:

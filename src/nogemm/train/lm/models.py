@@ -56,7 +56,12 @@ def make_model(
     elif Path(source).suffix == ".json" and Path(source).is_file():
         model = _from_config(options, Path(source))
     else:
-        model = load_model(source, options.task, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        try:
+            model = load_model(source, options.task, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ConfigError(f"train: {source} is no model for task={options.task!r}") from error
     _check_fit(model, options, tokenizer)
     if options.ffn is not None:
         convert(model, options.ffn)
@@ -98,10 +103,13 @@ def new_model(options: TrainOptions, tokenizer: Any) -> Any:
         known |= {name: options.dropout for name in _DROPOUTS if hasattr(default, name)}
     if hasattr(default, "num_key_value_heads"):
         known["num_key_value_heads"] = options.heads
+    if hasattr(default, "head_dim"):
+        known["head_dim"] = options.width // options.heads
     if options.tie is not None:
         known["tie_word_embeddings"] = options.tie
-    for part in ("pad", "bos", "eos"):
-        known[f"{part}_token_id"] = getattr(tokenizer, f"{part}_token_id")
+    for part in ("pad", "bos", "eos", "cls", "sep", "mask"):
+        if part in ("pad", "bos", "eos") or hasattr(default, f"{part}_token_id"):
+            known[f"{part}_token_id"] = getattr(tokenizer, f"{part}_token_id")
     config = AutoConfig.for_model(options.arch, vocab_size=len(tokenizer), **known)
     return _drawn(options, config)
 

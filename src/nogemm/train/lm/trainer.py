@@ -101,6 +101,9 @@ class LanguageTrainer(Trainer):
         """Return 0: what a step costs is counted once, by `flops_per_token`."""
         return 0
 
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> None:
+        """Leave the norm to `before_update`: Trainer's does not know gradients of rows."""
+
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
         found = super()._init_training_state(*args, **kwargs)
         self.state.global_step = self.run.step
