@@ -53,6 +53,12 @@ def test_convert_distil_and_search(tiny: Path):
     assert scores == sorted(scores, reverse=True)
 
 
+def test_a_small_model_is_trained(tmp_path: Path):
+    said = run("train.py", "--steps", 2, "--save", tmp_path / "model")
+    assert [line.split()[0] for line in said.splitlines()] == ["dense", "lookup", "saved"]
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
 def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
     model = people.gpt2(tmp_path / "gpt2")
     said = run("generate.py", model, "a fast table", "--tokens", 12)

@@ -45,7 +45,9 @@ class Journal:
             return
         path = self.directory / JSONL
         lines = path.read_text(encoding="utf-8").splitlines() if state is not None and path.is_file() else []
-        rows = [row for row in map(_row, lines) if row is not None and row["step"] <= step]
+        # At the step itself a row without a loss is the final measurement, which is made again.
+        found = [row for row in map(_row, lines) if row is not None]
+        rows = [row for row in found if row["step"] < step or (row["step"] == step and row["loss"] is not None)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         table = io.StringIO()
         writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
@@ -61,10 +63,13 @@ class Journal:
         self, step: int, tokens: int, seconds: float, rate: float, validation: float | None = None
     ) -> dict[str, Any] | None:
         """Write and return a row if the window is full or there is a validation loss; None otherwise."""
-        if self.steps == 0 or (self.steps < self.every and validation is None):
+        if self.steps < self.every and validation is None:
             return None
-        self.last = self.loss / self.steps
-        values = (step, tokens, round(seconds, 3), self.last, self.norm / self.steps, rate, validation)
+        loss = norm = None
+        if self.steps:
+            loss, norm = self.loss / self.steps, self.norm / self.steps
+            self.last = loss
+        values = (step, tokens, round(seconds, 3), loss, norm, rate, validation)
         row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
         self.loss, self.norm, self.steps = 0.0, 0.0, 0
         if self.directory is not None:

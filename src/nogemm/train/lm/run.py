@@ -22,7 +22,7 @@ from nogemm.train.optim import optimiser_tensors
 from nogemm.train.progress import Progress, logger
 
 
-class Trained(Protocol):
+class Loop(Protocol):
     """What a run needs of its trainer."""
 
     model: Any
@@ -107,7 +107,7 @@ class Run:
         self._rate, self._stopping, self.clock = rate, stop, clock
         self.journal.add(loss, norm)
 
-    def after_update(self, trainer: Trained) -> dict[str, Any] | None:
+    def after_update(self, trainer: Loop) -> dict[str, Any] | None:
         """Log, measure, save and stop, as is due; return the log's row if one was written."""
         options = self.options
         self.busy += time.monotonic() - self._mark
@@ -118,7 +118,10 @@ class Run:
             validation = trainer.validation_loss()
             self.history.append({"step": self.step, "tokens": self.tokens, "validation_loss": validation})
             logger.info("validation loss after %s tokens: %.4f", f"{self.tokens:,}", validation)
-        row = self.journal.row(self.step, self.tokens, self.clock, self._rate, validation)
+        try:
+            row = self.journal.row(self.step, self.tokens, self.clock, self._rate, validation)
+        except OSError as error:
+            raise TrainingError(f"the log in {self.directory} cannot be written: {error}. {self._kept()}") from error
         if self.progress is not None and row is not None:
             self.progress.update("training", min(self.fraction(), 1.0), self.tokens, row["loss"])
         by_step = options.checkpoint_steps and self.step % options.checkpoint_steps == 0

@@ -6,6 +6,7 @@ Reading order: `train_model`, `_prepared`, `_trained`; the loop is in `trainer.p
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import random
@@ -38,6 +39,7 @@ from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import settle
 from nogemm.train.progress import Progress
 from nogemm.train.sources import describe
+from nogemm.version import __version__
 
 Found = TypeVar("Found")
 
@@ -290,9 +292,16 @@ def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str,
         options=options.to_dict(),
         processes=finished["processes"],
         device=finished["device"],
-        machine=machine() | {"line": machine_line()},
+        machine=_machine(),
         **facts,
     )
+
+
+def _machine() -> dict[str, Any]:
+    """Return what is known of the machine, with the versions of what trains."""
+    facts = machine()
+    own = {name: importlib.metadata.version(name) for name in ("accelerate", "tokenizers")}
+    return facts | {"line": machine_line(), "versions": facts["versions"] | own | {"nogemm": __version__}}
 
 
 @contextmanager
@@ -307,11 +316,11 @@ def _locked(directory: Path, first: bool) -> Iterator[None]:
 
 @contextmanager
 def own_randomness() -> Iterator[None]:
-    """Give Python, NumPy and torch back the generators' states that they had: Trainer seeds all three."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """Give Python, NumPy and torch (on the CPU) back their generators' states: Trainer seeds all three."""
+    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        with torch.random.fork_rng():
-            yield
+        yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        torch.set_rng_state(own)

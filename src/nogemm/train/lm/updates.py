@@ -72,6 +72,7 @@ def average_rows(parameter: nn.Parameter) -> None:
             torch.zeros(parameter.dim() - 1, 0, dtype=torch.int64, device=parameter.device),
             parameter.new_zeros(0, parameter.shape[-1]),
             parameter.shape,
+            check_invariants=False,
         )
     gradient = (gradient if gradient.is_sparse else gradient.to_sparse(parameter.dim() - 1)).coalesce()
     place, values_VD = gradient.indices(), gradient.values()
@@ -95,6 +96,7 @@ def average_rows(parameter: nn.Parameter) -> None:
         torch.cat([part[:, :size] for part, size in zip(places, sizes, strict=True)], dim=1),
         torch.cat([part[:size] for part, size in zip(values, sizes, strict=True)]) / world,
         parameter.shape,
+        check_invariants=False,
     ).coalesce()
 
 
