@@ -155,8 +155,8 @@ FREE = frozenset({"log_steps", "log_seconds", "checkpoint_seconds", "checkpoint_
 """Options that may change when a run is resumed."""
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # LookupFFN (Zeng et al., 2023), its small model: 250,000 updates of 256 x 512 tokens, AdamW on everything. The layer's
-    # LayerNorm is the architecture's own, which stands in front of it.
+    # LookupFFN (Zeng et al., 2023), its small model: 250,000 updates of 256 x 512 tokens, AdamW on everything. The
+    # LayerNorm of the layer is the architecture's own, which stands in front of it.
     "lookupffn": {
         "task": "mlm", "arch": "roberta-prelayernorm", "layers": 4, "width": 512, "heads": 8, "hidden": 2048,
         "ffn": LookupConfig(tables=256, bits=8, norm=False, init="reference"), "vocabulary": 50_265, "steps": 250_000,
