@@ -218,6 +218,22 @@ def test_the_report_says_what_was_done_and_where_nothing_of_the_machine(tmp_path
     assert {"torch", "transformers", "accelerate", "nogemm"} <= set(report["machine"]["versions"])
 
 
+def test_what_is_frozen_stays_as_it_is() -> None:
+    model = train(ffn=LOOKUP, steps=1).model
+    words, tables = model.get_input_embeddings().weight, next(iter(nogemm.converted(model).values())).tables
+    words.requires_grad_(False)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    options = {"model": model, "device": "cpu", "bar": False, "context": 16, "batch": 4, "steps": 1, "lr": 1e-2}
+    tokenizer = train(steps=1).tokenizer
+    nogemm.train_model(TEXTS, tokenizer=tokenizer, lr_tables=0.0, validation_share=0.1, **options)
+    assert words.equal(before["roberta.embeddings.word_embeddings.weight"])
+    assert tables.equal(before["roberta.encoder.layer.0.intermediate.tables"])
+    assert not words.requires_grad
+    assert tables.requires_grad
+    moved = [name for name, value in model.state_dict().items() if not value.equal(before[name])]
+    assert "roberta.encoder.layer.0.intermediate.projection.weight" in moved
+
+
 def test_the_caller_keeps_his_random_numbers() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))

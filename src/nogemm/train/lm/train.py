@@ -35,6 +35,7 @@ from nogemm.train.lm.models import flops_per_token, make_model, parameter_counts
 from nogemm.train.lm.options import OF_NEW_MODELS, TrainOptions, preset_record, train_options
 from nogemm.train.lm.report import Trained, TrainReport, perplexity
 from nogemm.train.lm.run import Run
+from nogemm.train.lm.updates import make_groups
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import settle
 from nogemm.train.progress import Progress
@@ -110,7 +111,7 @@ def train_model(
         with own_randomness(), keep_freed_memory(), _locked(directory, first):
             found, corpus = _prepared(run, data, model, tokenizer, validation, resume, device, world, trust_remote_code)
             facts = _facts(found, corpus, run, data, model) | {"preset": preset_record(preset, options)}
-            with gradients_for({"all": list(found.parameters())}, found):
+            with gradients_for(make_groups(found, options), found):
                 return _trained(run, found, corpus, facts, bar, device, world)
     finally:
         if scratch is not None:
@@ -165,8 +166,11 @@ def _prepared(
     from nogemm.train.lm.trainer import start_processes
 
     start_processes(device, world)
-    if tokenizer is None and isinstance(model, (str, Path)) and Path(model).suffix != ".json":
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    if tokenizer is None:
+        # A module says where it was loaded from; one that was made says "", and gets a tokenizer of the data.
+        name = getattr(model.config, "_name_or_path", "") if isinstance(model, nn.Module) else model or ""
+        if name and Path(name).suffix != ".json":
+            tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
 
     def read() -> Corpus:
         if not resume:
@@ -277,7 +281,7 @@ def _facts(model: Any, corpus: Corpus, run: Run, data: Source, source: Any) -> d
 
 
 def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str, Any]) -> TrainReport:
-    options = run.options
+    options, new = run.options, facts["model"]["from"] == "new"
     return TrainReport(
         validation_loss=finished["validation_loss"],
         perplexity=perplexity(finished["validation_loss"]),
@@ -289,7 +293,7 @@ def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str,
         training_seconds=finished["busy"],
         tokens_per_second=run.tokens / max(finished["busy"], 1e-9),
         history=run.history,
-        options=options.to_dict(),
+        options={name: value for name, value in options.to_dict().items() if new or name not in OF_NEW_MODELS},
         processes=finished["processes"],
         device=finished["device"],
         machine=_machine(),

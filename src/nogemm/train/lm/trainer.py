@@ -64,7 +64,7 @@ class LanguageTrainer(Trainer):
 
     def __init__(self, model: nn.Module, arguments: TrainingArguments, run: Run, corpus: Corpus) -> None:
         self.run, self.corpus, self.options = run, corpus, run.options
-        self.groups = {name: group for name, group in make_groups(model).items() if self.options.rate(name) > 0}
+        self.groups = make_groups(model, self.options)
         self.watch = Watch()
         self.by_rows = row_sparse_parameters(model)
         self.step_loss = torch.zeros((), device=arguments.device)

@@ -20,10 +20,14 @@ from nogemm.train.optim import backbone_parameters, gradient_numbers, layer_grou
 _PACE = 0.9  # of the running mean of gradient norms
 
 
-def make_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Sort all trainable parameters: "projection", "tables" and "other" of the new layers, and "backbone"."""
+def make_groups(model: nn.Module, options: TrainOptions) -> dict[str, list[nn.Parameter]]:
+    """Sort what is trained: "projection", "tables" and "other" of the new layers, and "backbone".
+
+    Parameters that are frozen (`requires_grad`) and groups with a rate of 0 are left out.
+    """
     layers = list(converted(model).values())
-    return {**layer_groups(layers), "backbone": backbone_parameters(model, layers, embeddings=True)}
+    groups = {**layer_groups(layers), "backbone": backbone_parameters(model, layers, embeddings=True)}
+    return {name: group for name, group in groups.items() if group and options.rate(name) > 0}
 
 
 def make_updater(groups: Mapping[str, list[nn.Parameter]], options: TrainOptions) -> torch.optim.Optimizer:
