@@ -47,7 +47,7 @@ def test_an_epoch_holds_every_context_once_and_each_epoch_has_its_order(file: To
         starts = range(len(file.tokens) - 16 * contexts.count + 1)
         whole = [np.asarray(file.tokens[s : s + 16 * contexts.count]).reshape(-1, 16) for s in starts]
         assert found in [sorted(map(bytes, rows)) for rows in whole]
-    assert not np.array_equal(*epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
     across = np.arange(contexts.count - 2, contexts.count + 2)
     assert np.array_equal(contexts.rows(across), np.concatenate([epochs[0][-2:], epochs[1][:2]]))
     assert not np.array_equal(Contexts(file, 18, seed=4).rows(across), contexts.rows(across))

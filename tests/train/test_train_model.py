@@ -219,8 +219,9 @@ def test_the_report_says_what_was_done_and_where_nothing_of_the_machine(tmp_path
 
 
 def test_what_is_frozen_stays_as_it_is() -> None:
-    model = train(ffn=LOOKUP, steps=1).model
-    words, tables = model.get_input_embeddings().weight, next(iter(nogemm.converted(model).values())).tables
+    model: Any = train(ffn=LOOKUP, steps=1).model
+    layer: Any = next(iter(nogemm.converted(model).values()))
+    words, tables = model.get_input_embeddings().weight, layer.tables
     words.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     options = {"model": model, "device": "cpu", "bar": False, "context": 16, "batch": 4, "steps": 1, "lr": 1e-2}
@@ -238,9 +239,14 @@ def test_the_caller_keeps_his_random_numbers() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))
 
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    def seed() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seed()
     expected = draw()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    seed()
     train(steps=1)
     assert draw() == expected
 

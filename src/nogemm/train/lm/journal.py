@@ -13,7 +13,7 @@ from typing import Any
 
 from nogemm.files import write_atomically
 
-COLUMNS = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate", "validation_loss")
+COLUMNS: tuple[str, ...] = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate", "validation_loss")
 CSV, JSONL = "log.csv", "log.jsonl"
 
 

@@ -64,6 +64,7 @@ class LanguageTrainer(Trainer):
 
     def __init__(self, model: nn.Module, arguments: TrainingArguments, run: Run, corpus: Corpus) -> None:
         self.run, self.corpus, self.options = run, corpus, run.options
+        self.inner = model
         self.groups = make_groups(model, self.options)
         self.watch = Watch()
         self.by_rows = row_sparse_parameters(model)
@@ -131,7 +132,7 @@ class LanguageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Return the mean cross-entropy of the guessed tokens."""
         labels_SL = inputs["labels"]
-        total, count = guessed_loss(model, self.model, inputs["input_ids"], labels_SL)
+        total, count = guessed_loss(model, self.inner, inputs["input_ids"], labels_SL)
         return total / count
 
     # -- updates
@@ -156,7 +157,7 @@ class LanguageTrainer(Trainer):
         world = self.args.world_size
         if world > 1:
             for name in self.by_rows:
-                average_rows(self.model.get_parameter(name))
+                average_rows(self.inner.get_parameter(name))
         # One exchange for the loss, for whether somebody wants to stop, and for the first process's clock.
         first = self.args.process_index == 0
         loss, stop, seconds = agreed(
@@ -178,7 +179,7 @@ class LanguageTrainer(Trainer):
     def validation_loss(self) -> float:
         """Measure the mean loss on the held-out contexts, shared by all processes."""
         settle(self.inner_optimiser)
-        self.model.eval()
+        self.inner.eval()
         held_out = self.corpus.validation
         mine = np.arange(self.args.process_index, held_out.count, self.args.world_size)
         size = self.args.per_device_train_batch_size
@@ -186,9 +187,9 @@ class LanguageTrainer(Trainer):
         for start in range(0, len(mine), size):
             inputs: Any = self._prepare_inputs(self.corpus.held_out(mine[start : start + size]))
             with self.compute_loss_context_manager():
-                part, guessed = guessed_loss(self.model, self.model, inputs["input_ids"], inputs["labels"])
+                part, guessed = guessed_loss(self.inner, self.inner, inputs["input_ids"], inputs["labels"])
             total, count = total + float(part), count + guessed
-        self.model.train()
+        self.inner.train()
         total, count = agreed([total, count], self.args.device)
         return total / count
 
