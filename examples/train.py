@@ -26,8 +26,7 @@ def main() -> None:
         report = found.report
         print(
             f"{name:7s} validation loss {report.validation_loss:.3f}, perplexity {report.perplexity:.0f}, "
-            f"{report.flops_per_token['ffn']:,.0f} FLOP a token in FFNs"
-            f", {report.tokens_per_second:,.0f} tokens a second"
+            f"{report.flops_per_token['total']:,.0f} FLOP a token, {report.tokens_per_second:,.0f} tokens a second"
         )
     if args.save is not None:
         nogemm.save(found.model, args.save, tokenizer=found.tokenizer)
