@@ -161,7 +161,7 @@ def refit(model: nn.Module) -> None:
 def flops_per_token(model: Any, context: int, guessed: int) -> dict[str, float]:
     """Return the FLOP of a token's forward pass in training, by what does them.
 
-        ffn = of the replaced, as declared,  attention = 4 L D per layer,  head = 2 V D guessed / L,  linear = 2 |W| of others
+        ffn = as declared (of replaced FFNs),  attention = 4 L D per layer,  head = 2 V D guessed / L,  linear = 2 |W|
 
     Args:
         context: L, tokens that the model sees at once.
