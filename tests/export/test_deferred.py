@@ -88,7 +88,8 @@ def test_other_kinds_and_samples(kind: str, body: str, tmp_path: Path) -> None:
     model = exported(kind, tmp_path / "out", body)
     exact, deferred = pair(tmp_path / "out")
     ids = decoders.prompts(1, 11)
-    for how in ({}, SAMPLED):
+    ways: tuple[dict[str, Any], ...] = ({}, SAMPLED)
+    for how in ways:
         report = GenerationReport()
         expected = exact.generate(ids, NEW, **how)
         check_equal("tokens", deferred.generate(ids, NEW, report=report, **how), expected)
@@ -180,7 +181,8 @@ def test_a_streamer_may_interrupt(at: int, llama: tuple[Any, Path]) -> None:
         if len(seen) == at:
             raise KeyboardInterrupt
 
-    for streamers in ({"streamer": stop}, {"draft_streamer": stop}):
+    ways: tuple[dict[str, Any], ...] = ({"streamer": stop}, {"draft_streamer": stop})
+    for streamers in ways:
         seen.clear()
         with pytest.raises(KeyboardInterrupt):
             decoder.generate(ids, NEW, **streamers)

@@ -267,8 +267,7 @@ def _export_decoder(
         if head == "exact" and find_head(model) is None:
             progress("fitting the head's codes to the texts")
             nogemm.convert_head(model, data=sample, tokenizer=choices["tokenizer"])
-        if mode is not None:
-            found = find_head(model)
+        if mode is not None and (found := find_head(model)) is not None:
             found.config = replace(found.config, mode=mode)
         progress(f"exporting to {output}")
         report = nogemm.export_decoder(model, output, **choices)
