@@ -18,7 +18,6 @@ from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 import nogemm
 from nogemm import cli, ops
 from nogemm.config import layer_kinds
-from nogemm.errors import ConfigError
 from nogemm.hardware import machine
 from nogemm.hardware.held import held_to
 
@@ -394,10 +393,3 @@ def test_distil_without_a_place_for_checkpoints_stops_before_it_trains(tiny, tmp
 )
 def test_layers_are_read(text, layers):
     assert cli.models.parse_layers(text) == layers
-
-
-def test_choices_are_read_as_json_or_words():
-    assert cli.models.parse_choice("tokens=5") == ("tokens", 5)
-    assert cli.models.parse_choice("output=logits") == ("output", "logits")
-    with pytest.raises(ConfigError, match="NAME=VALUE"):
-        cli.models.parse_choice("=5")

@@ -1,4 +1,4 @@
-"""Words of the command line for sums, token tables and models of fewer layers."""
+"""Words of the command line: choices, sums, token tables, models of fewer layers."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModel
 
 import nogemm
+from nogemm.cli.models import parse_choice
+from nogemm.errors import ConfigError
 from nogemm.layers import SumFFN
 from test_cli import run, tiny
 
@@ -78,3 +80,10 @@ def test_wrong_words_are_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.strip().splitlines()) == 1
+
+
+def test_choices_are_read_as_json_or_words() -> None:
+    assert parse_choice("tokens=5") == ("tokens", 5)
+    assert parse_choice("output=logits") == ("output", "logits")
+    with pytest.raises(ConfigError, match="NAME=VALUE"):
+        parse_choice("=5")

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_engines_are_verified_and_timed(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(bench._PACKAGES, "torchao", ("no_such_package",))
     names = ("nogemm-openvino-int8", "openvino-int8", "torch-bf16", "torchao-int8", "llama.cpp-given")
-    torch_ones = ("nogemm-exact-bf16", "nogemm-deferred-fp32", "torch-sampled-bf16", "nogemm-deferred-sampled-bf16")
+    torch_ones = ("nogemm-deferred-fp32", "nogemm-deferred-sampled-bf16")
     names += (*torch_ones, "nogemm-high_recall-fp32", "nogemm-openvino-deferred-int8")
     monkeypatch.setitem(bench._PACKAGES, "llama.cpp", ())
     with trial_runs():

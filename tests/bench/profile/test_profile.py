@@ -98,7 +98,7 @@ def test_phases_add_up_to_the_call() -> None:
     [
         ("tree", ("depth=4",), ["descent", "sum"]),
         ("hire", ("keep=0.25",), ["sketch", "rows"]),
-        ("hire", ("keep=1.0",), []),
+        pytest.param("hire", ("keep=1.0",), [], marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("dtype", [pytest.param("bf16", marks=pytest.mark.slow), "int8"])
@@ -202,8 +202,8 @@ def test_a_sketch_that_misses_what_answers_is_refused(tmp_path: Path, monkeypatc
     ("method", "fields", "counted"),
     [
         ("lookup", TINY["set"], {"kernel", "hash", "gather"}),
-        ("tree", ("depth=3",), {"kernel", "descent", "sum"}),
-        ("hire", ("keep=0.25",), {"kernel"}),
+        pytest.param("tree", ("depth=3",), {"kernel", "descent", "sum"}, marks=pytest.mark.slow),
+        pytest.param("hire", ("keep=0.25",), {"kernel"}, marks=pytest.mark.slow),
     ],
 )
 def test_narrow_layers_are_simulated_where_their_kernel_stops(
