@@ -13,12 +13,13 @@ import typer
 from nogemm.cli.common import Json, Trust, finish, print_partial
 from nogemm.cli.models import parse_choice
 from nogemm.cli.options import Set
-from nogemm.config import Config, LayerConfig, layer_class, layer_kinds, parse_set
+from nogemm.config import Config, LayerConfig, layer_kinds, parse_layer
 from nogemm.errors import CheckpointError, NogemmError
 from nogemm.running.measured import end_early
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
 from nogemm.train.lm.options import PRESETS, TrainOptions, train_options
+from nogemm.train.lm.report import Trained
 
 
 def train(
@@ -96,13 +97,7 @@ def train(
         end_early(record, stopped, print_partial)
     if not first:
         return
-    try:
-        nogemm.save(found.model, output, tokenizer=found.tokenizer)
-    except (NogemmError, OSError) as error:
-        raise CheckpointError(
-            f"{error}. The trained weights are in {run}: the same command with --resume, --run {run} and another "
-            "OUTPUT saves them there, and trains nothing anew"
-        ) from error
+    save(found, output, run)
     report = found.report
     print(
         f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.tokens_per_second:,.0f} tokens/s), "
@@ -112,11 +107,24 @@ def train(
     finish(report.to_dict(), json)
 
 
+def save(found: Trained, output: Path, run: Path) -> None:
+    """Write the trained model; where it cannot be, say how it is saved without training anew."""
+    import nogemm
+
+    try:
+        nogemm.save(found.model, output, tokenizer=found.tokenizer)
+    except (NogemmError, OSError) as error:
+        raise CheckpointError(
+            f"{error}. The trained weights are in {run}: the same command with --resume, --run {run} and another "
+            "OUTPUT saves them there, and trains nothing anew"
+        ) from error
+
+
 def layer_of(method: str | None, assignments: list[str], preset: str | None) -> LayerConfig:
     """Make the config of --method and --set; without --method they change the preset's layer, or LookupFFN."""
     base = None if method is not None or preset is None else PRESETS.get(preset, {}).get("ffn")
     kind = method or (base.kind if base is not None else "lookup")
-    return parse_set(layer_class(kind), [*(words_of(base) if base is not None else []), *assignments])
+    return parse_layer(kind, [*(words_of(base) if base is not None else []), *assignments])
 
 
 def words_of(config: LayerConfig) -> list[str]:
