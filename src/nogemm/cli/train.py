@@ -19,7 +19,7 @@ from nogemm.running.measured import end_early
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
 from nogemm.train.lm.options import PRESETS, TrainOptions, train_options
-from nogemm.train.lm.report import Trained
+from nogemm.train.lm.report import Trained, TrainReport
 
 
 def train(
@@ -98,13 +98,17 @@ def train(
     if not first:
         return
     save(found, output, run)
-    report = found.report
-    print(
+    print(summary(found.report))
+    print(output)
+    finish(found.report.to_dict(), json)
+
+
+def summary(report: TrainReport) -> str:
+    """Say in a line what a run came to."""
+    return (
         f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.tokens_per_second:,.0f} tokens/s), "
         f"validation loss {report.validation_loss:.4f}, perplexity {report.perplexity:.2f}"
     )
-    print(output)
-    finish(report.to_dict(), json)
 
 
 def save(found: Trained, output: Path, run: Path) -> None:
