@@ -96,7 +96,7 @@ def test_other_kinds_and_samples(kind: str, body: str, tmp_path: Path) -> None:
         assert report.differences > 0
         if body == "float":
             check_equal("torch's", nogemm.generate(model, ids, NEW, **how), expected)
-    assert not torch.equal(exact.generate(ids, NEW, **SAMPLED | {"seed": 6}), expected)
+    assert not torch.equal(exact.generate(ids, NEW, **{**SAMPLED, "seed": 6}), expected)
 
 
 def test_a_good_search_is_not_taken_back(tmp_path: Path) -> None:
