@@ -108,7 +108,9 @@ def test_two_processes_train_as_one_does(layer: list[Any], tmp_path: Path, data:
         assert out.count("validation loss") == 1
     one, two = log(tmp_path / "one-run"), log(tmp_path / "two-run")
     for name in ("loss", "gradient_norm", "validation_loss"):
-        assert [row[name] for row in two] == [pytest.approx(row[name], rel=1e-4) for row in one]
+        values = [[row[name] for row in rows if row[name] is not None] for rows in (one, two)]
+        assert len(values[0]) >= 1
+        assert values[1] == pytest.approx(values[0], rel=1e-4)
     assert json.loads((tmp_path / "two.json").read_text())["processes"] == 2
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("one", "two")]
     for name, value in weights[0].items():
