@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,3 +56,24 @@ def make(kind: str) -> Any:
 def prompts(count: int = 1, length: int = 5) -> torch.Tensor:
     """Return random prompts."""
     return torch.randint(2, V, (count, length))
+
+
+def genai_tokens(folder: Path, ids_1L: torch.Tensor, count: int) -> list[int]:
+    """Continue a prompt greedily with an exported decoder in openvino-genai, all of it in float32."""
+    import openvino as ov
+    import openvino_genai  # pyright: ignore[reportMissingImports]
+
+    from nogemm.export.running import read_record
+
+    pipe = openvino_genai.LLMPipeline(
+        str(folder),
+        openvino_genai.Tokenizer(str(folder)),
+        "CPU",
+        ATTENTION_BACKEND="SDPA",
+        INFERENCE_PRECISION_HINT="f32",
+        KV_CACHE_PRECISION="f32",  # its own choice is eight bits, another model after some tokens
+        extensions=[str(folder / read_record(folder)["extension"])],
+    )
+    config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, eos_token_id=1)
+    inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids_1L.numpy()), ov.Tensor(torch.ones_like(ids_1L).numpy()))
+    return list(pipe.generate(inputs, config).tokens[0])

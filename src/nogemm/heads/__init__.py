@@ -2,7 +2,7 @@
 
 from nogemm.heads.codes import make_codes, second_moment
 from nogemm.heads.config import HeadConfig
-from nogemm.heads.layer import Choice, HireHead, deferred_bytes, head_of, output_embeddings
+from nogemm.heads.layer import Choice, HireHead, deferred_bytes, head_of, output_embeddings, searched_bytes
 
 __all__ = [
     "Choice",
@@ -12,5 +12,6 @@ __all__ = [
     "head_of",
     "make_codes",
     "output_embeddings",
+    "searched_bytes",
     "second_moment",
 ]

@@ -39,15 +39,20 @@ class Choice:
     rows: Tensor
 
 
+def searched_bytes(codes: HeadCodes, weight_VD: Tensor, config: HeadConfig) -> int:
+    """Return the bytes of a head that a search reads: the codes' leading parts, and `rows` rows of the weights."""
+    rows = min(config.rows, weight_VD.shape[0]) * weight_VD.shape[1] * weight_VD.element_size()
+    return codes.search_bytes + rows
+
+
 def deferred_bytes(codes: HeadCodes, weight_VD: Tensor, config: HeadConfig) -> int:
     """Return the bytes of a head that a token reads in mode "deferred".
 
-        search + rows D bytes of a weight + codes / verify_every
+        search + codes / verify_every
 
     What a proof computes exactly, some dozens of rows, is not counted.
     """
-    rows = min(config.rows, weight_VD.shape[0]) * weight_VD.shape[1] * weight_VD.element_size()
-    return codes.search_bytes + rows + codes.bytes // config.verify_every
+    return searched_bytes(codes, weight_VD, config) + codes.bytes // config.verify_every
 
 
 class HireHead(nn.Module):

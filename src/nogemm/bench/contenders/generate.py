@@ -25,7 +25,7 @@ from nogemm.export import OpenVINODecoder
 from nogemm.export import decoder_graph as dg
 from nogemm.export.memory import step
 from nogemm.export.openvino_host import load
-from nogemm.heads import HeadConfig
+from nogemm.heads import HeadConfig, deferred_bytes, searched_bytes
 from nogemm.models.loading import load_model, load_tokenizer
 from nogemm.ops import head_logits
 
@@ -97,10 +97,11 @@ class HireTorch(Torch):
         self.config = config = HeadConfig(mode=settings["mode"])
         tokenizer = load_tokenizer(settings["model"])
         self.head = convert_head(self.model, config, settings["fit"], tokenizer=tokenizer)
-        dense, codes = self.head.weight.numel() * self.head.weight.element_size(), self.head.codes()
-        searched = codes.search_bytes + self.head.config.rows * dense / self.head.out_features
-        read = {"exact": codes.bytes, "deferred": searched + codes.bytes / config.verify_every}
-        self.bytes_read += read.get(config.mode, searched) - dense
+        weight, codes = self.head.weight, self.head.codes()
+        # Of the head's own config, in which "high_recall" has chosen its rows.
+        read = {"exact": codes.bytes, "deferred": deferred_bytes(codes, weight, self.head.config)}
+        own = read.get(config.mode, searched_bytes(codes, weight, self.head.config))
+        self.bytes_read += own - weight.numel() * weight.element_size()
 
     def generate(self, ids_L: list[int], count: int) -> list[int]:
         return self._continued(torch.tensor([ids_L]), count)[0, len(ids_L) :].tolist()

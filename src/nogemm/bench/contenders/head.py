@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.bench import peers
-from nogemm.heads import HeadConfig, HireHead
+from nogemm.heads import HeadConfig, HireHead, searched_bytes
 from nogemm.ops import head_logits
 from nogemm.ops.head_scan import HeadCodes
 
@@ -105,7 +105,7 @@ class OurHead(HeadContender):
             facts |= {"bytes_read": size, "weight_bytes": size * self.copies}
             return facts | self._agreement(found, 1.0)
         codes = self.heads[0].codes()
-        searched = codes.search_bytes + self.heads[0].config.rows * size / rows
+        searched = searched_bytes(codes, self.weight_VD, self.heads[0].config)
         proofs = [self.heads[0].choose(x) for x in parts]
         computed = torch.cat([proof.rows for proof in proofs]).double()
         proven = codes.bytes + float(computed.mean()) * size / rows
