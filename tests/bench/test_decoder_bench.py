@@ -34,10 +34,15 @@ def test_rows_are_verified_and_timed() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "engine"),
-    [("TorchDecoder", "torch-int8"), ("OpenVinoDecoder", "openvino-int8"), ("OurDecoder", "nogemm-int8")],
+    [
+        ("TorchDecoder", "torch-int8"),
+        ("OpenVinoDecoder", "openvino-int8"),
+        ("OurDecoder", "nogemm-int8"),
+        ("ExportedDecoder", "nogemm-openvino-int8"),
+    ],
 )
 def test_another_models_logits_are_refused(kind: str, engine: str, tmp_path: Path) -> None:
-    if kind == "OpenVinoDecoder":
+    if "openvino" in engine:
         pytest.importorskip("openvino")
         pytest.importorskip("nncf")
     file = tmp_path / "reference.safetensors"

@@ -23,7 +23,8 @@ from nogemm.hardware.cpu import usable_cores
 from nogemm.running.measured import Keep, Note
 
 OURS = "nogemm-int8"
-AGAINST = ("torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8")
+EXPORTED = "nogemm-openvino-int8"
+AGAINST = (EXPORTED, "torch-bf16", "torch-int8", "openvino-bf16", "openvino-int8")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,7 @@ class DecoderArgs:
         active: share of the neurons that fire for a token.
         sketch: of our FFNs, "int8" or "int4".
         prompt: tokens in the cache when decoding begins.
-        against: dense engines, of AGAINST.
+        against: ours in OpenVINO, and dense engines, of AGAINST.
         threads, rounds, seconds, seed: as in `nogemm bench layer`.
     """
 
@@ -76,7 +77,8 @@ def run_decoder_bench(args: DecoderArgs, *, note: Note | None = None, keep: Keep
         specs = [Spec(name=OURS, factory=contenders + "OurDecoder", settings=settings | {"engine": OURS})]
         for name in args.against:
             kind = "TorchDecoder" if name.startswith("torch") else "OpenVinoDecoder"
-            missing = peers.missing(name)
+            kind = "ExportedDecoder" if name == EXPORTED else kind
+            missing = peers.missing(name.removeprefix("nogemm-"))
             specs.append(
                 Spec(name=name, factory=contenders + kind, settings=settings | {"engine": name}, missing=missing)
             )

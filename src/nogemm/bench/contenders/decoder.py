@@ -6,6 +6,7 @@ Legend: L layers, D width, F neurons, H heads, T tokens in the cache, V vocabula
 from __future__ import annotations
 
 import gc
+import tempfile
 import warnings
 from pathlib import Path
 from statistics import NormalDist
@@ -19,10 +20,16 @@ from nogemm.convert.convert import convert
 from nogemm.convert.head import convert_head
 from nogemm.convert.pack import pack
 from nogemm.convert.sites import converted, record_sites
-from nogemm.export.openvino_host import quiet, shared_core
+from nogemm.export import decoder_graph as dg
+from nogemm.export import export_decoder
+from nogemm.export.extension import LIBRARY
+from nogemm.export.folder import MODEL
+from nogemm.export.memory import Memory
+from nogemm.export.openvino_host import load, quiet, shared_core
 from nogemm.hardware.memory import peak_memory_bytes
 from nogemm.heads import HireHead
 from nogemm.layers import HireConfig, HireFFN
+from nogemm.ops import head_logits
 
 # Largest error of a step's logits, as a share of their norm, against float32 products of the same bfloat16 weights.
 CLOSE = {"bf16": 0.05, "int8": 0.15}
@@ -181,6 +188,14 @@ class OurDecoder(TorchDecoder):
     """The same model with its FFNs converted, its body in int8 and its head proven, in transformers."""
 
     def build(self) -> dict[str, Any]:
+        facts = self.convert()
+        pack(self.model, "int8", body="int8")
+        gc.collect()
+        self.fill()
+        return facts
+
+    def convert(self) -> dict[str, Any]:
+        """Make the model with its FFNs and head converted, not packed yet; return facts."""
         self.model = make_decoder(self.shape)
         keep, sketch = self.settings["keep"], self.settings["sketch"]
         convert(self.model, HireConfig(keep=keep, select="active", sketch=sketch))
@@ -191,9 +206,6 @@ class OurDecoder(TorchDecoder):
         body = sum(p.numel() for n, p in self.model.named_parameters() if "_proj.weight" in n)
         layers = [layer for layer in converted(self.model).values() if isinstance(layer, HireFFN)]
         read = sum(sum(layer.traffic(1)) for layer in layers)  # a byte a number
-        pack(self.model, "int8", body="int8")
-        gc.collect()
-        self.fill()
         facts["bytes_read"] = float(body + read + head.codes().bytes)
         return facts
 
@@ -215,6 +227,35 @@ class OurDecoder(TorchDecoder):
         assert isinstance(head, HireHead)
         with torch.inference_mode():
             return head.choose(self._state(inputs)).token
+
+
+class ExportedDecoder(OurDecoder):
+    """The same model exported to OpenVINO: FFNs and head are our operators, attention's matrices int8 by NNCF."""
+
+    def build(self) -> dict[str, Any]:
+        facts = self.convert()
+        self.rows_VD = self.model.get_output_embeddings().weight.detach().clone()
+        with tempfile.TemporaryDirectory(prefix="nogemm-bench-") as folder:
+            with quiet():
+                record = export_decoder(self.model, folder, body="int8", rows="bf16", dtype="int8")
+            del self.model
+            gc.collect()
+            graph = load(Path(folder) / MODEL, Path(folder) / LIBRARY)
+            dg.keep_outputs(graph, (dg.STATE, dg.TOKEN))
+            request = dg.compile_graph(graph, torch.get_num_threads()).create_infer_request()
+        self.memory = Memory(request)
+        self.memory.run(self.prompt_1T, None, {})
+        return facts | {"states_agree": record.agreement}
+
+    def rewind(self) -> None:
+        self.memory.cut(self.prompt_1T.shape[1])
+
+    def logits(self, token: int) -> Tensor:
+        state_D = self.memory.run(torch.tensor([[token]]), None, {})[dg.STATE][0, 0]
+        return head_logits(torch.from_numpy(state_D.copy()).unsqueeze(0), self.rows_VD)[0]
+
+    def run(self, inputs: int) -> Any:
+        return self.memory.run(torch.tensor([[inputs]]), None, {})[dg.TOKEN][0, 0]
 
 
 class Step(nn.Module):
