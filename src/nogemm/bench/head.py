@@ -38,7 +38,9 @@ AGAINST = (
     "openvino-int8",
 )
 
-MOST_COPIES = 12  # of a head: a lone small one would sit in a cache that the rest of a model uses
+# Of a head: a lone small one would sit in a cache that the rest of a model uses.
+MOST_COPIES, MOST_OF_OURS = 12, 40
+_OUR_SHARE = 0.06  # of the memory, for the heads of one contender of ours
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,10 +90,11 @@ def run_head_bench(
         weight_VD = _write(args, texts, file, note or (lambda line: None))
         copies = copies_of(weight_VD, 4 + len(args.against))
         settings = {"file": str(file), "copies": copies}
+        own = {"copies": copies_of_ours(weight_VD, args, copies)}
         settings |= {"leading": args.leading, "sketch": args.sketch, "rows": args.rows}
         ours = "nogemm.bench.contenders.head:OurHead"
         specs = [
-            Spec(name=name, factory=ours, settings=settings | {"engine": name})
+            Spec(name=name, factory=ours, settings=settings | own | {"engine": name})
             for name in (EXACT, DEFERRED, SEARCH, DENSE)
         ]
         dense = "nogemm.bench.contenders.head:DenseHead"
@@ -99,6 +102,7 @@ def run_head_bench(
             missing = peers.missing(name)
             specs.append(Spec(name=name, factory=dense, settings=settings | {"engine": name}, missing=missing))
         head |= {"vocabulary": weight_VD.shape[0], "width": weight_VD.shape[1], "copies": copies}
+        head["copies_of_ours"] = own["copies"]
         del weight_VD
         cases = [{"batch": batch} for batch in args.batch]
         plan = Plan(threads=threads, rounds=args.rounds, seconds=args.seconds)
@@ -119,6 +123,20 @@ def copies_of(weight_VD: Tensor, contenders: int) -> int:
     read, held = weight_VD.numel() / 2, 2 * 4 * weight_VD.numel() * contenders
     room = int((machine()["memory_bytes"] or 2**63) // held)
     return max(1, min(MOST_COPIES, room, round(2 * last_level_cache_bytes() / read)))
+
+
+def copies_of_ours(weight_VD: Tensor, args: HeadArgs, dense: int) -> int:
+    """Return how many of our heads take turns, at least as many as dense ones: a search reads far less than they do.
+
+    A head holds its weights, and codes of at most 0.7 bytes a weight.
+    """
+    rows, width = weight_VD.shape
+    searched = (
+        rows * (args.leading + (args.sketch - args.leading) / 2 + 8) + args.rows * width * weight_VD.element_size()
+    )
+    held = weight_VD.numel() * (weight_VD.element_size() + 0.7)
+    room = int(_OUR_SHARE * (machine()["memory_bytes"] or 2**63) / held)
+    return max(dense, min(MOST_OF_OURS, room, round(2 * last_level_cache_bytes() / searched)))
 
 
 def _write(args: HeadArgs, texts: Iterable[str], file: Path, note: Note) -> Tensor:
