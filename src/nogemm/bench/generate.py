@@ -48,6 +48,8 @@ CONTENDERS = (
     "torch-bf16",
     "nogemm-exact-bf16",
     "nogemm-deferred-bf16",
+    "torch-body8",
+    "nogemm-deferred-body8",
     "torch-sampled-bf16",
     "nogemm-deferred-sampled-bf16",
     "torch-fp32",

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nogemm.convert.body import round_body
 from nogemm.convert.head import convert_head
 from nogemm.decoding import generate
 from nogemm.decoding.sampling import Sampling
@@ -58,7 +59,10 @@ class Engine:
 
 
 class Torch(Engine):
-    """transformers, in eager mode; sampled tokens are drawn from all logits by the noise of `nogemm.generate`."""
+    """transformers, in eager mode; sampled tokens are drawn from all logits by the noise of `nogemm.generate`.
+
+    Precision "body8": the head in bfloat16 and every other matrix in int8, by `Int8Linear`.
+    """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         precision = settings["precision"]
@@ -70,9 +74,13 @@ class Torch(Engine):
             head = self.model.get_output_embeddings()
             head.weight = torch.nn.Parameter(head.weight.detach().clone())  # the embedding stays as it is
             quantize_(self.model, Int8WeightOnlyConfig())
-        item = {"fp32": 4, "bf16": 2, "int8": 1}[precision]
+        item = {"fp32": 4, "bf16": 2, "body8": 2, "int8": 1}[precision]
         linear = sum(m.weight.numel() for m in self.model.modules() if isinstance(m, torch.nn.Linear))
         self.bytes_read = float(item * linear)
+        if precision == "body8":
+            round_body(self.model, keep=False)
+            head = self.model.get_output_embeddings().weight.numel()
+            self.bytes_read = float(linear + head)  # a byte a number, and two of the head's
 
     def generate(self, ids_L: list[int], count: int) -> list[int]:
         cache, fresh, made = new_cache(self.model), torch.tensor([ids_L]), []
