@@ -44,7 +44,7 @@ class Chooser:
             return self.proven(x_ND, places, sequences)
         if self.needs_all:
             self.rows += [min(self.head.config.rows, self.head.out_features)] * len(x_ND)
-            return self._draw(self.head.estimate(x_ND), places, sequences)
+            return self._draw(self.head.estimate(x_ND, self.head.config.rows), places, sequences)
         return self._choose(self.head.search, x_ND, places, sequences)
 
     def proven(self, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
