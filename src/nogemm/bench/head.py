@@ -23,7 +23,7 @@ from nogemm.bench.engine.result import origin
 from nogemm.convert.head import dense_head, find_head, head_states
 from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import last_level_cache_bytes, machine, usable_cores
-from nogemm.heads import second_moment
+from nogemm.heads import HeadConfig, second_moment
 from nogemm.models.loading import load_model, load_tokenizer
 from nogemm.ops import head_logits
 from nogemm.running.measured import Keep, Note
@@ -61,7 +61,7 @@ class HeadArgs:
     dtype: str = "bf16"
     leading: int = 32
     sketch: int = 128
-    rows: int = 512
+    rows: int | None = None
     positions: int = 2000
     batch: tuple[int, ...] = (1,)
     against: tuple[str, ...] = AGAINST
@@ -131,9 +131,8 @@ def copies_of_ours(weight_VD: Tensor, args: HeadArgs, dense: int) -> int:
     A head holds its weights, and codes of at most 0.7 bytes a weight.
     """
     rows, width = weight_VD.shape
-    searched = (
-        rows * (args.leading + (args.sketch - args.leading) / 2 + 8) + args.rows * width * weight_VD.element_size()
-    )
+    computed = HeadConfig(rows=args.rows).rows_of(rows) * width * weight_VD.element_size()
+    searched = rows * (args.leading + (args.sketch - args.leading) / 2 + 8) + computed
     held = weight_VD.numel() * (weight_VD.element_size() + 0.7)
     room = int(_OUR_SHARE * (machine()["memory_bytes"] or 2**63) / held)
     return max(dense, min(MOST_OF_OURS, room, round(2 * last_level_cache_bytes() / searched)))

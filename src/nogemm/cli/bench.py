@@ -299,7 +299,7 @@ def head(
     dtype: Annotated[str, typer.Option(help="Of the head's weights: bf16 or fp32.")] = "bf16",
     leading: Annotated[int, typer.Option(help="Coordinates with eight bits.")] = 32,
     sketch: Annotated[int, typer.Option(help="Coordinates that a search reads.")] = 128,
-    rows: Annotated[int, typer.Option(help="Rows that a search computes exactly.")] = 512,
+    rows: Annotated[int | None, typer.Option(help="Rows that a search computes exactly [by the vocabulary].")] = None,
     positions: Annotated[int, typer.Option(help="States that are verified and timed.")] = 2000,
     batch: Batch = "1",
     against: Annotated[str | None, typer.Option(help="Dense engines, with commas [a choice of all].")] = None,

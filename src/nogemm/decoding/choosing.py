@@ -43,8 +43,8 @@ class Chooser:
         if self.head.config.mode == "exact":
             return self.proven(x_ND, places, sequences)
         if self.needs_all:
-            self.rows += [min(self.head.config.rows, self.head.out_features)] * len(x_ND)
-            return self._draw(self.head.estimate(x_ND, self.head.config.rows), places, sequences)
+            self.rows += [self.head.searched_rows] * len(x_ND)
+            return self._draw(self.head.estimate(x_ND, self.head.searched_rows), places, sequences)
         return self._choose(self.head.search, x_ND, places, sequences)
 
     def proven(self, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:

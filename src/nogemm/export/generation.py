@@ -178,7 +178,7 @@ def _report(
         head="dense" if head.codes is None else "exact",
         mode=None if head.config is None else "deferred" if config.mode == "deferred" else "exact",
         verify_every=config.verify_every,
-        search_rows=config.rows,
+        search_rows=config.rows_of(head.rows.shape[0]),
         scale=head.scale,
         cap=head.cap,
         vocabulary=head.rows.shape[0],

@@ -44,7 +44,7 @@ class Choice:
 
 def searched_bytes(codes: HeadCodes, weight_VD: Tensor, config: HeadConfig) -> int:
     """Return the bytes of a head that a search reads: the codes' leading parts, and `rows` rows of the weights."""
-    rows = min(config.rows, weight_VD.shape[0]) * weight_VD.shape[1] * weight_VD.element_size()
+    rows = config.rows_of(weight_VD.shape[0]) * weight_VD.shape[1] * weight_VD.element_size()
     return codes.search_bytes + rows
 
 
@@ -105,6 +105,11 @@ class HireHead(nn.Module):
     def out_features(self, rows: int) -> None:
         """Take note of nothing: transformers says so when it has resized the tied weights, which say it themselves."""
 
+    @property
+    def searched_rows(self) -> int:
+        """Rows that a search computes exactly."""
+        return self.config.rows_of(self.out_features)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return all logits [..., V] in x's dtype."""
         if self.config.approximate and self._may_estimate(x):
@@ -135,8 +140,8 @@ class HireHead(nn.Module):
 
     def search(self, x: Tensor, noise: Tensor | None = None) -> Choice:
         """Find what is most likely the largest logit of each state: the largest of `config.rows` rows; as `choose`."""
-        index, value, _ = self._run(head_search, x, noise, self.config.rows)
-        return self._choice(index, value, torch.full_like(index, min(self.config.rows, self.out_features)))
+        index, value, _ = self._run(head_search, x, noise, self.searched_rows)
+        return self._choice(index, value, torch.full_like(index, self.searched_rows))
 
     def estimate(self, x: Tensor, rows: int | None = None) -> Tensor:
         """Return all logits [N, V] of states [N, D], float32: exact for the most likely rows, estimates of the others.
@@ -146,7 +151,7 @@ class HireHead(nn.Module):
         Args:
             rows: exact ones; None: a tenth of V, at least `config.rows`.
         """
-        rows = max(self.config.rows, self.out_features // EXACT_ONE_IN) if rows is None else rows
+        rows = max(self.searched_rows, self.out_features // EXACT_ONE_IN) if rows is None else rows
         return self._run(head_search, x, None, rows, logits=True)[2]
 
     def _run(self, op: Any, x: Tensor, noise: Tensor | None, *args: Any, **kwargs: Any) -> Any:
