@@ -11,7 +11,7 @@ from torch import nn
 
 import nogemm
 from nogemm.train.lm.options import PRESETS, TrainOptions, preset_record, train_options
-from nogemm.train.lm.updates import Watch, average_rows, clip, rate_share
+from nogemm.train.loop.updates import Watch, average_rows, clip, rate_share
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -152,12 +152,6 @@ def _check_fit(model: Any, options: TrainOptions, tokenizer: Any) -> None:
         raise ConfigError(f"train: the model has {limit} positions, fewer than context={options.context}")
 
 
-def refit(model: nn.Module) -> None:
-    """Fit anew what layers derive from their own weights alone, such as low-rank sketches."""
-    for layer in converted(model).values():
-        layer.fit_own_weights()
-
-
 def flops_per_token(model: Any, context: int, guessed: int) -> dict[str, float]:
     """Return the FLOP of a token's forward pass in training, by what does them.
 

@@ -5,7 +5,6 @@ Reading order: `TrainOptions`, `PRESETS`, `train_options`.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -13,16 +12,14 @@ from typing import Any, Literal, get_args
 from nogemm.config import LayerConfig, layer_config
 from nogemm.errors import ConfigError
 from nogemm.layers import HireConfig, LookupConfig
-from nogemm.train.options import Optimizer
+from nogemm.train.loop.options import LARGE, LoopOptions, check_options, refuse_unknown
 
 Task = Literal["mlm", "clm"]
-Decay = Literal["linear", "cosine", "constant"]
-Precision = Literal["fp32", "bf16"]
 Head = Literal["dense", "hire"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(LoopOptions):
     """What `train_model` trains, how and how long.
 
     Attributes:
@@ -78,58 +75,18 @@ class TrainOptions:
     ffn: LayerConfig | None = None
     head: Head = "dense"
     vocabulary: int = 8192
-    tokens: int | None = None
-    steps: int | None = None
-    max_seconds: float | None = None
     context: int = 128
-    batch: int = 32
-    micro_batch: int | None = None
     mask: float = 0.15
-    lr: float = 5e-4
-    lr_projection: float | None = None
-    lr_tables: float | None = None
-    lr_other: float | None = None
-    warmup: float = 0.05
-    decay: Decay = "linear"
-    final: float = 0.0
-    weight_decay: float = 0.01
-    decay_tables: bool = False
-    beta1: float = 0.9
-    beta2: float = 0.98
-    eps: float = 1e-6
-    clip: float = 1.0
     dropout: float | None = None
     tie: bool | None = None
-    refit_steps: int = 100
-    optimizer: Optimizer = "adamw"
-    precision: Precision = "fp32"
-    seed: int = 0
     field: str | None = None
     data_tokens: int | None = None
-    validation_share: float = 0.01
     validation_tokens: int = 100_000
-    validate_steps: int = 0
-    log_steps: int = 10
-    log_seconds: float = 10.0
-    checkpoint_seconds: float = 120.0
-    checkpoint_steps: int = 0
-    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.steps is None and self.max_seconds is None:
             raise ConfigError("train: a budget is needed: tokens, steps or max_seconds")
-        for name, low, high in _RANGES:
-            value = getattr(self, name)
-            whole = _TYPES[name].startswith("int")
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-                raise ConfigError(f"train: {name} must be a {'whole ' * whole}number, got {name}={value!r}")
-            if not low <= value <= high:
-                raise ConfigError(f"train: {name} must lie between {low} and {high}, got {name}={value!r}")
-        for name, words in _CHOICES.items():
-            if getattr(self, name) not in words:
-                raise ConfigError(f"train: {name} must be one of {', '.join(words)}, got {getattr(self, name)!r}")
+        check_options(self, "train", _RANGES, _CHOICES)
         if self.ffn is not None and not isinstance(self.ffn, LayerConfig):
             raise ConfigError(f"train: ffn must be a layer config such as nogemm.LookupConfig(), got {self.ffn!r}")
         if self.width % self.heads:
@@ -137,22 +94,14 @@ class TrainOptions:
         if self.head == "hire" and self.task != "clm":
             raise ConfigError('train: head="hire" is for models that generate: task="clm"')
 
-    def rate(self, group: str) -> float:
-        """Return the peak learning rate of a group of parameters."""
-        own = getattr(self, f"lr_{group}", None)
-        return self.lr if own is None else own
-
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values."""
-        own = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return own | {"ffn": None if self.ffn is None else self.ffn.to_dict()}
+        return super().to_dict() | {"ffn": None if self.ffn is None else self.ffn.to_dict()}
 
 
 BUDGETS = ("tokens", "steps", "max_seconds")
 OF_NEW_MODELS = ("arch", "layers", "width", "heads", "hidden", "activation", "dropout", "tie")
 """Options that a model from a checkpoint or a config has no use for."""
-FREE = frozenset({"log_steps", "log_seconds", "checkpoint_seconds", "checkpoint_steps", "tensorboard"})
-"""Options that may change when a run is resumed."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     # LookupFFN (Zeng et al., 2023), its small model: 250,000 updates of 256 x 512 tokens, AdamW on everything. The
@@ -189,9 +138,7 @@ def train_options(preset: str | None = None, /, **given: Any) -> TrainOptions:
     """
     if preset is not None and preset not in PRESETS:
         raise ConfigError(f"train: unknown preset {preset!r}; the presets are {', '.join(PRESETS)}")
-    for name in given:
-        if name not in _TYPES:
-            raise ConfigError(f"train has no option {name!r}; it has: {', '.join(_TYPES)}")
+    refuse_unknown(TrainOptions, given, "train")
     base = {} if preset is None else dict(PRESETS[preset])
     if any(given.get(name) is not None for name in BUDGETS):
         base = {name: value for name, value in base.items() if name not in BUDGETS}
@@ -210,29 +157,11 @@ def preset_record(preset: str | None, options: TrainOptions) -> dict[str, Any]:
     return {"preset": preset, "preset_options": said, "overrides": changed}
 
 
-_TYPES: dict[str, str] = {field.name: str(field.type) for field in dataclasses.fields(TrainOptions)}
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "task": get_args(Task),
-    "decay": get_args(Decay),
-    "precision": get_args(Precision),
-    "head": get_args(Head),
-    "optimizer": get_args(Optimizer),
-}
-_LARGE = float("inf")
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    *((name, 1, _LARGE) for name in ("layers", "width", "heads", "hidden", "tokens", "steps", "batch", "micro_batch")),
-    *((name, 1, _LARGE) for name in ("data_tokens", "validation_tokens", "log_steps", "refit_steps")),
-    *((name, 0, _LARGE) for name in ("lr", "lr_projection", "lr_tables", "lr_other", "weight_decay", "clip", "seed")),
-    *((name, 0, _LARGE) for name in ("max_seconds", "log_seconds", "checkpoint_seconds", "checkpoint_steps")),
-    ("validate_steps", 0, _LARGE),
-    ("vocabulary", 261, _LARGE),
-    ("context", 8, _LARGE),
+_CHOICES: dict[str, tuple[str, ...]] = {"task": get_args(Task), "head": get_args(Head)}
+_RANGES = (
+    *((name, 1, LARGE) for name in ("layers", "width", "heads", "hidden", "data_tokens", "validation_tokens")),
+    ("vocabulary", 261, LARGE),
+    ("context", 8, LARGE),
     ("mask", 0.001, 0.9),
-    ("warmup", 0, 1),
-    ("final", 0, 1),
     ("dropout", 0, 0.99),
-    ("beta1", 0, 0.9999),
-    ("beta2", 0, 0.999999),
-    ("eps", 1e-30, 1),
-    ("validation_share", 0, 0.5),
 )

@@ -6,17 +6,11 @@ Reading order: `train_model`, `_prepared`, `_trained`; the loop is in `trainer.p
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
-import random
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,24 +19,18 @@ from torch import nn
 
 from nogemm.convert import converted
 from nogemm.convert.head import convert_head
-from nogemm.errors import ConfigError, DistributedError
-from nogemm.hardware.cpu import machine, machine_line
+from nogemm.errors import ConfigError
 from nogemm.models.loading import load_tokenizer
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.guards import gradients_for, interrupts, sparse_rows
 from nogemm.train.lm.corpus import Corpus, Source, open_corpus
-from nogemm.train.lm.models import flops_per_token, make_model, parameter_counts, refit
+from nogemm.train.lm.models import flops_per_token, make_model, parameter_counts
 from nogemm.train.lm.options import OF_NEW_MODELS, TrainOptions, preset_record, train_options
 from nogemm.train.lm.report import Trained, TrainReport, perplexity
 from nogemm.train.lm.run import Run
-from nogemm.train.lm.updates import make_groups
-from nogemm.train.memory import keep_freed_memory
-from nogemm.train.optim import settle
-from nogemm.train.progress import Progress
+from nogemm.train.loop.session import check_packages, check_shares, drive, in_turn, machine_facts, session
+from nogemm.train.loop.updates import make_groups
 from nogemm.train.sources import describe
-from nogemm.version import __version__
-
-Found = TypeVar("Found")
 
 
 def train_model(
@@ -96,28 +84,15 @@ def train_model(
     """
     start = time.monotonic()
     options = _chosen(options, preset, changes, model)
-    _check_packages(options)
+    check_packages(options, "train")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_shares(options, world, device)
-    if world > 1 and output_dir is None:
-        raise ConfigError("train: several processes need an output_dir that all of them see")
-    scratch = Path(tempfile.mkdtemp(prefix="nogemm-")) if output_dir is None else None
-    directory = Path(output_dir) if output_dir is not None else scratch
-    assert directory is not None
-    first = int(os.environ.get("RANK", "0")) == 0
-    run = Run(options, directory, start, keep=scratch is None, first=first)
-    was_initialised = dist.is_available() and dist.is_initialized()
-    try:
-        with own_randomness(), keep_freed_memory(), _locked(directory, first):
-            found, corpus = _prepared(run, data, model, tokenizer, validation, resume, device, world, trust_remote_code)
-            facts = _facts(found, corpus, run, data, model) | {"preset": preset_record(preset, options)}
-            with gradients_for(make_groups(found, options), found):
-                return _trained(run, found, corpus, facts, bar, device, world)
-    finally:
-        if scratch is not None:
-            shutil.rmtree(scratch, ignore_errors=True)
-        if not was_initialised and dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+    check_shares(options, world, device, "train")
+    with session(output_dir, "train") as (directory, first):
+        run = Run(options, directory, start, keep=output_dir is not None, first=first)
+        found, corpus = _prepared(run, data, model, tokenizer, validation, resume, device, world, trust_remote_code)
+        facts = _facts(found, corpus, run, data, model) | {"preset": preset_record(preset, options)}
+        with gradients_for(make_groups(found, options), found):
+            return _trained(run, found, corpus, facts, bar, device, world)
 
 
 def _chosen(options: TrainOptions | None, preset: str | None, changes: Mapping[str, Any], model: Any) -> TrainOptions:
@@ -128,27 +103,6 @@ def _chosen(options: TrainOptions | None, preset: str | None, changes: Mapping[s
     if model is not None and given:
         raise ConfigError(f"train: {', '.join(given)} describe a new model, and a model was given")
     return options or train_options(preset, **changes)
-
-
-def _check_packages(options: TrainOptions) -> None:
-    for name in ("transformers", "accelerate"):
-        if importlib.util.find_spec(name) is None:
-            raise ConfigError(f"train needs {name}: pip install 'nogemm[train]'")
-    if options.tensorboard and not any(map(importlib.util.find_spec, ("tensorboard", "tensorboardX"))):
-        raise ConfigError("train: tensorboard=True needs tensorboard: pip install tensorboard")
-
-
-def _check_shares(options: TrainOptions, world: int, device: str | None) -> None:
-    """Raise ConfigError unless a batch can be dealt to the processes and the device is there."""
-    micro = options.micro_batch or max(1, options.batch // world)
-    if options.batch % (world * micro):
-        raise ConfigError(
-            f"train: batch={options.batch} cannot be dealt evenly to {world} processes in micro-batches of {micro}"
-        )
-    if device not in (None, "cpu", "cuda"):
-        raise ConfigError(f"train: device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("train: device='cuda', and torch sees no GPU")
 
 
 def _prepared(
@@ -163,7 +117,7 @@ def _prepared(
     trust_remote_code: bool,
 ) -> tuple[Any, Corpus]:
     """Return model and corpus; the first process tokenises, the others open what it wrote."""
-    from nogemm.train.lm.trainer import start_processes
+    from nogemm.train.loop.trainer import start_processes
 
     start_processes(device, world)
     if tokenizer is None:
@@ -190,35 +144,12 @@ def _prepared(
     return found, corpus
 
 
-def in_turn(work: Callable[[], Found], first: bool, world: int) -> Found | None:
-    """Let the first process work while the others wait; if it fails, all fail.
-
-    Raises:
-        DistributedError: on the others, when the first one failed.
-    """
-    if world == 1:
-        return work()
-    failed = torch.zeros(1, device="cuda" if dist.get_backend() == "nccl" else "cpu")
-    found, error = None, None
-    if first:
-        try:
-            found = work()
-        except BaseException as caught:
-            error = caught
-            failed += 1
-    dist.all_reduce(failed)
-    if error is not None:
-        raise error
-    if bool(failed):
-        raise DistributedError("the first process could not prepare the run; it says why")
-    return found
-
-
 def _trained(
     run: Run, model: Any, corpus: Corpus, facts: dict[str, Any], bar: bool | None, device: str | None, world: int
 ) -> Trained:
     """Run what is left of the training, measure, and report."""
-    from nogemm.train.lm.trainer import LanguageTrainer, arguments_for
+    from nogemm.train.lm.trainer import LanguageTrainer
+    from nogemm.train.loop.trainer import arguments_for
 
     options = run.options
     cached = getattr(model.config, "use_cache", None)
@@ -227,17 +158,9 @@ def _trained(
         with sparse_rows(model, lazy), interrupts() as stop:
             run.stop = stop
             trainer = LanguageTrainer(model, arguments_for(run, device, world), run, corpus)
-            with Progress(options.log_seconds, bar if run.first else False) as progress:
-                run.progress = progress if run.first else None
-                run.begin()
-                if run.fraction() < 1.0:
-                    trainer.train()
-                trainer.ready()
-            settle(trainer.inner_optimiser)
-            refit(model)
-            loss = trainer.validation_loss()
-            run.history.append({"step": run.step, "tokens": run.tokens, "validation_loss": loss})
-            run.journal.row(run.step, run.tokens, run.seconds(), 0.0, loss)
+            drive(run, trainer, bar)
+            loss = run.measure(trainer)["validation_loss"]
+            run.journal.row(run.step, run.tokens, run.seconds(), 0.0, {"validation_loss": loss})
             run.finished = {
                 "validation_loss": loss, "loss": run.journal.state()["last"], "seconds": run.seconds(),
                 "busy": run.busy, "processes": world, "device": trainer.args.device.type,
@@ -296,35 +219,6 @@ def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str,
         options={name: value for name, value in options.to_dict().items() if new or name not in OF_NEW_MODELS},
         processes=finished["processes"],
         device=finished["device"],
-        machine=_machine(),
+        machine=machine_facts(),
         **facts,
     )
-
-
-def _machine() -> dict[str, Any]:
-    """Return what is known of the machine, with the versions of what trains."""
-    facts = machine()
-    own = {name: importlib.metadata.version(name) for name in ("accelerate", "tokenizers")}
-    return facts | {"line": machine_line(), "versions": facts["versions"] | own | {"nogemm": __version__}}
-
-
-@contextmanager
-def _locked(directory: Path, first: bool) -> Iterator[None]:
-    """Keep a second run out of the directory; the first process holds the lock for all."""
-    if not first:
-        yield
-        return
-    with ckpt.Lock(directory):
-        yield
-
-
-@contextmanager
-def own_randomness() -> Iterator[None]:
-    """Give Python, NumPy and torch (on the CPU) back their generators' states: Trainer seeds all three."""
-    python, numpy, own = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(own)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from nogemm.convert.sites import converted
 from nogemm.train.errors import TrainingError
-from nogemm.train.lm.options import TrainOptions
+from nogemm.train.loop.options import LoopOptions
 from nogemm.train.optim import backbone_parameters, gradient_numbers, layer_groups, optimiser_of
 
 _PACE = 0.9  # of the running mean of gradient norms
 
 
-def make_groups(model: nn.Module, options: TrainOptions) -> dict[str, list[nn.Parameter]]:
+def make_groups(model: nn.Module, options: LoopOptions) -> dict[str, list[nn.Parameter]]:
     """Sort what is trained: "projection", "tables" and "other" of the new layers, and "backbone".
 
     Parameters that are frozen (`requires_grad`) and groups with a rate of 0 are left out.
@@ -30,7 +30,9 @@ def make_groups(model: nn.Module, options: TrainOptions) -> dict[str, list[nn.Pa
     return {name: group for name, group in groups.items() if group and options.rate(name) > 0}
 
 
-def make_updater(groups: Mapping[str, list[nn.Parameter]], options: TrainOptions) -> torch.optim.Optimizer:
+def make_updater(
+    groups: Mapping[str, list[nn.Parameter]], options: LoopOptions, caller: str = "train"
+) -> torch.optim.Optimizer:
     """Make the optimiser of a run at its peak rates."""
     return optimiser_of(
         groups,
@@ -40,11 +42,17 @@ def make_updater(groups: Mapping[str, list[nn.Parameter]], options: TrainOptions
         () if options.decay_tables else ("tables",),
         (options.beta1, options.beta2),
         options.eps,
-        caller="train",
+        caller=caller,
     )
 
 
-def rate_share(fraction: float, options: TrainOptions) -> float:
+def refit(model: nn.Module) -> None:
+    """Fit anew what layers derive from their own weights alone, such as low-rank sketches."""
+    for layer in converted(model).values():
+        layer.fit_own_weights()
+
+
+def rate_share(fraction: float, options: LoopOptions) -> float:
     """Return the share of the peak rate when `fraction` of the budget is used up: up linearly, then down."""
     fraction = min(max(fraction, 0.0), 1.0)
     if fraction < options.warmup:

@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nogemm.files import write_atomically
 
-COLUMNS: tuple[str, ...] = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate", "validation_loss")
+COLUMNS: tuple[str, ...] = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate")
 CSV, JSONL = "log.csv", "log.jsonl"
 
 
@@ -23,10 +24,11 @@ class Journal:
     Args:
         directory: of the run; None: nothing is written.
         every: steps of a window.
+        measured: columns that a measurement fills, behind those of every row.
     """
 
-    def __init__(self, directory: Path | None, every: int) -> None:
-        self.directory, self.every = directory, every
+    def __init__(self, directory: Path | None, every: int, measured: Sequence[str] = ("validation_loss",)) -> None:
+        self.directory, self.every, self.columns = directory, every, (*COLUMNS, *measured)
         self.loss = self.norm = 0.0
         self.steps = 0
         self.last = float("nan")
@@ -46,11 +48,11 @@ class Journal:
         path = self.directory / JSONL
         lines = path.read_text(encoding="utf-8").splitlines() if state is not None and path.is_file() else []
         # At the step itself a row without a loss is the final measurement, which is made again.
-        found = [row for row in map(_row, lines) if row is not None]
+        found = [row for row in map(self._row, lines) if row is not None]
         rows = [row for row in found if row["step"] < step or (row["step"] == step and row["loss"] is not None)]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
         table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(table, self.columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(self.directory / CSV, table.getvalue().encode())
@@ -60,33 +62,33 @@ class Journal:
         self.loss, self.norm, self.steps = self.loss + loss, self.norm + norm, self.steps + 1
 
     def row(
-        self, step: int, tokens: int, seconds: float, rate: float, validation: float | None = None
+        self, step: int, tokens: int, seconds: float, rate: float, found: Mapping[str, float] | None = None
     ) -> dict[str, Any] | None:
-        """Write and return a row if the window is full or there is a validation loss; None otherwise."""
-        if self.steps < self.every and validation is None:
+        """Write and return a row if the window is full or something was measured; None otherwise."""
+        if self.steps < self.every and found is None:
             return None
         loss = norm = None
         if self.steps:
             loss, norm = self.loss / self.steps, self.norm / self.steps
             self.last = loss
-        values = (step, tokens, round(seconds, 3), loss, norm, rate, validation)
-        row: dict[str, Any] = dict(zip(COLUMNS, values, strict=True))
+        row: dict[str, Any] = dict.fromkeys(self.columns)
+        row |= zip(COLUMNS, (step, tokens, round(seconds, 3), loss, norm, rate), strict=True)
+        row |= found or {}
         self.loss, self.norm, self.steps = 0.0, 0.0, 0
         if self.directory is not None:
             with open(self.directory / JSONL, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             with open(self.directory / CSV, "a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
         return row
 
-
-def _row(line: str) -> dict[str, Any] | None:
-    """Read a row back; None if a kill cut it short."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and set(row) == set(COLUMNS) else None
+    def _row(self, line: str) -> dict[str, Any] | None:
+        """Read a row back; None if a kill cut it short."""
+        try:
+            row = json.loads(line)
+        except ValueError:
+            return None
+        return row if isinstance(row, dict) and set(row) == set(self.columns) else None
 
 
 def _number(value: float) -> float | None:
