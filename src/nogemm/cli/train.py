@@ -18,6 +18,7 @@ from nogemm.errors import CheckpointError, NogemmError
 from nogemm.running.measured import end_early
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
+from nogemm.train.finetune.report import Finetuned
 from nogemm.train.lm.options import PRESETS, TrainOptions, train_options
 from nogemm.train.lm.report import Trained, TrainReport
 
@@ -111,7 +112,7 @@ def summary(report: TrainReport) -> str:
     )
 
 
-def save(found: Trained, output: Path, run: Path) -> None:
+def save(found: Trained | Finetuned, output: Path, run: Path) -> None:
     """Write the trained model; where it cannot be, say how it is saved without training anew."""
     import nogemm
 

@@ -9,7 +9,7 @@ import importlib
 import importlib.util
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
@@ -82,6 +82,61 @@ def load_model(
             f"{path}: the files lack weights of {type(model).__name__}: {', '.join(names[:6])}{more}. If they hold "
             "another class, name it under architectures in config.json"
         )
+    return model.eval()
+
+
+def has_classifier(path: str | Path, *, trust_remote_code: bool = False) -> bool:
+    """Tell whether the directory's config names a model with a classification head."""
+    import transformers
+
+    folder = transformer_directory(model_directory(path))
+    with _named_trust(path):
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    return (getattr(config, "architectures", None) or [""])[0].endswith("ForSequenceClassification")
+
+
+def load_with_new_head(
+    path: str | Path, settings: Mapping[str, Any], *, seed: int, trust_remote_code: bool = False
+) -> Any:
+    """Load a model in float32 with a classification head whose weights are drawn as transformers draws them.
+
+    Args:
+        path: as `load_model` takes it; a head that the files hold is not used.
+        settings: of the config, such as num_labels and id2label.
+        seed: of the head's weights.
+    Raises:
+        ConfigError: no model there, or none that can have such a head. CheckpointError: the files lack other weights.
+    """
+    import transformers
+
+    folder = transformer_directory(model_directory(path))
+    common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
+    with _quiet(), _named_trust(path):
+        try:
+            model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder, output_loading_info=True, ignore_mismatched_sizes=True, **common, **settings
+            )
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ConfigError(f"{path}: transformers has no classification head for this model") from error
+    base = {id(module) for module in model.base_model.modules()}
+    names = dict(model.named_parameters(remove_duplicate=False))
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    wrong = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+    lacking = [name for name in wrong if name in names and id(names[name]) in inside and ".pooler." not in name]
+    if lacking:
+        raise CheckpointError(f"{path}: the files lack weights of {type(model).__name__}: {', '.join(sorted(lacking))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in model.named_modules():
+            pooler = any(f"{name}.{part}" in wrong for part, _ in module.named_parameters(recurse=False))
+            if (id(module) not in base and module is not model) or pooler:
+                for parameter in module.parameters(recurse=False):
+                    parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # transformers' own mark
+                model._init_weights(module)
     return model.eval()
 
 

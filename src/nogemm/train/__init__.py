@@ -1,8 +1,9 @@
-"""Training: distillation from a dense teacher, language models on text, their data, checkpoints and options."""
+"""Training: distillation, language models on text, fine-tuning on labels; their data, checkpoints and options."""
 
 from nogemm.train.data import Batch, Batches, TokenFile, tokenise
 from nogemm.train.distil import distil
 from nogemm.train.errors import DataError, TrainingError, TrainingInterrupted
+from nogemm.train.finetune import Finetuned, FinetuneOptions, FinetuneReport, finetune, finetune_options
 from nogemm.train.lazy_adam import LazyAdam
 from nogemm.train.lm import Trained, TrainOptions, TrainReport, train_model, train_options, train_tokenizer
 from nogemm.train.memory import keep_freed_memory
@@ -15,6 +16,9 @@ __all__ = [
     "DataError",
     "DistilOptions",
     "DistilReport",
+    "FinetuneOptions",
+    "FinetuneReport",
+    "Finetuned",
     "LazyAdam",
     "SearchPairs",
     "StageReport",
@@ -25,6 +29,8 @@ __all__ = [
     "TrainingError",
     "TrainingInterrupted",
     "distil",
+    "finetune",
+    "finetune_options",
     "keep_freed_memory",
     "load_labels",
     "load_split",

@@ -74,21 +74,7 @@ class Lock:
 def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, make it the latest, remove the others; return its directory."""
     final = _free_name(directory / f"step-{step:08d}")
-    temporary = directory / f"{final.name}.tmp-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, part in checkpoint.parts.items():
-            # Equal storage under two names (tied weights) is stored twice: safetensors refuses shared memory.
-            tensors = {key: value.detach().clone(memory_format=_contiguous()) for key, value in part.items()}
-            save_file(tensors, temporary / f"{name}.safetensors")
-        _write_json(temporary / "state.json", {"version": VERSION, "parts": [*checkpoint.parts], **checkpoint.state})
-        for file in (*temporary.iterdir(), temporary):
-            _sync(file)
-        os.replace(temporary, final)
-        _sync(directory)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    write_folder(final, checkpoint)
     pointer = directory / f"latest.json.tmp-{os.getpid()}"
     _write_json(pointer, {"checkpoint": final.name})
     _sync(pointer)
@@ -100,6 +86,25 @@ def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path
     for leftover in directory.glob("latest.json.tmp-*"):
         leftover.unlink(missing_ok=True)
     return final
+
+
+def write_folder(final: Path, checkpoint: Checkpoint) -> None:
+    """Write tensors and state into a new directory, made visible by one rename; a half-written one is removed."""
+    temporary = final.with_name(f"{final.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, part in checkpoint.parts.items():
+            # Equal storage under two names (tied weights) is stored twice: safetensors refuses shared memory.
+            tensors = {key: value.detach().clone(memory_format=_contiguous()) for key, value in part.items()}
+            save_file(tensors, temporary / f"{name}.safetensors")
+        _write_json(temporary / "state.json", {"version": VERSION, "parts": [*checkpoint.parts], **checkpoint.state})
+        for file in (*temporary.iterdir(), temporary):
+            _sync(file)
+        os.replace(temporary, final)
+        _sync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def latest(directory: Path) -> Path | None:

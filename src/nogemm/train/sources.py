@@ -29,6 +29,7 @@ from nogemm.train.reader import SAMPLE, Row, read
 SPLITS = ("train", "validation", "test")
 DEFAULT_FIELDS = (("text",), ("short", "long"), ("sentence",), ("content",))
 """Tried in this order when no field is named; every field of the first fitting entry is one text."""
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Labelled:
         Raises:
             DataError: the label is neither a name nor the number of a class.
         """
-        if isinstance(self.label, str) and self.label in names:
-            return names[self.label]
+        if str(self.label) in names:  # a file of JSON may hold as a number what the model's names write as a word
+            return names[str(self.label)]
         number = int(self.label) if isinstance(self.label, int) or self.label.strip().isdecimal() else -1
         if not 0 <= number < classes:
             known = ", ".join(list(names)[:10]) + (", ..." if len(names) > 10 else "")
@@ -178,6 +179,17 @@ def load_labels(path: str | Path, split: str = "test") -> list[Labelled]:
     return rows
 
 
+def is_held_out(text: str, share: float) -> bool:
+    """Say by its hash whether a text is held out: the same text always is, wherever it stands and however often."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def is_hub_name(data: object) -> bool:
+    """Tell the name of a hub's data set, OWNER/NAME or OWNER/NAME:CONFIG, from a file."""
+    return isinstance(data, str) and not Path(data).exists() and _HUB_NAME.fullmatch(data) is not None
+
+
 def describe(data: object) -> str:
     """Name a data source for reports."""
     if isinstance(data, (str, Path)):
@@ -202,10 +214,10 @@ def _default_fields(row: Row) -> tuple[str, ...]:
 
 
 def _within(row: Row, split: str | None) -> bool:
-    return split is None or _split_of(row.fields()) in (None, split)
+    return split is None or split_of(row.fields()) in (None, split)
 
 
-def _split_of(row: Mapping[str, Any]) -> str | None:
+def split_of(row: Mapping[str, Any]) -> str | None:
     """Return the split a row names or, for Debian package rows, the one its opening hashes into."""
     if "split" in row:
         return str(row["split"]) if row["split"] else None

@@ -5,9 +5,7 @@ Reading order: `open_corpus`, `Corpus`, `training_texts` and `held_out_texts`.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +24,9 @@ from nogemm.train.lm.contexts import Contexts, Guessing, Joined
 from nogemm.train.lm.options import TrainOptions
 from nogemm.train.lm.tokenizer import save_tokenizer, train_tokenizer
 from nogemm.train.reader import SAMPLE
-from nogemm.train.sources import texts
+from nogemm.train.sources import is_held_out, is_hub_name, texts
 
 HUB_TOKENS = 100_000_000  # read of a hub's data set where time alone is the budget
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 Source = str | Path | Iterable[Any]
 
 
@@ -143,20 +140,9 @@ def held_out_texts(data: Source, field: str | None, share: float) -> Iterator[st
         )
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Say by its hash whether a text is held out: the same text always is, wherever it stands and however often."""
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") < share * 2**64
-
-
 def is_sample(data: Source) -> bool:
     """Say whether the packaged sample is meant, which has a validation split of its own."""
     return isinstance(data, str) and data == SAMPLE
-
-
-def is_hub_name(data: Source) -> bool:
-    """Tell the name of a hub's data set, OWNER/NAME or OWNER/NAME:CONFIG, from a file."""
-    return isinstance(data, str) and not Path(data).exists() and _HUB_NAME.fullmatch(data) is not None
 
 
 def opened(data: Source) -> Source:

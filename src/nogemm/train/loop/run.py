@@ -67,6 +67,8 @@ class Run:
         self.journal = Journal(directory if first and keep else None, options.log_steps, measured)
         self.progress: Progress | None = None
         self.stop = threading.Event()
+        self.must_save = False
+        """Whether something was written that the next checkpoint has to name."""
         self._stopping = False
         self._rate = 0.0
         self._mark = time.monotonic()
@@ -147,7 +149,7 @@ class Run:
         if self.progress is not None and row is not None:
             self.progress.update("training", min(self.fraction(), 1.0), self.tokens, row["loss"])
         by_step = options.checkpoint_steps and self.step % options.checkpoint_steps == 0
-        if by_step or self._stopping or self.clock - self.saved >= options.checkpoint_seconds:
+        if by_step or self.must_save or self._stopping or self.clock - self.saved >= options.checkpoint_seconds:
             self.save(trainer.model, trainer.inner_optimiser)
         if self._stopping:
             raise TrainingInterrupted(self._how_to_resume())
@@ -169,7 +171,7 @@ class Run:
         Raises:
             TrainingError: it cannot be written; the last good checkpoint stays.
         """
-        self.saved = self.clock
+        self.saved, self.must_save = self.clock, False
         if not (self.keep and self.first):
             return
         state = {

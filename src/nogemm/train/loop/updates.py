@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -25,8 +26,17 @@ def make_groups(model: nn.Module, options: LoopOptions) -> dict[str, list[nn.Par
 
     Parameters that are frozen (`requires_grad`) and groups with a rate of 0 are left out.
     """
+    return with_rates(all_groups(model), options)
+
+
+def all_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Sort a model's parameters that are not frozen, whatever their rates."""
     layers = list(converted(model).values())
-    groups = {**layer_groups(layers), "backbone": backbone_parameters(model, layers, embeddings=True)}
+    return {**layer_groups(layers), "backbone": backbone_parameters(model, layers, embeddings=True)}
+
+
+def with_rates(groups: Mapping[str, list[nn.Parameter]], options: LoopOptions) -> dict[str, list[nn.Parameter]]:
+    """Leave out groups that are empty or have a rate of 0."""
     return {name: group for name, group in groups.items() if group and options.rate(name) > 0}
 
 
@@ -169,6 +179,15 @@ def scale(groups: Mapping[str, list[nn.Parameter]], factor: float) -> None:
         for parameter in group:
             if parameter.grad is not None:
                 gradient_numbers(parameter).mul_(factor)
+
+
+def agreed_array(values: np.ndarray, device: torch.device) -> np.ndarray:
+    """Add an array up over all processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return values
+    total = torch.from_numpy(values).to(device)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
 
 
 def agreed(values: list[float], device: torch.device) -> list[float]:

@@ -1,0 +1,105 @@
+"""The command `finetune`: a model for labels, pairs, numbers or embeddings, its FFNs converted or dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nogemm.cli.common import Json, Trust, finish, print_partial
+from nogemm.cli.models import parse_choice
+from nogemm.cli.train import save
+from nogemm.running.measured import end_early
+from nogemm.running.partial import Record
+from nogemm.running.progress import progress, training_lines
+from nogemm.train.finetune.options import FinetuneOptions, finetune_options
+from nogemm.train.finetune.report import FinetuneReport
+
+
+def finetune(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory or cached name, converted or dense.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write the model to.")],
+    data: Annotated[
+        str, typer.Option(help="JSONL or CSV file (also .gz), glue/TASK, or OWNER/NAME of a hub's data set.")
+    ],
+    validation: Annotated[
+        str | None, typer.Option(help="Rows that choose the best state [the data's own split, or held out of it].")
+    ] = None,
+    test: Annotated[str | None, typer.Option(help="Rows that it is tested on, once [the data's own split].")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, pairs, regress or embed [classify].")] = None,
+    text: Annotated[str | None, typer.Option(help="Field of the text [text].")] = None,
+    text2: Annotated[str | None, typer.Option(help="Field of the second text [text2].")] = None,
+    label: Annotated[str | None, typer.Option(help="Field of the label or the number [label].")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="Chooses the best state: accuracy, macro_f1, matthews; pearson, spearman; mrr_at_10."),
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="Budget in passes over the data [3, without any other].")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Budget in tokens.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Budget in updates.")] = None,
+    max_seconds: Annotated[float | None, typer.Option(help="Budget in seconds.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Rows of an update, of all processes together.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens of a text, or of a pair's two.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or lazy-adam for trees.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", metavar="NAME=VALUE", help="Any other choice; may be repeated.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda [a GPU where there is one].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of a new head, the rows' order and dropout.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Directory of checkpoints [OUTPUT with `-run` added].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint of the run.")] = False,
+    trust_remote_code: Trust = False,
+    json: Json = None,
+) -> None:
+    """Fine-tune MODEL on labelled data and write it to OUTPUT; torchrun and accelerate launch start it as well."""
+    import nogemm
+
+    known = locals()
+    given = {field.name: known[field.name] for field in dataclasses.fields(FinetuneOptions) if field.name in known}
+    choices = {name: value for name, value in given.items() if value is not None}
+    choices |= dict(parse_choice(word, "--option") for word in option or [])
+    options = finetune_options(**choices)
+    first = int(os.environ.get("RANK", "0")) == 0
+    run = run or output.with_name(output.name + "-run")
+    record = Record(json if first else None)
+    try:
+        with progress.watching(), training_lines():
+            found = nogemm.finetune(
+                model,
+                data,
+                validation=validation,
+                test=test,
+                output_dir=run,
+                resume=resume,
+                device=device,
+                options=options,
+                trust_remote_code=trust_remote_code,
+            )
+    except KeyboardInterrupt as stopped:
+        record.keep({"kind": "finetune", "options": options.to_dict()})
+        end_early(record, stopped, print_partial)
+    if not first:
+        return
+    save(found, output, run)
+    print(summary(found.report))
+    print(output)
+    finish(found.report.to_dict(), json)
+
+
+def summary(report: FinetuneReport) -> str:
+    """Say in a few lines what a run came to."""
+    name = report.metric
+    lines = [
+        f"{report.tokens:,} tokens in {report.seconds:.0f} s ({report.tokens_per_second:,.0f} tokens/s), best "
+        f"{name} on {report.data['rows']['validation']:,} validation rows {report.best['value']:.4f} "
+        f"(step {report.best['step']:.0f} of {report.steps})"
+    ]
+    for key, figure in (report.test or {}).items():
+        lines.append(
+            f"test {key} {figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f}, {figure['samples']:,} rows)"
+        )
+    return "\n".join(lines)
