@@ -27,10 +27,10 @@ FLAGS = {
     "convert": "--method --set --layers --keep --data --tables --faster-at --speed --trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
-    "train": "--data --model --preset --task --arch --layers --width --d --heads --hidden --method --set --tokenizer "
     "finetune": "--data --validation --test --task --text --text2 --label --metric --epochs --tokens --steps "
     "--max-seconds --batch --max-length --lr --optimizer --option --device --seed --run --resume --trust-remote-code "
     "--json",
+    "train": "--data --model --preset --task --arch --layers --width --d --heads --hidden --method --set --tokenizer "
     "--vocabulary --field --validation --tokens --steps --max-seconds --context --batch --lr --optimizer --option "
     "--device --seed --run --resume --trust-remote-code --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",

@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 
 import nogemm
-from nogemm.train.finetune.run import FinetuneRun
+from nogemm.train.task.run import FinetuneRun
 from people import bert, tokenizer
 
 LOOKUP = nogemm.LookupConfig(tables=4, bits=3, projection=nogemm.BHConfig(rounds=2, block=8))

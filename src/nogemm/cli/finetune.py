@@ -15,8 +15,8 @@ from nogemm.cli.train import save
 from nogemm.running.measured import end_early
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
-from nogemm.train.finetune.options import FinetuneOptions, finetune_options
-from nogemm.train.finetune.report import FinetuneReport
+from nogemm.train.task.options import FinetuneOptions, finetune_options
+from nogemm.train.task.report import FinetuneReport
 
 
 def finetune(
@@ -99,7 +99,6 @@ def summary(report: FinetuneReport) -> str:
         f"(step {report.best['step']:.0f} of {report.steps})"
     ]
     for key, figure in (report.test or {}).items():
-        lines.append(
-            f"test {key} {figure['value']:.4f} ({figure['low']:.4f} to {figure['high']:.4f}, {figure['samples']:,} rows)"
-        )
+        interval = f"{figure['low']:.4f} to {figure['high']:.4f}, {figure['samples']:,} rows"
+        lines.append(f"test {key} {figure['value']:.4f} ({interval})")
     return "\n".join(lines)

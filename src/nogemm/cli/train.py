@@ -18,9 +18,9 @@ from nogemm.errors import CheckpointError, NogemmError
 from nogemm.running.measured import end_early
 from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
-from nogemm.train.finetune.report import Finetuned
 from nogemm.train.lm.options import PRESETS, TrainOptions, train_options
 from nogemm.train.lm.report import Trained, TrainReport
+from nogemm.train.task.report import Finetuned
 
 
 def train(

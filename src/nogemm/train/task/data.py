@@ -16,10 +16,10 @@ from typing import Any
 
 from nogemm.errors import ConfigError
 from nogemm.train.errors import DataError
-from nogemm.train.finetune.hub import Splits, hub_splits
-from nogemm.train.finetune.options import FinetuneOptions
 from nogemm.train.reader import Row, read
 from nogemm.train.sources import Labelled, describe, is_held_out, split_of
+from nogemm.train.task.hub import Splits, hub_splits
+from nogemm.train.task.options import FinetuneOptions
 
 PARTS = ("train", "validation", "test")
 

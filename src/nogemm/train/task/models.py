@@ -22,9 +22,9 @@ from nogemm.models.directory import model_directory, sentence_modules, transform
 from nogemm.models.inner import inner_model
 from nogemm.models.loading import has_classifier, load_model, load_tokenizer, load_with_new_head
 from nogemm.models.texts import longest_text, prepare_tokenizer
-from nogemm.train.finetune.data import Examples, Labels
-from nogemm.train.finetune.options import FinetuneOptions
 from nogemm.train.loop.updates import all_groups, with_rates
+from nogemm.train.task.data import Examples, Labels
+from nogemm.train.task.options import FinetuneOptions
 
 EMBEDDING = "sentence_embedding"
 NEW_HEAD = 'head="new" (--option head=new) gives it a new one'

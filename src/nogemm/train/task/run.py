@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nogemm.train import checkpoint as ckpt
-from nogemm.train.finetune.corpus import Corpus
-from nogemm.train.finetune.metrics import measured
-from nogemm.train.finetune.options import METRICS, FinetuneOptions
 from nogemm.train.loop.run import Run
+from nogemm.train.task.corpus import Corpus
+from nogemm.train.task.metrics import measured
+from nogemm.train.task.options import METRICS, FinetuneOptions
 
 BEST = "best-"
 

@@ -19,16 +19,16 @@ from torch import nn
 from nogemm.convert import converted
 from nogemm.errors import ConfigError
 from nogemm.train import checkpoint as ckpt
-from nogemm.train.finetune.corpus import Corpus, numbered, open_corpus
-from nogemm.train.finetune.data import Examples, Labels, counted, read_data
-from nogemm.train.finetune.metrics import figures
-from nogemm.train.finetune.models import Prepared, make_groups, parameter_counts, prepare
-from nogemm.train.finetune.options import METRICS, FinetuneOptions, finetune_options
-from nogemm.train.finetune.report import Finetuned, FinetuneReport
-from nogemm.train.finetune.run import FinetuneRun
 from nogemm.train.guards import gradients_for, interrupts, sparse_rows
 from nogemm.train.loop.session import check_packages, check_shares, drive, in_turn, machine_facts, session
 from nogemm.train.sources import describe
+from nogemm.train.task.corpus import Corpus, numbered, open_corpus
+from nogemm.train.task.data import Examples, Labels, counted, read_data
+from nogemm.train.task.metrics import figures
+from nogemm.train.task.models import Prepared, make_groups, parameter_counts, prepare
+from nogemm.train.task.options import METRICS, FinetuneOptions, finetune_options
+from nogemm.train.task.report import Finetuned, FinetuneReport
+from nogemm.train.task.run import FinetuneRun
 
 CALLER = "finetune"
 
@@ -194,12 +194,12 @@ def _trainer(run: FinetuneRun, model: Any, device: str | None, world: int) -> An
     from nogemm.train.loop.trainer import arguments_for
 
     if run.options.task != "embed":
-        from nogemm.train.finetune.trainer import LabelTrainer
+        from nogemm.train.task.trainer import LabelTrainer
 
         return LabelTrainer(model, arguments_for(run, device, world), run)
     from sentence_transformers import SentenceTransformerTrainingArguments
 
-    from nogemm.train.finetune.embedding import EmbeddingTrainer
+    from nogemm.train.task.embedding import EmbeddingTrainer
 
     share = run.options.batch // world
     arguments = arguments_for(run, device, world, SentenceTransformerTrainingArguments, share)

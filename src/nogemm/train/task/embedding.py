@@ -18,10 +18,10 @@ from sentence_transformers.sentence_transformer.losses import (
 from torch import nn
 from transformers import TrainingArguments
 
-from nogemm.train.finetune.corpus import Part
-from nogemm.train.finetune.metrics import document_ranks
-from nogemm.train.finetune.run import FinetuneRun
-from nogemm.train.finetune.trainer import RowTrainer
+from nogemm.train.task.corpus import Part
+from nogemm.train.task.metrics import document_ranks
+from nogemm.train.task.run import FinetuneRun
+from nogemm.train.task.trainer import RowTrainer
 
 EMBEDDING = "sentence_embedding"
 COLUMNS = ("text", "text2")

@@ -21,9 +21,9 @@ from torch import Tensor
 from nogemm.train.data import Batches, TokenFile, hash_words, tokenise
 from nogemm.train.errors import DataError
 from nogemm.train.feed import forget
-from nogemm.train.finetune.data import Examples
-from nogemm.train.finetune.options import FinetuneOptions
 from nogemm.train.identity import tokenizer_identity
+from nogemm.train.task.data import Examples
+from nogemm.train.task.options import FinetuneOptions
 
 POOL = 50
 """Batches whose rows are sorted by length together, so that little of a batch is padding."""

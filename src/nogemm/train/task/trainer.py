@@ -16,12 +16,12 @@ from transformers import TrainingArguments
 
 from nogemm.errors import NotFiniteError
 from nogemm.models.texts import accepted
-from nogemm.train.finetune.corpus import Part
-from nogemm.train.finetune.models import make_groups
-from nogemm.train.finetune.run import FinetuneRun
 from nogemm.train.loop.trainer import LoopTrainer
 from nogemm.train.loop.updates import agreed_array
 from nogemm.train.optim import settle
+from nogemm.train.task.corpus import Part
+from nogemm.train.task.models import make_groups
+from nogemm.train.task.run import FinetuneRun
 
 EVALUATED = 32
 """Rows that are measured at a time, at least; without gradients they take little memory."""
