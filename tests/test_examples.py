@@ -59,6 +59,14 @@ def test_a_small_model_is_trained(tmp_path: Path):
     assert (tmp_path / "model" / "tokenizer.json").is_file()
 
 
+def test_a_small_classifier_is_fine_tuned(tmp_path: Path):
+    said = run("finetune.py", "--steps", 2, "--save", tmp_path / "model").splitlines()
+    assert [line.split()[:2] for line in said[:6]] == [
+        [name, metric] for name in ("dense", "lookup") for metric in ("accuracy", "macro_f1", "matthews")
+    ]
+    assert (tmp_path / "model" / "tokenizer.json").is_file()
+
+
 def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
     model = people.gpt2(tmp_path / "gpt2")
     said = run("generate.py", model, "a fast table", "--tokens", 12)
