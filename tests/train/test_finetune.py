@@ -8,6 +8,7 @@ import fcntl
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import nogemm
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.task import trainer as trainer_module
 from nogemm.train.task.run import FinetuneRun
+from people import bert, edit, gpt2
 
 TEST = rows(40, seed=7)
 
@@ -90,6 +92,15 @@ def nogemm_base(folder: Path) -> Any:
     return AutoModel.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("task", ["classify", "pairs"])
+def test_a_decoder_is_tuned_by_its_last_token(task: str, tmp_path: Path) -> None:
+    found = tune(gpt2(tmp_path / "gpt2"), task=task, steps=2)
+    assert found.model.config.pad_token_id == found.tokenizer.pad_token_id
+    nogemm.save(found.model, tmp_path / "tuned", tokenizer=found.tokenizer)
+    again = tune(tmp_path / "tuned", task=task, steps=1, lr=1e-12)
+    assert again.report.validation["accuracy"] == found.report.validation["accuracy"]
+
+
 def test_embeddings_come_back_as_a_sentence_transformer(model: Path, tmp_path: Path) -> None:
     from sentence_transformers import SentenceTransformer
 
@@ -121,12 +132,8 @@ def test_micro_batches_change_nothing_but_rounding(model: Path, tmp_path: Path) 
 
 
 def without_dropout(model: Path, folder: Path) -> Path:
-    from people import edit
-
     target = folder / "still"
     if not target.exists():
-        import shutil
-
         shutil.copytree(model, target)
         edit(target / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return target
@@ -260,8 +267,6 @@ def test_a_resumed_run_wants_its_options_its_data_and_its_model(
     other = [{**row, "label": {"good": "bad", "bad": "good"}[row["label"]]} for row in ROWS]
     with pytest.raises(nogemm.DataError, match=r"other data"):
         tune(model, run, data=other, resume=True)
-    from people import bert
-
     with pytest.raises(nogemm.TrainingError, match="holds another model"):
         tune(bert(tmp_path / "dense"), run, resume=True)
     assert tune(model, run, resume=True, log_steps=2).report.steps == 6

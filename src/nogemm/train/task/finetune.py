@@ -183,7 +183,7 @@ def _trained(
             if world > 1:
                 dist.barrier()  # before the first process removes the best state
             run.save(model, trainer.inner_optimiser, run.finished)
-            trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if cached is not None:
         model.config.use_cache = cached
     model.eval()

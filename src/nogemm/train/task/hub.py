@@ -63,7 +63,7 @@ def hub_splits(data: object) -> Splits | None:
     if task not in GLUE:
         raise DataError(f"{data}: no such task of GLUE; they are {', '.join(GLUE)}")
     text, text2 = GLUE[task]
-    found = _of_splits(_loaded(str(data), GLUE_HOME, task))
+    found = _of_splits(_loaded(str(data), GLUE_HOME, task), hidden="label")
     return Splits(found.rows, text, text2, found.names)
 
 
@@ -81,8 +81,12 @@ def _loaded(said: str, name: str, config: str | None) -> Mapping[Any, Any]:
         ) from error
 
 
-def _of_splits(data: Mapping[Any, Any]) -> Splits:
-    """Sort the splits of a data set into ours; of several for validation or testing the first counts."""
+def _of_splits(data: Mapping[Any, Any], hidden: str | None = None) -> Splits:
+    """Sort the splits of a data set into ours; of several for validation or testing the first counts.
+
+    Args:
+        hidden: a field whose -1 says that the row's label is not public, besides those that have named classes.
+    """
     rows: dict[str, Iterable[Any]] = {}
     names: dict[str, list[str]] = {}
     for split, part in data.items():
@@ -95,19 +99,16 @@ def _of_splits(data: Mapping[Any, Any]) -> Splits:
             if getattr(feature, "names", None)
         }
         names |= known
-        rows[ours] = _labelled(part, known)
+        rows[ours] = list(_labelled(part, known, {*known, *([hidden] if hidden else [])}))
     if "train" not in rows:
         raise DataError(f"the data set has no split to train on; it has {', '.join(map(str, data)) or 'none'}")
     return Splits({name: part for name, part in rows.items() if part}, names=names)
 
 
-def _labelled(part: Iterable[Any], known: Mapping[str, list[str]]) -> list[Any]:
+def _labelled(part: Iterable[Any], known: Mapping[str, list[str]], hidden: set[str]) -> Iterator[Any]:
     """Write labels by their names, and leave out rows whose label is not public."""
-    return list(_named(part, known)) if known else list(part)
-
-
-def _named(part: Iterable[Any], known: Mapping[str, list[str]]) -> Iterator[Any]:
     for row in part:
-        if any(row[column] == NO_LABEL for column in known):
+        if any(row[column] == NO_LABEL for column in hidden):
             continue
-        yield {**row, **{column: names[row[column]] for column, names in known.items() if row[column] is not None}}
+        words = {column: names[row[column]] for column, names in known.items() if row[column] is not None}
+        yield {**row, **words} if words else row
