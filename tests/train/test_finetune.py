@@ -43,7 +43,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"task": "classify"}, {"accuracy": 0.8, "macro_f1": 0.8, "matthews": 0.6}),
         ({"task": "pairs", "metric": "macro_f1"}, {"accuracy": 0.8, "macro_f1": 0.8}),
         ({"task": "regress", "label": "score", "metric": "spearman"}, {"pearson": 0.7, "spearman": 0.6}),
-        ({"task": "regress", "label": "score", "text2": "text2"}, {"pearson": 0.7}),
+        ({"task": "regress", "label": "score", "text2": "text2"}, {"pearson": 0.4}),
         ({"task": "embed"}, {"recall_at_10": 0.5, "mrr_at_10": 0.1}),
     ],
     ids=["classify", "pairs", "regress", "regress pairs", "embed"],

@@ -44,7 +44,7 @@ def converted(folder: Path) -> Path:
     """Save a small BERT with tables for FFNs."""
     model = tf.AutoModel.from_pretrained(bert(folder.with_name(folder.name + "-dense")))
     nogemm.convert(model, LOOKUP)
-    layers = nogemm.converted(model).values()
+    layers: Any = nogemm.converted(model).values()
     for layer in layers:
         torch.nn.init.normal_(layer.tables, std=0.3)  # trained ones, as far as saving knows
     nogemm.save(model, folder, tokenizer=tokenizer(folder.with_name(folder.name + "-words")))
