@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nogemm.bench.quality import scores
+from nogemm.models import figures
 
 RNG = np.random.default_rng(0)
 
@@ -38,7 +39,7 @@ def test_equal_documents_tie_wherever_they_stand() -> None:
 
 def test_ranks_do_not_depend_on_the_piece_size(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = scores.search_ranks(QUERY, DOC)
-    monkeypatch.setattr(scores, "_CHUNK", 1000)
+    monkeypatch.setattr(figures, "_CHUNK", 1000)
     assert (scores.search_ranks(QUERY, DOC) == whole).all()
 
 
@@ -124,7 +125,7 @@ def test_ratio_against_nothing_is_an_error() -> None:
 def test_same_seed_same_interval_whatever_the_piece_size(monkeypatch: pytest.MonkeyPatch) -> None:
     values = RNG.random(200)
     whole = scores.bootstrap_mean(values, seed=3)
-    monkeypatch.setattr(scores, "_CHUNK", 1000)
+    monkeypatch.setattr(figures, "_CHUNK", 1000)
     assert scores.bootstrap_mean(values, seed=3) == whole
     assert scores.bootstrap_mean(values, seed=4) != whole
 
