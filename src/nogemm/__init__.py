@@ -70,6 +70,7 @@ from nogemm.projections import (
     RandomHadamardConfig,
     ShuffleProjectionConfig,
 )
+from nogemm.study import StudyError, StudyInterrupted, StudyReport, study
 from nogemm.train import (
     DataError,
     DistilOptions,
@@ -121,6 +122,9 @@ __all__ = [
     "ShuffleConfig",
     "ShuffleProjectionConfig",
     "SlideConfig",
+    "StudyError",
+    "StudyInterrupted",
+    "StudyReport",
     "SumConfig",
     "SwitchConfig",
     "TokenTableConfig",
@@ -151,6 +155,7 @@ __all__ = [
     "shard_head",
     "shard_hire",
     "sites",
+    "study",
     "topk",
     "topk_grouped",
     "topk_threshold",
