@@ -20,6 +20,7 @@ from nogemm.shape import FFNShape
 from nogemm.study.kinds import KINDS, Kind
 from nogemm.study.reading import check_keys, check_list, check_name, multiplied, nearest, read_layer, read_yaml
 from nogemm.study.search import rounded
+from nogemm.train.lm.corpus import is_hub_name, is_sample
 from nogemm.train.sources import SPLITS
 
 _STUDY = (
@@ -147,6 +148,9 @@ def read_study(file: str | Path, data: str | None = None) -> Study:
         threads=None if given.get("threads") is None else _whole(given["threads"], 1, f"{path}: threads"),
         **places,
     )
+    for what, source in (("data", study.data), ("validation", study.validation)):
+        if source is not None and not is_sample(source) and not is_hub_name(source) and not Path(source).is_file():
+            raise ConfigError(f"{path}: {what}: no such file: {source}")
     check_layers(study, str(path))
     return study
 

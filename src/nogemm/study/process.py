@@ -130,15 +130,16 @@ def _watch(
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to save its state and end; a second signal while it does so ends it at once."""
+    """Ask a process to save its state and end; one that does not, or a second signal meanwhile, ends it at once."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(timeout=GRACE)
-    except BaseException:
-        process.kill()
-        process.wait()
-        raise
+    except subprocess.TimeoutExpired:
+        pass  # it goes on from the checkpoint before
     finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
         if process.stdin is not None:
             process.stdin.close()
 

@@ -6,7 +6,8 @@ Reading order: `study`, `Runner.go`, `Runner.result`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from nogemm.study.search import Choice, choose, next_rate
 from nogemm.study.store import DONE, FAILED, LATENCY, RUN, Store, Task
 from nogemm.study.timed import words_of
 from nogemm.train.checkpoint import Lock
+from nogemm.train.errors import TrainingError
 from nogemm.version import __version__
 
 Note = Callable[[str], None]
@@ -96,7 +98,7 @@ def study(
     anew = list(plan.rows) if ALL in redo else [plan.row(name) for name in redo]
     store = Store(plan, Path(folder) if folder is not None else Path("runs") / plan.name)
     try:
-        with sigterm_interrupts(), Lock(store.folder):
+        with sigterm_interrupts(), _held(store.folder):
             for row in anew:
                 store.forget(row)
             for row in plan.rows:
@@ -109,6 +111,22 @@ def study(
             f"the study was stopped; its results so far are in {store.folder}. The same command goes on where it was"
         ) from error
     return report_of(store, stopped)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a second study out of the folder."""
+    lock = Lock(folder)
+    try:
+        lock.__enter__()
+    except TrainingError as error:
+        taken = isinstance(error.__cause__, BlockingIOError)
+        why = f"another study is going on in {folder}" if taken else f"{folder} cannot be written: {error.__cause__}"
+        raise StudyError(why) from error
+    try:
+        yield
+    finally:
+        lock.__exit__(None, None, None)
 
 
 def report_of(store: Store, stopped: str = "") -> StudyReport:

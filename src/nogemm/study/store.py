@@ -153,6 +153,16 @@ class Store:
         """Write down which rows there are, for the report."""
         study = self.study
         metric = study.kind.metric
+        try:
+            before = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        names = {"study": study.name, "of": study.kind.name}
+        if before and any(before.get(name) != value for name, value in names.items()):
+            raise StudyError(
+                f"{self.folder} holds the results of another study, {before.get('study')!r} of kind "
+                f"{before.get('of')!r}: write to another folder (--output)"
+            )
         write_json(
             self.folder / "study.json",
             {

@@ -190,7 +190,7 @@ def _interval(figure: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def runs_charts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (caption, chart): the metric against FLOP with the front; against tokens, where runs measured on the way."""
+    """Return (caption, chart): the metric against FLOP with the front, and against tokens if measured on the way."""
     metric, rows = result["metric"], [row for row in result["rows"] if row["mean"] is not None]
     charts = []
     points = [
