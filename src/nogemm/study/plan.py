@@ -248,10 +248,19 @@ def check_layers(study: Study, where: str) -> None:
         try:
             if key not in known:
                 known[key] = study.kind.shape(row.options, study.model)
-            with torch.device("meta"):
-                row.layer.for_vocabulary(study.kind.vocabulary(row.options)).make(known[key])
+            _build(row.layer.for_vocabulary(study.kind.vocabulary(row.options)), known[key])
         except NogemmError as error:
             raise ConfigError(f"{where}: row {row.name!r}: {error}") from error
+
+
+def _build(layer: LayerConfig, shape: FFNShape) -> None:
+    try:
+        with torch.device("meta"):
+            layer.make(shape)
+    except RuntimeError as error:
+        if isinstance(error, NogemmError):
+            raise
+        layer.make(shape)  # its start is drawn by a generator of its own, which the meta device has not
 
 
 def _validation(given: Any, path: Path) -> tuple[str | None, str | None]:

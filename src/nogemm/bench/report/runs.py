@@ -123,7 +123,9 @@ def _compare(rows: Sequence[dict[str, Any]], baseline: str | None, lower: bool) 
     for row in rows:
         if baseline is not None and row["name"] != baseline:
             row["difference"] = paired_difference(of[row["name"]], of[baseline])
-    known = [row for row in rows if row["mean"] is not None and "ffn_flops" in row["figures"]]
+    # A mean over other seeds than its rivals' is no rival: seeds that failed may be the hard ones.
+    most = max((len(row["values"]) for row in rows), default=0)
+    known = [row for row in rows if row["values"] and len(row["values"]) == most and "ffn_flops" in row["figures"]]
     for index in front([(row["figures"]["ffn_flops"], row["mean"]["value"]) for row in known], lower):
         known[index]["front"] = True
 
@@ -170,7 +172,7 @@ def runs_table(result: Mapping[str, Any]) -> TextTable:
     head += (["rate"] if rates else []) + ([f"us at {batch:,}" for batch in batches] if latency else [])
     hint = f"{result['title']}. In brackets: 95 % interval over seeds, Student's t"
     hint += "; differences are paired by seed" if baseline is not None else ""
-    hint += ". FFN MFLOP: all FFNs, one token, by cost(). *: no row of fewer FLOP is as good."
+    hint += ". FFN MFLOP: all FFNs, one token, by cost(). *: no row of fewer FLOP is as good, of those with all seeds."
     return TextTable(title=result["title"], head=head, rows=lines_, hint=hint)
 
 
@@ -210,11 +212,13 @@ def runs_charts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             (title, colour, [(entry["tokens"], entry["value"]) for entry in row["history"] if entry["value"] > 0])
             for (title, colour), row in zip(colours, measured, strict=True)
         ]
+        # The axis is logarithmic: an interval that reaches below 0 ends where the chart does.
+        floor = min(value for _, _, points in series for _, value in points) / 2
         bars = [
-            Interval(entry["tokens"], entry["low"], entry["high"], colour)
+            Interval(entry["tokens"], max(entry["low"], floor), entry["high"], colour)
             for (_, colour), row in zip(colours, measured, strict=True)
             for entry in row["history"]
-            if entry["low"] is not None and entry["low"] > 0
+            if entry["low"] is not None and entry["value"] > 0
         ]
         chart = lines(series, x_label="tokens", y_label=metric["label"], intervals=bars) + legend(colours)
         charts.append((f"{metric['label']} against tokens", chart))
