@@ -139,9 +139,10 @@ def test_a_damaged_result_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_unknown_rows_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     faked(monkeypatch)
-    for given in ({"only": ["lokup"]}, {"redo": ["lokup"]}):
-        with pytest.raises(ConfigError, match=r"no row 'lokup'; did you mean 'lookup'"):
-            nogemm.study(write(tmp_path), tmp_path / "out", **given)
+    with pytest.raises(ConfigError, match=r"no row 'lokup'; did you mean 'lookup'"):
+        nogemm.study(write(tmp_path), tmp_path / "out", only=["lokup"])
+    with pytest.raises(ConfigError, match=r"no row 'lokup'; did you mean 'lookup'"):
+        nogemm.study(write(tmp_path), tmp_path / "out", redo=["lokup"])
 
 
 def test_a_second_process_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

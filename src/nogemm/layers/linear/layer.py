@@ -57,7 +57,7 @@ class LinearFFN(FFN):
         return Cost(2.0 * matrices * n_tokens, float(read), stored)
 
     def output_parameters(self) -> list[nn.Parameter]:
-        return [self.up.weight, self.up.bias]
+        return [p for p in (self.up.weight, self.up.bias) if isinstance(p, nn.Parameter)]
 
     @torch.no_grad()
     def solve(self, x_ND: Tensor, y_ND: Tensor) -> float:
