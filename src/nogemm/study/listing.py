@@ -21,7 +21,7 @@ class Expected:
     def tasks(self, row: Row) -> tuple[list[Task], bool]:
         """Return the runs of a row that have no result, and whether its search may bring more."""
         store = self.store
-        finals = [store.final(row, seed) for seed in store.study.seeds]
+        finals = [store.final(row, seed) for seed in row.seeds]
         left = [task for task in finals if not task.file.is_file()]
         if not left or row.search is None:
             return left, False
@@ -82,7 +82,7 @@ def listing(store: Store, rows: Sequence[Row]) -> dict[str, Any]:
     expected = Expected(store)
     found = []
     for row in rows:
-        finals = [read_result(store.final(row, seed).file) for seed in store.study.seeds]
+        finals = [read_result(store.final(row, seed).file) for seed in row.seeds]
         states = [None if result is None else result["status"] for result in finals]
         tasks, more = expected.tasks(row)
         folder = store.folder / row.name

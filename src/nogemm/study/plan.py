@@ -27,7 +27,7 @@ _STUDY = (
     "kind", "title", "data", "validation", "tokenizer", "model", "preset", "common", "rows", "grid", "seeds",
     "baseline", "search", "measure", "save", "threads",
 )  # fmt: skip
-_ROW = ("name", "title", "method", "set", "layers", "keep", "fit", "options", "search")
+_ROW = ("name", "title", "method", "set", "layers", "keep", "fit", "options", "search", "seeds")
 _SEARCH = ("rates", "factors", "seed", "options", "extend")
 _LATENCY = ("dtype", "batch", "threads", "seconds")
 SEARCH_SEED, EXTEND = 100, 3
@@ -62,6 +62,7 @@ class Row:
         fit: training texts for the start in closed form (kind "distil"); 0: none.
         options: the kind's options dataclass, all choices resolved, without a seed.
         search: None: the rates are as given.
+        seeds: of the final runs.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Row:
     fit: int
     options: Any
     search: Search | None
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +101,15 @@ class Study:
     tokenizer: str | None
     model: str | None
     rows: tuple[Row, ...]
-    seeds: tuple[int, ...]
     baseline: str | None
     latency: Mapping[str, Any] | None
     save: bool
     threads: int | None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All seeds of any row, in the order of their rows."""
+        return tuple(dict.fromkeys(seed for row in self.rows for seed in row.seeds))
 
     def row(self, name: str) -> Row:
         """Return a row by its name, or raise ConfigError with the nearest."""
@@ -141,7 +147,6 @@ def read_study(file: str | Path, data: str | None = None) -> Study:
         validation=validation,
         split=split,
         rows=rows,
-        seeds=_seeds(given.get("seeds", [0]), path),
         baseline=_baseline(given.get("baseline"), rows, path),
         latency=_latency(given.get("measure"), path),
         save=_switch(given.get("save", False), f"{path}: save"),
@@ -157,7 +162,7 @@ def read_study(file: str | Path, data: str | None = None) -> Study:
 
 def _rows(given: Mapping[str, Any], kind: Kind, path: Path) -> tuple[Row, ...]:
     common = check_keys(given.get("common"), kind.option_names(), f"{path}: common")
-    search = given.get("search")
+    search, seeds = given.get("search"), _seeds(given.get("seeds", [0]), str(path))
     entries: list[tuple[str, Mapping[str, Any]]] = []
     for number, entry in enumerate(check_list(given.get("rows"), f"{path}: rows"), start=1):
         entries.append((f"{path}: row {number}", check_keys(entry, _ROW, f"{path}: row {number}")))
@@ -174,7 +179,9 @@ def _rows(given: Mapping[str, Any], kind: Kind, path: Path) -> tuple[Row, ...]:
         if name in first:
             raise ConfigError(f"{where}: the row {name!r} stands twice; it is {first[name]} already")
         first[name] = where.rpartition(": ")[2]
-        rows.append(_row(entry, common, search, given.get("preset"), kind, f"{where} {name!r}"))
+        rows.append(
+            _row({"seeds": list(seeds), **entry}, common, search, given.get("preset"), kind, f"{where} {name!r}")
+        )
     return tuple(rows)
 
 
@@ -200,6 +207,7 @@ def _row(entry: Mapping[str, Any], common: Mapping[str, Any], search: Any, prese
         fit=_whole(entry.get("fit", 0), 0, f"{where}: fit"),
         options=options,
         search=_search(row_search, kind, options, preset, {**common, **own}, layer, where),
+        seeds=_seeds(entry["seeds"], where),
     )
 
 
@@ -283,10 +291,10 @@ def _place(given: Any, path: Path, what: str) -> str | None:
     return str(beside) if not Path(given).exists() and beside.exists() else given
 
 
-def _seeds(given: Any, path: Path) -> tuple[int, ...]:
-    seeds = [_whole(seed, 0, f"{path}: seeds") for seed in check_list(given, f"{path}: seeds")]
+def _seeds(given: Any, where: str) -> tuple[int, ...]:
+    seeds = [_whole(seed, 0, f"{where}: seeds") for seed in check_list(given, f"{where}: seeds")]
     if not seeds or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"{path}: seeds must be different whole numbers, at least one, got {given!r}")
+        raise ConfigError(f"{where}: seeds must be different whole numbers, at least one, got {given!r}")
     return tuple(seeds)
 
 

@@ -131,7 +131,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def report_of(store: Store, stopped: str = "") -> StudyReport:
     """Count what stands in a study's folder."""
-    found = [store.final(row, seed).file.is_file() for row in store.study.rows for seed in store.study.seeds]
+    found = [store.final(row, seed).file.is_file() for row in store.study.rows for seed in row.seeds]
     table = read_runs(store.folder)
     failed = sum(len(row["errors"]) for row in table["rows"])
     return StudyReport(store.folder, sum(found) - failed, failed, len(found) - sum(found), stopped, table)
@@ -139,7 +139,7 @@ def report_of(store: Store, stopped: str = "") -> StudyReport:
 
 def check_results(store: Store, row: Row) -> None:
     """Raise StudyError if a final result of a row was made from other choices than the file's."""
-    for seed in store.study.seeds:
+    for seed in row.seeds:
         store.read(store.final(row, seed))
 
 
@@ -160,11 +160,12 @@ class Runner:
         """Make every run that is left; return why it ended early, or ""."""
         try:
             for row in self.rows:
-                if any(self._todo(self.store.final(row, seed)) for seed in self.study.seeds):
+                if any(self._todo(self.store.final(row, seed)) for seed in row.seeds):
                     self.choices[row.name] = self.search(row)
             for seed in self.study.seeds:
                 for row in self.rows:
-                    self._final(row, seed)
+                    if seed in row.seeds:
+                        self._final(row, seed)
             if self.study.latency is not None:
                 for row in self.rows:
                     self._latency(row, self.study.latency)

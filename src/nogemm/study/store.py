@@ -173,8 +173,10 @@ class Store:
                 "file_sha256": study.digest,
                 "metric": {"name": metric.name, "label": metric.label, "lower": metric.lower},
                 "baseline": study.baseline,
-                "seeds": list(study.seeds),
-                "rows": [{"name": row.name, "title": row.title, "layer": layer_of(row)} for row in study.rows],
+                "rows": [
+                    {"name": row.name, "title": row.title, "layer": layer_of(row), "seeds": list(row.seeds)}
+                    for row in study.rows
+                ],
             },
         )
 

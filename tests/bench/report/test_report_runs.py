@@ -48,10 +48,12 @@ def test_the_front_is_what_nothing_beats() -> None:
 def study(folder: Path) -> Path:
     """Write the results of a made-up study: two good rows of two seeds, and a row of which one seed failed."""
     metric = {"name": "validation_loss", "label": "validation loss", "lower": True}
-    rows = [{"name": name, "title": f"the {name}", "layer": None} for name in ("dense", "lookup", "tree")]
+    rows = [
+        {"name": name, "title": f"the {name}", "layer": None, "seeds": [0, 1]} for name in ("dense", "lookup", "tree")
+    ]
     head = {"kind": "study-runs", "study": "s", "title": "Made up", "of": "train", "metric": metric}
     folder.mkdir()
-    (folder / "study.json").write_text(json.dumps(head | {"baseline": "dense", "seeds": [0, 1], "rows": rows}))
+    (folder / "study.json").write_text(json.dumps(head | {"baseline": "dense", "rows": rows}))
     for name, flops, value in (("dense", 4e6, 2.0), ("lookup", 1e6, 2.1), ("tree", 2e6, 2.5)):
         (folder / name).mkdir()
         for seed in (0, 1):

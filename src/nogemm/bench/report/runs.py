@@ -29,8 +29,8 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
     """Return the table of the study whose results lie in a folder.
 
     Returns:
-        {"kind", "study", "title", "of", "metric", "baseline", "seeds", "rows", "notes", "machine_lines"}. A row has
-        "name", "title", "layer", "values" (by seed), "mean" and "difference" ({"value", "low", "high", "samples"} or
+        {"kind", "study", "title", "of", "metric", "baseline", "rows", "notes", "machine_lines"}. A row has "name",
+        "title", "layer", "seeds", "values" (by seed), "mean" and "difference" ({"value", "low", "high", "samples"} or
         None), "figures" (means), "lr", "at_edge", "errors" ([{"seed", "error"}]), "history" ([{"tokens", "value",
         "low", "high"}]), "latency" (rows of `nogemm bench layer`), "front" (no row of fewer FLOP is as good).
     Raises:
@@ -42,11 +42,11 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{folder}: no results of a study (study.json is of kind {head.get('kind')!r})")
     metric, rows, machines = head["metric"], [], []
     for row in head["rows"]:
-        found = _row(folder, row, head["seeds"], metric["name"])
+        found = _row(folder, row, metric["name"])
         machines += found.pop("machines")
         rows.append(found)
     _compare(rows, head["baseline"], metric["lower"])
-    names = ("study", "title", "of", "metric", "baseline", "seeds")
+    names = ("study", "title", "of", "metric", "baseline")
     return {
         "kind": KIND,
         **{name: head[name] for name in names},
@@ -68,8 +68,8 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _row(folder: Path, row: Mapping[str, Any], seeds: Sequence[int], metric: str) -> dict[str, Any]:
-    runs = [_json(path) for seed in seeds if (path := folder / row["name"] / f"seed-{seed}.json").is_file()]
+def _row(folder: Path, row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    runs = [_json(path) for seed in row["seeds"] if (path := folder / row["name"] / f"seed-{seed}.json").is_file()]
     try:
         done = [run for run in runs if run["status"] == "done"]
         values = {run["seed"]: run["value"] for run in done}
@@ -123,9 +123,8 @@ def _compare(rows: Sequence[dict[str, Any]], baseline: str | None, lower: bool) 
     for row in rows:
         if baseline is not None and row["name"] != baseline:
             row["difference"] = paired_difference(of[row["name"]], of[baseline])
-    # A mean over other seeds than its rivals' is no rival: seeds that failed may be the hard ones.
-    most = max((len(row["values"]) for row in rows), default=0)
-    known = [row for row in rows if row["values"] and len(row["values"]) == most and "ffn_flops" in row["figures"]]
+    # A row that lacks seeds is no rival yet: those that failed may be the hard ones.
+    known = [row for row in rows if len(row["values"]) == len(row["seeds"]) and "ffn_flops" in row["figures"]]
     for index in front([(row["figures"]["ffn_flops"], row["mean"]["value"]) for row in known], lower):
         known[index]["front"] = True
 
