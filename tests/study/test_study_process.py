@@ -15,6 +15,8 @@ import pytest
 from small_study import TEXT, write
 
 import nogemm
+import people
+from nogemm.models.loading import load_model
 from nogemm.study.plan import read_study
 from nogemm.study.process import Stopped, last_line, run_process
 from nogemm.study.store import Store
@@ -128,3 +130,34 @@ def test_a_stopped_study_ends_with_the_same_losses(number: signal.Signals, tmp_p
     assert "1 runs done, 0 failed, 0 left" in out
     assert values(tmp_path / "parts") == values(tmp_path / "whole")
     assert "resume" not in err
+
+
+def test_a_converted_model_is_distilled_and_saved(tmp_path: Path) -> None:
+    people.bert(tmp_path / "dense")
+    texts = [f"{a} {b} of the {c}" for a in people.WORDS for b in people.WORDS for c in people.WORDS[:3]]
+    (tmp_path / "texts.txt").write_text("\n".join(texts))
+    text = """
+kind: distil
+model: dense
+data: texts.txt
+validation: texts.txt
+common: {tokens: 600, batch_tokens: 100}
+save: true
+baseline: narrow
+rows:
+  - {name: narrow, method: dense, set: {hidden: 8}, fit: 50}
+  - {name: one-layer, method: null, keep: [1]}
+"""
+    report = nogemm.study(write(tmp_path, text), tmp_path / "out")
+    assert report.failed == 0, report.table["notes"]
+    narrow, one = report.table["rows"]
+    assert 0 < narrow["mean"]["value"] <= 1
+    assert one["difference"]["value"] == pytest.approx(one["mean"]["value"] - narrow["mean"]["value"])
+    assert narrow["figures"]["ffn_flops"] == 2 * 2 * 2 * 16 * 8
+    assert one["figures"]["ffn_flops"] == 2 * 2 * 16 * 32  # the FFN that was left as it is
+    work = tmp_path / "out" / "work"
+    assert nogemm.converted(load_model(work / "narrow" / "seed-0" / "model"))
+    assert load_model(work / "one-layer" / "seed-0" / "model").config.num_hidden_layers == 1
+    result = json.loads((tmp_path / "out" / "one-layer" / "seed-0.json").read_text())
+    assert result["report"]["options"]["hidden_map"] == [2]
+    assert result["machine"]["line"]
