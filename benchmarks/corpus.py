@@ -9,8 +9,8 @@ English's commonest. Code, tables and markup are left out, and so are a package'
 which are made from them. Paragraphs that stood before are dropped. A row is a document: {"text", "source", "split"}.
 Its split goes by the hash of its package and path (2 % validation, 2 % test), so that paragraphs of one document are
 never on both sides. Packages and files are read in the order of their names, so the same packages make the same file,
-byte for byte. NOTICE, beside it, names every package with its version, and holds the copyright file of each. Ten packages of
-Debian 12 make about 70 MB of text in two minutes.
+byte for byte. NOTICE, beside it, names every package with its version, and holds the copyright file of each. Ten
+packages of Debian 12 make about 70 MB of text in two minutes.
 """
 
 from __future__ import annotations
