@@ -51,7 +51,7 @@ def test_a_study_is_read(tmp_path: Path) -> None:
         (TEXT + ROWS + "search: {rates: [1e-3, 1e-3]}", "a rate stands twice"),
         (TEXT + ROWS + "measure: {latency: {dtype: int2}}", "dtype must be one of fp32, bf16, int8"),
         (TEXT + ROWS + "data: gone.txt", "data: no such file: gone.txt"),
-        (TEXT + "rows: [{name: a, keep: [0]}]", "keep and fit are for kind distil"),
+        (TEXT + "rows: [{name: a, keep: [0]}]", "layers, keep and fit are for kind distil"),
         (TEXT + "rows: [{name: a, method: shuffle, set: {block: 64}}]", "row 'a': ShuffleConfig: block=64 is wider"),
         (TEXT.replace("heads: 2", "heads: 3") + ROWS, "row 1 'dense': train: width=16 is not a multiple of heads=3"),
         (TEXT.replace("layers: 1", "layers: 1, arch: no-such") + ROWS, "arch must be a model type"),

@@ -13,11 +13,14 @@ from small_study import ROWS, RUN, TEXT, faked, outcome, write
 
 import nogemm
 from nogemm.bench.report.runs import read_runs
+from nogemm.config import parse_layer
 from nogemm.errors import ConfigError
 from nogemm.study.kinds import Job
 from nogemm.study.plan import read_study
 from nogemm.study.process import Stopped
 from nogemm.study.store import Store
+from nogemm.study.timed import words_of
+from nogemm.testing.cases import KINDS
 
 SEARCH = "search: {rates: [5e-3, 1e-2], extend: 1, options: {steps: 2}}\n"
 
@@ -61,6 +64,47 @@ def test_the_best_rate_is_searched_and_used(tmp_path: Path, monkeypatch: pytest.
     assert report.table["rows"][0]["lr"] == pytest.approx(0.02)
     assert report.table["rows"][0]["at_edge"]
     assert any("may lie beyond: dense" in note for note in report.table["notes"])
+
+
+def test_seeds_of_a_row_share_their_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def value(job: Job) -> dict[str, Any]:
+        return outcome(abs(job.options["lr"] - 0.01))
+
+    fake, file, out = faked(monkeypatch, value), write(tmp_path, TEXT + ROWS + SEARCH), tmp_path / "out"
+    nogemm.study(file, out, only=["dense"])
+    (out / "dense" / "rate-0.01.json").unlink()
+    (out / "dense" / "seed-1.json").unlink()
+    fake.value = lambda job: outcome(abs(job.options["lr"] - 0.005))
+    with pytest.raises(nogemm.StudyError, match=r"was made at other rates .*--redo dense"):
+        nogemm.study(file, out, only=["dense"])
+
+
+def test_a_layer_is_timed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch)
+    timed = []
+
+    def bench(args: Any) -> dict[str, Any]:
+        timed.append(args)
+        if args.method == "dense":
+            raise ConfigError("cannot be packed")
+        return {"rows": [{"batch": batch, "us_median": 5.0 * batch} for batch in args.batch]}
+
+    monkeypatch.setattr(RUN, "run_layer_bench", bench)
+    file = write(tmp_path, TEXT + ROWS + "measure: {latency: {batch: [1, 8], dtype: fp32}}")
+    report = nogemm.study(file, tmp_path / "out")
+    assert [(args.method, args.d, args.hidden, args.batch) for args in timed] == [
+        ("dense", 16, 64, (1, 8)), ("lookup", 16, 64, (1, 8)),
+    ]  # fmt: skip
+    assert "tables=4" in timed[1].set
+    assert [row["us_median"] for row in report.table["rows"][1]["latency"]] == [5.0, 40.0]
+    assert any("cannot be packed" in note for note in report.table["notes"])
+    nogemm.study(file, tmp_path / "out")
+    assert len(timed) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layers_words_make_it_again(kind: str) -> None:
+    assert parse_layer(*words_of(KINDS[kind])) == KINDS[kind]
 
 
 def test_a_failed_run_is_a_row_and_the_study_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

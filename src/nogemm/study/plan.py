@@ -192,8 +192,8 @@ def _row(entry: Mapping[str, Any], common: Mapping[str, Any], search: Any, prese
     keep = entry.get("keep")
     if keep is not None and not (isinstance(keep, list) and all(type(n) is int for n in keep)):
         raise ConfigError(f"{where}: keep must list numbers of layers, got {keep!r}")
-    if not kind.needs_model and (keep is not None or entry.get("fit")):
-        raise ConfigError(f"{where}: keep and fit are for kind distil")
+    if not kind.needs_model and (keep is not None or entry.get("fit") or "layers" in entry):
+        raise ConfigError(f"{where}: layers, keep and fit are for kind distil")
     options = _made(kind, preset, {**common, **own}, layer, where)
     row_search = entry.get("search", search)
     if isinstance(row_search, Mapping) and isinstance(search, Mapping):

@@ -194,7 +194,12 @@ class Runner:
                 task, {"status": FAILED, "error": "no rate of its search could be trained; see its trials"}, None
             )
         elif choice is not None:
-            self.result(task, choice)
+            found = self.result(task, choice)
+            if found["status"] == DONE and found["factor"] != task.factor:
+                raise StudyError(
+                    f"{task.file} was made at other rates than the search for {row.name!r} chooses now (factor "
+                    f"{found['factor']:g}, now {task.factor:g}): run the row anew (--redo {row.name})"
+                )
 
     def _todo(self, task: Task) -> bool:
         found = self.store.read(task)

@@ -32,7 +32,8 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
         {"kind", "study", "title", "of", "metric", "baseline", "rows", "notes", "machine_lines"}. A row has "name",
         "title", "layer", "seeds", "values" (by seed), "mean" and "difference" ({"value", "low", "high", "samples"} or
         None), "figures" (means), "lr", "at_edge", "errors" ([{"seed", "error"}]), "history" ([{"tokens", "value",
-        "low", "high"}]), "latency" (rows of `nogemm bench layer`), "front" (no row of fewer FLOP is as good).
+        "low", "high"}]), "latency" (rows of `nogemm bench layer`), "not_timed" (why not), "front" (no row of fewer FLOP
+        is as good).
     Raises:
         ConfigError: the folder holds no study, or a file in it is damaged.
     """
@@ -83,6 +84,7 @@ def _row(folder: Path, row: Mapping[str, Any], metric: str) -> dict[str, Any]:
     except (KeyError, TypeError) as error:
         raise ConfigError(f"{folder / row['name']}: a result is not complete ({error})") from error
     latency = folder / row["name"] / "latency.json"
+    timed = _json(latency) if latency.is_file() else {"rows": [], "error": None}
     return {
         **row,
         "values": {str(seed): value for seed, value in values.items()},
@@ -93,7 +95,8 @@ def _row(folder: Path, row: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "at_edge": any(run.get("at_edge") for run in runs),
         "errors": errors,
         "history": _history(done, metric),
-        "latency": _json(latency)["rows"] if latency.is_file() else [],
+        "latency": timed["rows"],
+        "not_timed": timed["error"],
         "front": False,
         "machines": machines,
     }
@@ -131,6 +134,7 @@ def _compare(rows: Sequence[dict[str, Any]], baseline: str | None, lower: bool) 
 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = [f"{row['title']}, seed {e['seed']}: {e['error']}" for row in rows for e in row["errors"]]
+    notes += [f"{row['title']} was not timed: {row['not_timed']}" for row in rows if row["not_timed"]]
     edge = [row["title"] for row in rows if row["at_edge"]]
     if edge:
         last = "The best learning rate is the last that was tried, and a better one may lie beyond"

@@ -16,6 +16,7 @@ from nogemm.errors import ConfigError
 from nogemm.models.loading import load_model, load_tokenizer
 from nogemm.shape import FFNShape
 from nogemm.study.kinds._base import Job, Metric, Save, model_cost
+from nogemm.train.identity import data_identity
 from nogemm.train.lm.corpus import is_sample, open_corpus, training_texts
 from nogemm.train.lm.models import new_model
 from nogemm.train.lm.options import BUDGETS, FREE, OF_NEW_MODELS, TrainOptions, train_options
@@ -104,14 +105,17 @@ def shared_tokens(job: Job, options: TrainOptions, validation: Any) -> Any:
         tokenizer = load_tokenizer(job.model)
     else:
         share = options.validation_share if hidden else 0.0
-        folder = shared / f"tokenizer-{_digest(options.vocabulary, options.task, options.field, share)}"
+        learnt = (options.vocabulary, options.task, options.field, share, data_identity(job.data, tuple))
+        folder = shared / f"tokenizer-{_digest(*learnt)}"
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
             rows = training_texts(job.data, options.field, share)
             save_tokenizer(train_tokenizer(rows, options.vocabulary, framed=options.task == "mlm"), folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     names = ("vocabulary", "task", "field", "validation_share", "validation_tokens", "data_tokens", *BUDGETS[:2])
-    tokens = shared / f"tokens-{_digest(*(getattr(options, name) for name in names), options.batch * options.context)}"
+    sources = [data_identity(source, tuple) for source in (job.data, validation)]
+    words = (*(getattr(options, name) for name in names), options.batch * options.context, *sources, job.split)
+    tokens = shared / f"tokens-{_digest(*words)}"
     open_corpus(options, tokens, job.data, validation, tokenizer, resume=True)
     job.place().mkdir(parents=True, exist_ok=True)
     for name in ("tokens", "validation"):
