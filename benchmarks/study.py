@@ -4,27 +4,27 @@
     python benchmarks/study.py --rows lookup-0     # one row
     python benchmarks/study.py --table             # only the table, from the rows recorded so far
     python benchmarks/study.py --rows lookup-0 --save runs/study-models  # the trained model as a directory of its own
-    python benchmarks/study.py --designs           # short runs of other ways to train LookupFFN, beside the study's
 
-A row is one model: choose its learning rates (short runs, validation split), train it on the full budget, score it once
-on the test split and on WordNet's glosses. Every step leaves a file, so the command may be stopped and called again at
-any time. Rows go to `benchmarks/results/PROCESSOR/study/` (`nogemm env --processor`), the table to `study-minilm.json`
-beside it. The models are in `study_models.py`, their training in `study_training.py`.
+`nogemm study benchmarks/studies/minilm.yaml` trains the rows: it searches their learning rates by short runs on the
+validation split, and trains each on the full budget. This scores the models once on the test split and on WordNet's
+glosses, and adds the rows that are not trained. Every step leaves a file, so the command may be stopped and called
+again at any time. Rows go to `benchmarks/results/PROCESSOR/study/` (`nogemm env --processor`), the table to
+`study-minilm.json` beside it. The models are in `study_models.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import logging
+import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save
-from study_models import CORPUS, TEACHER, Row, all_rows, tokenizer
-from study_training import read_json, say, train, try_designs, tuned
+from study_models import CORPUS, STUDY, TEACHER, Row, all_rows, tokenizer
 from torch import nn
 
 import nogemm
@@ -33,11 +33,12 @@ from nogemm.files import write_atomically, write_json
 from nogemm.hardware.cpu import machine, machine_line, processor
 from nogemm.models.embed import embed
 from nogemm.models.loading import load_encoder
+from nogemm.running.partial import sigterm_interrupts
+from nogemm.running.progress import progress
 from nogemm.train.sources import load_split
 
 COMMAND = "python benchmarks/study.py"
 OTHER_DOMAIN = "data/wordnet-glosses.jsonl.gz"
-TOKENS = 4_000_000
 
 
 def main() -> None:
@@ -45,29 +46,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", help="comma-separated names; default: all")
     parser.add_argument("--table", action="store_true", help="only rebuild the table")
-    parser.add_argument("--designs", action="store_true", help="only the other designs, on the validation split")
     parser.add_argument("--save", type=Path, help="only write the rows' trained models below this directory")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="checkpoints and embeddings")
+    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="the study's runs, and embeddings")
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results") / processor())
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="budget of a row; a smaller one is another study")
     args = parser.parse_args()
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("nogemm.train").setLevel(logging.INFO)
     rows = {row.name: row for row in all_rows()}
     wanted = args.rows.split(",") if args.rows else list(rows)
     unknown = [name for name in wanted if name not in rows]
     if unknown:
         parser.error(f"unknown row {unknown[0]!r}; the rows are: {', '.join(rows)}")
-    if args.designs:
-        facts = {"kind": "study-designs", "command": f"{COMMAND} --designs"} | try_designs(rows["lookup-0"], args)
-        write_json(args.results / "study" / "designs.json", facts | {"machine": machine() | {"line": machine_line()}})
-        return
     if args.save is not None:
         for name in wanted:
             save_trained(rows[name], args.save, args)
         return
     for name in [] if args.table else wanted:
-        record(rows[name], rows, args)
+        with sigterm_interrupts(), progress.watching():
+            record(rows[name], rows, args)
     table(list(rows.values()), args)
 
 
@@ -79,10 +73,8 @@ def record(row: Row, rows: dict[str, Row], args: argparse.Namespace) -> None:
         return
     facts: dict[str, Any] = {"name": row.name, "seed": row.seed}
     if row.trained:
-        factor, trials = tuned(row, args)
-        facts |= {"rate_factor": factor, "trials": trials}
-        model, report = train(row, factor, args.tokens, row.seed, args.work / row.name)
-        facts |= {"tokens": report["tokens"], "seconds": report["seconds"], "options": report["options"]}
+        model, trained = train(row, args.work)
+        facts |= trained
     else:
         source = Path(row.source)
         if source.name in rows and not source.exists():  # another row's model, which nobody has saved yet
@@ -91,7 +83,7 @@ def record(row: Row, rows: dict[str, Row], args: argparse.Namespace) -> None:
     scores = {}
     for split, (queries, documents) in test_sets().items():
         say(f"{row.name}: scoring on {split}")
-        own = (target.parent if split == "test" else args.work / row.name) / f"{row.name}-{split}.safetensors"
+        own = (target.parent if split == "test" else args.work) / f"{row.name}-{split}.safetensors"
         scores[split] = score(model, queries, documents, own, args.work / f"teacher-{split}.safetensors")
     test = scores["test"]
     facts |= {"scores": test["ours"], "kept": test["kept"], "teacher": test["teacher"]}
@@ -100,15 +92,37 @@ def record(row: Row, rows: dict[str, Row], args: argparse.Namespace) -> None:
     write_json(target, facts | {"machine": machine() | {"line": machine_line()}})
 
 
+def train(row: Row, work: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Let `nogemm study` search and train what is not trained yet; return the model, and what its training was."""
+    report = nogemm.study(STUDY, work / "runs", only=[row.of], note=progress)
+    folder, name = report.folder / row.of, f"seed-{row.seed}"
+    found = read_json(folder / f"{name}.json")
+    if found["status"] != "done":
+        raise SystemExit(f"{row.name}: {found['error']}")
+    trials = [read_json(path) for path in sorted(folder.glob("factor-*.json"))]
+    told = [
+        {"factor": t["factor"], "agreement": t["value"], "tokens": t["figures"]["tokens"]}
+        for t in sorted(trials, key=lambda t: t["factor"])
+        if t["status"] == "done"
+    ]
+    facts = {"rate_factor": found["factor"], "trials": told}
+    facts |= {name: found["report"][name] for name in ("tokens", "seconds", "options")}
+    return load_encoder(model_of(row, work)), facts
+
+
+def model_of(row: Row, work: Path) -> Path:
+    """Return the directory of a row's trained model."""
+    return work / "runs" / "work" / row.of / f"seed-{row.seed}" / "model"
+
+
 def save_trained(row: Row, folder: Path, args: argparse.Namespace) -> None:
-    """Write a row's trained model and its tokenizer, read from the checkpoint that the row's training left."""
-    file = args.results / "study" / f"{row.name}.json"
-    if not row.trained or not file.exists():
+    """Copy a row's trained model and its tokenizer into a folder of their own."""
+    source, target = model_of(row, args.work), folder / row.name
+    if not row.trained or not source.exists():
         say(f"{row.name}: no trained model to save")
         return
-    model, _ = train(row, read_json(file)["rate_factor"], args.tokens, row.seed, args.work / row.name)
-    nogemm.save(model, folder / row.name, tokenizer=tokenizer())
-    say(f"{row.name}: saved in {folder / row.name}")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    say(f"{row.name}: saved in {target}")
 
 
 def test_sets() -> dict[str, tuple[list[str], list[str]]]:
@@ -199,6 +213,16 @@ def beyond(pairs: list[dict[str, Any]], key: str) -> str:
     if len(within) == len(pairs):
         return f"No difference of {word} exceeds its 95 % interval."
     return f"Differences of {word} exceed their 95 % interval, but for {', '.join(within)}."
+
+
+def read_json(file: Path) -> Any:
+    """Read a file that `write_json` wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def say(line: str) -> None:
+    """Print one line at once."""
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,12 @@ def test_a_small_classifier_is_fine_tuned(tmp_path: Path):
     assert (tmp_path / "model" / "tokenizer.json").is_file()
 
 
+def test_a_study_is_run_row_by_row(tmp_path: Path):
+    said = run("study.py", tmp_path, "--steps", 2, "--only", "no-ffn")
+    assert "no FFN: validation loss" in said
+    assert "2 runs done, 4 left" in said
+
+
 def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
     model = people.gpt2(tmp_path / "gpt2")
     said = run("generate.py", model, "a fast table", "--tokens", 12)

@@ -48,6 +48,7 @@ from nogemm.layers import (
     DenseConfig,
     HireConfig,
     LeafTreeConfig,
+    LinearConfig,
     LookupConfig,
     MongooseConfig,
     NoConfig,
@@ -70,6 +71,7 @@ from nogemm.projections import (
     RandomHadamardConfig,
     ShuffleProjectionConfig,
 )
+from nogemm.study import StudyError, StudyInterrupted, StudyReport, study
 from nogemm.train import (
     DataError,
     DistilOptions,
@@ -113,6 +115,7 @@ __all__ = [
     "HeadError",
     "HireConfig",
     "LeafTreeConfig",
+    "LinearConfig",
     "LookupConfig",
     "LowRankConfig",
     "MongooseConfig",
@@ -127,6 +130,9 @@ __all__ = [
     "ShuffleConfig",
     "ShuffleProjectionConfig",
     "SlideConfig",
+    "StudyError",
+    "StudyInterrupted",
+    "StudyReport",
     "SumConfig",
     "SwitchConfig",
     "TokenTableConfig",
@@ -159,6 +165,7 @@ __all__ = [
     "shard_head",
     "shard_hire",
     "sites",
+    "study",
     "topk",
     "topk_grouped",
     "topk_threshold",

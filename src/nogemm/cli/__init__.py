@@ -12,7 +12,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nogemm.cli import bench, bench_decoder, bench_generate, bench_ops, finetune, generate, info, models, profile, train
+from nogemm.cli import (
+    bench,
+    bench_decoder,
+    bench_generate,
+    bench_ops,
+    finetune,
+    generate,
+    info,
+    models,
+    profile,
+    study,
+    train,
+)
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
 from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts
@@ -50,6 +62,7 @@ app.command("convert")(models.convert)
 app.command("distil")(models.distil)
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
+app.command("study")(study.study)
 app.command("eval")(models.evaluate)
 app.command("export")(models.export)
 app.command("generate")(generate.generate)

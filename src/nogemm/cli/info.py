@@ -40,7 +40,10 @@ def env(
 
 
 def report(
-    results: Annotated[list[Path], typer.Argument(help="Result files, as --json of the other commands writes them.")],
+    results: Annotated[
+        list[Path],
+        typer.Argument(help="Result files, as --json of the other commands writes them, or folders of studies."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     json: Json = None,

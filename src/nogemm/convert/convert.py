@@ -97,7 +97,7 @@ def convert(
 
 def _build(site: Site, config: LayerConfig, x: torch.Tensor | None, ids: torch.Tensor | None) -> tuple[FFN, Cost]:
     """Build and fit the layer for a site, in fp32, to tokens x with their ids; return it with the dense FFN's cost."""
-    before = _dense_cost(site)
+    before = dense_cost(site)
     device, dtype = site.placement()
     layer = site.empty_layer(config)
     if x is None and site.activation not in ACTIVATIONS and not isinstance(config, DenseConfig):
@@ -114,7 +114,7 @@ def _build(site: Site, config: LayerConfig, x: torch.Tensor | None, ids: torch.T
     return layer.to(device), before
 
 
-def _dense_cost(site: Site) -> Cost:
+def dense_cost(site: Site) -> Cost:
     parameters = [p for path in site.adapter.matrices for p in site.owner.get_submodule(path).parameters()]
     macs = site.hidden * (site.d_in * (2 if site.gated else 1) + site.d_out)
     return Cost(

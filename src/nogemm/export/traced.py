@@ -22,6 +22,7 @@ from nogemm.layers import (
     PACK_DTYPES,
     DenseFFN,
     HireFFN,
+    LinearFFN,
     LookupFFN,
     NoFFN,
     PackedFFN,
@@ -40,7 +41,7 @@ OPERATORS: dict[type[FFN], str] = {
     HireFFN: "packed_hire",
 }
 # Layers that are plain torch and need no operator.
-_PLAIN = (DenseFFN, NoFFN, TokenTableFFN)
+_PLAIN = (DenseFFN, LinearFFN, NoFFN, TokenTableFFN)
 _OUTPUTS = ("logits", "last_hidden_state")
 
 

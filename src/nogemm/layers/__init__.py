@@ -6,6 +6,7 @@ from nogemm.layers.dense import DenseConfig, DenseFFN
 from nogemm.layers.hire import HireConfig, HireFFN
 from nogemm.layers.hire.report import HireReport
 from nogemm.layers.leaf_tree import LeafTreeConfig, LeafTreeFFN
+from nogemm.layers.linear import LinearConfig, LinearFFN
 from nogemm.layers.lookup import LookupConfig, LookupFFN
 from nogemm.layers.mongoose import MongooseConfig, MongooseFFN
 from nogemm.layers.no import NoConfig, NoFFN
@@ -28,6 +29,8 @@ __all__ = [
     "HireReport",
     "LeafTreeConfig",
     "LeafTreeFFN",
+    "LinearConfig",
+    "LinearFFN",
     "LookupConfig",
     "LookupFFN",
     "MongooseConfig",

@@ -2,8 +2,9 @@
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
-table each), "profile", "sparsity". A file without a kind is told by its rows.
-Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
+table each), "profile", "sparsity", "study-table". A file without a kind is told by its rows. A folder is that of a
+`nogemm study`, whose table is made from its runs (`runs.py`). Nothing else computes: every figure stands in a file.
+Reading order: rows, `Results`, `read_results`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from nogemm.bench.engine.result import shown_name, why_not
+from nogemm.bench.report.runs import KIND as STUDY_TABLE
+from nogemm.bench.report.runs import read_runs
 from nogemm.bench.report.tables import (
     TextTable,
     distributed_table,
@@ -113,11 +116,12 @@ class Results:
     tables: list[TextTable] = field(default_factory=list)
     profiles: list[Mapping[str, Any]] = field(default_factory=list)
     sparsities: list[Mapping[str, Any]] = field(default_factory=list)
+    studies: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
 def read_results(paths: Sequence[str | Path]) -> Results:
-    """Read result files of any kind.
+    """Read result files of any kind, and folders of studies.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -125,7 +129,7 @@ def read_results(paths: Sequence[str | Path]) -> Results:
     """
     results = Results()
     for path in map(Path, paths):
-        data = _read_json(path)
+        data = read_runs(path) if path.is_dir() else _read_json(path)
         kind = _kind(data, path)
         try:
             _READERS[kind](data, results)
@@ -134,8 +138,9 @@ def read_results(paths: Sequence[str | Path]) -> Results:
         if data.get("partial"):
             results.notes.append(f"{path.name} is partial: {data.get('reason', 'its command did not end')}.")
         machine = data.get("machine_line") or data.get("machine", {}).get("line", "")
-        if machine and machine not in results.machines:
-            results.machines.append(machine)
+        for line in (machine, *data.get("machine_lines", ())):
+            if line and line not in results.machines:
+                results.machines.append(line)
     return results
 
 
@@ -294,6 +299,14 @@ def _read_profile(data: Mapping[str, Any], results: Results) -> None:
     results.profiles.append(data)
 
 
+def _read_runs(data: Mapping[str, Any], results: Results) -> None:
+    for name in ("title", "metric", "baseline", "rows"):
+        data[name]
+    results.titles.append(data["title"])
+    results.studies.append(data)
+    results.notes += data.get("notes", [])
+
+
 def _read_sparsity(data: Mapping[str, Any], results: Results) -> None:
     for name in ("settings", "model", "tokens", "layers", "quality", "predicted", "speed"):
         data[name]
@@ -327,5 +340,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "demo": _read_demo,
     "profile": _read_profile,
     "sparsity": _read_sparsity,
+    STUDY_TABLE: _read_runs,
     **{kind: _table_reader(make) for kind, make in _TABLES.items()},
 }

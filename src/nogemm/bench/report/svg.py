@@ -36,6 +36,16 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Interval:
+    """A vertical interval of a line chart, from `low` to `high` at `x`."""
+
+    x: float
+    low: float
+    high: float
+    series: int
+
+
+@dataclass(frozen=True)
 class Bar:
     """One row of a bar chart; `text` is printed behind the bar."""
 
@@ -45,8 +55,10 @@ class Bar:
     series: int = 1
 
 
-def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int = 330) -> str:
+def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int = 330, front: bool = False) -> str:
     """Draw labelled points with vertical intervals; x and y are linear, x starts just before 0.
+
+    With `front` a line joins the points of series 0, from left to right.
 
     A label stands beside its mark where nothing else does. Where no room is left, the mark gets a letter, and the name
     stands behind that letter below the chart.
@@ -58,6 +70,10 @@ def scatter(points: Sequence[Point], *, x_label: str, y_label: str, height: int 
     x_axis = _Axis(-0.04 * right, right, LEFT, WIDTH - RIGHT)
     y_axis = _Axis(min(ys) - 0.12 * span, max(ys) + 0.12 * span, height - BOTTOM, TOP)
     parts = [_frame(x_axis, y_axis, x_label, y_label, height)]
+    if front:
+        joined = sorted((p.x, p.y) for p in points if p.series == 0)
+        path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in joined)
+        parts.append(f'<polyline class="k0" stroke-dasharray="{DASHES[1]}" points="{path}"/>')
     # Labels keep clear of every mark and interval, not only of those drawn so far.
     boxes = [(x_axis(p.x) - 6, y_axis(p.y) - 6, x_axis(p.x) + 6, y_axis(p.y) + 6) for p in points]
     boxes += [
@@ -104,14 +120,19 @@ def lines(
     x_label: str,
     y_label: str,
     height: int = 300,
+    intervals: Sequence[Interval] = (),
 ) -> str:
-    """Draw one line per (name, colour, points) on two logarithmic axes."""
+    """Draw one line per (name, colour, points) on two logarithmic axes, and intervals of positive numbers."""
     xs = [x for _, _, points in series for x, _ in points]
     ys = [y for _, _, points in series for _, y in points]
+    ys += [y for bar in intervals for y in (bar.low, bar.high)]
     x_axis = _Axis(min(xs) / 1.3, max(xs) * 1.3, LEFT, WIDTH - RIGHT, log=True, ticks=sorted(set(xs)))
     y_axis = _Axis(min(ys) / 1.4, max(ys) * 1.4, height - BOTTOM, TOP, log=True)
     parts = [_frame(x_axis, y_axis, x_label, y_label, height)]
     dashes = _dashes([(name, colour) for name, colour, _ in series])
+    for bar in intervals:
+        ends = f'y1="{y_axis(bar.high):.1f}" y2="{y_axis(bar.low):.1f}"'
+        parts.append(f'<line class="k{bar.series}" x1="{x_axis(bar.x):.1f}" x2="{x_axis(bar.x):.1f}" {ends}/>')
     for name, colour, points in sorted(series, key=lambda s: s[1], reverse=True):  # ours is drawn last, on top
         dash = f' stroke-dasharray="{dashes[name, colour]}"'
         path = " ".join(f"{x_axis(x):.1f},{y_axis(y):.1f}" for x, y in points)

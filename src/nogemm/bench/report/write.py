@@ -16,6 +16,7 @@ from nogemm.bench.profile.tables import energy_table, profile_table, projection_
 from nogemm.bench.report.data import METRICS, QualityRow, Results, SpeedRow, read_results
 from nogemm.bench.report.page import PAGE
 from nogemm.bench.report.profile import profile_charts
+from nogemm.bench.report.runs import runs_charts, runs_table
 from nogemm.bench.report.sparsity import sparsity_charts
 from nogemm.bench.report.svg import COLOURS, Bar, Point, bars, legend, lines, number, scatter
 from nogemm.bench.report.tables import TextTable
@@ -28,7 +29,7 @@ Key = TypeVar("Key")
 
 
 def write_report(paths: Sequence[str | Path], output: str | Path, *, title: str | None = None) -> Path:
-    """Write the report of `paths` to `output` and return its path.
+    """Write the report of `paths`, result files and folders of studies, to `output` and return its path.
 
     Raises:
         FileNotFoundError: a result is missing.
@@ -51,6 +52,7 @@ def render(results: Results, *, title: str | None = None) -> str:
         _bars_section("Training step", results.training, "Forward, backward and update of one layer."),
         _memory_section(results.quality),
         _sites_section(results),
+        *(_runs_section(result) for result in results.studies),
         *(_table_section(table) for table in results.tables),
         *(_profile_section(result) for result in results.profiles),
         *(_sparsity_section(result) for result in results.sparsities),
@@ -66,6 +68,16 @@ def _table_section(table: TextTable) -> str:
     body = [([escape(cell) for cell in row], False) for row in table.rows]
     hint = f"<p class='hint'>{escape(table.hint)}</p>"
     return f"<section><h2>{escape(table.title)}</h2>{_table(table.head, body)}{hint}</section>"
+
+
+def _runs_section(result: Mapping[str, Any]) -> str:
+    table = runs_table(result)
+    figures = "".join(_figure(caption, chart) for caption, chart in runs_charts(result))
+    pairs = zip(table.rows, result["rows"], strict=True)
+    body = [([escape(cell) for cell in cells], row["front"]) for cells, row in pairs]
+    plots = f'<div class="charts">{figures}</div>' if figures else ""
+    hint = f"<p class='hint'>{escape(table.hint)} The dashed line joins those rows.</p>"
+    return f"<section><h2>{escape(table.title)}</h2>{plots}{_table(table.head, body)}{hint}</section>"
 
 
 def _profile_section(result: Mapping[str, Any]) -> str:

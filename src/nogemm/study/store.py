@@ -1,0 +1,234 @@
+"""The folder of a study: a JSON for each run, what each was made from, and whether that is still what is asked for.
+
+    FOLDER/study.json             the rows, the seeds, the baseline
+    FOLDER/ROW/rate-0.001.json    a trial of the search for ROW's learning rate (factor-2.json where it has several)
+    FOLDER/ROW/seed-0.json        a final run
+    FOLDER/ROW/latency.json       the layer's time, where it is measured
+    FOLDER/work                   tokens, logs, checkpoints, models; nothing of it is part of the results
+
+Reading order: `Task`, `Store`.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nogemm.files import write_json
+from nogemm.study.errors import StudyError
+from nogemm.study.kinds import Job
+from nogemm.study.plan import Row, Study
+from nogemm.study.reading import flattened
+from nogemm.train.identity import file_identity
+from nogemm.train.reader import SAMPLE, sample_file
+
+STUDY, RUN, LATENCY = "study-runs", "study-run", "study-latency"
+DONE, FAILED = "done", "failed"
+_MOST = 4  # differences that a message names
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a row: a trial at a factor of its rates, or a final run of a seed at the chosen factor."""
+
+    row: Row
+    seed: int
+    factor: float
+    trial: bool
+    options: Any
+    """The kind's options of this very run."""
+    file: Path
+    work: Path
+
+    @property
+    def label(self) -> str:
+        """Name the run for a reader."""
+        return f"{self.row.name} {self.file.stem.replace('-', ' ', 1)}"
+
+
+class Store:
+    """Paths, keys and results of a study in its folder."""
+
+    def __init__(self, study: Study, folder: Path) -> None:
+        self.study, self.folder = study, folder
+        self.work = folder / "work"
+
+    # -- runs
+
+    def final(self, row: Row, seed: int, factor: float = 1.0) -> Task:
+        """Describe the final run of a seed."""
+        options = replace(self.study.kind.scaled(row.options, factor), seed=seed)
+        return self._task(row, seed, factor, False, options, f"seed-{seed}")
+
+    def trial(self, row: Row, factor: float) -> Task:
+        """Describe the trial of a factor."""
+        assert row.search is not None
+        kind, search = self.study.kind, row.search
+        given = {name: getattr(row.options, name) for name in kind.option_names()}
+        changed = kind.changed(given, dict(search.options))
+        options = replace(row.options, **dict.fromkeys(given.keys() - changed.keys()), **search.options)
+        options = replace(kind.scaled(options, factor), seed=search.seed)
+        rate = getattr(row.options, "lr", None)
+        name = f"factor-{factor:g}" if rate is None else f"rate-{factor * rate:.6g}"
+        return self._task(row, search.seed, factor, True, options, name)
+
+    def _task(self, row: Row, seed: int, factor: float, trial: bool, options: Any, name: str) -> Task:
+        return Task(
+            row, seed, factor, trial, options, self.folder / row.name / f"{name}.json", self.work / row.name / name
+        )
+
+    def job(self, task: Task) -> Job:
+        """Return what the process of a run needs to know."""
+        study, row = self.study, task.row
+        return Job(
+            kind=study.kind.name,
+            options=plain(task.options.to_dict()),
+            layer=None if row.layer is None else row.layer.to_dict(),
+            layers=row.layers,
+            keep=None if row.keep is None else list(row.keep),
+            fit=row.fit,
+            data=study.data,
+            validation=study.validation,
+            split=study.split,
+            tokenizer=study.tokenizer,
+            model=study.model,
+            folder=str(task.work),
+            shared=str(self.work / "shared"),
+            save=str(task.work / "model") if study.save and not task.trial else None,
+        )
+
+    def key(self, task: Task) -> dict[str, Any]:
+        """Return what a result depends on, as JSON values; two that are equal need no second run."""
+        study, row, search = self.study, task.row, task.row.search
+        free = {*study.kind.free, "ffn", "seed"}
+        base = task.options if task.trial else row.options
+        options = {name: value for name, value in base.to_dict().items() if name not in free}
+        found = {
+            "kind": study.kind.name,
+            "layer": None if row.layer is None else row.layer.to_dict(),
+            "layers": row.layers,
+            "keep": row.keep,
+            "fit": row.fit,
+            "options": options,
+            "seed": task.seed,
+            "data": identity(study.data),
+            "validation": None if study.validation is None else identity(study.validation) | {"split": study.split},
+            "tokenizer": None if study.tokenizer is None else Path(study.tokenizer).name,
+            "model": None if study.model is None else Path(study.model).name,
+        }
+        if not task.trial:
+            found["search"] = None if search is None else {
+                "factors": search.factors, "seed": search.seed, "options": dict(search.options),
+                "extend": search.extend,
+            }  # fmt: skip
+        return plain(found)
+
+    # -- results
+
+    def read(self, task: Task) -> dict[str, Any] | None:
+        """Return the result of a run; None: there is none.
+
+        Raises:
+            StudyError: it is damaged, or of other choices than the study's file makes now.
+        """
+        found = read_result(task.file)
+        if found is None:
+            return None
+        different = differences(found["key"], self.key(task))
+        if different:
+            more = f" and {len(different) - _MOST} more" if len(different) > _MOST else ""
+            raise StudyError(
+                f"{self.study.name}: the row {task.row.name!r} has changed since {task.file} was recorded: "
+                f"{'; '.join(different[:_MOST])}{more}. Write to another folder (--output), or run the row anew "
+                f"(--redo {task.row.name}), which deletes its results"
+            )
+        return found
+
+    def begin(self) -> None:
+        """Write down which rows there are, for the report."""
+        study = self.study
+        metric = study.kind.metric
+        try:
+            before = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            before = {}
+        names = {"study": study.name, "of": study.kind.name}
+        if before and any(before.get(name) != value for name, value in names.items()):
+            raise StudyError(
+                f"{self.folder} holds the results of another study, {before.get('study')!r} of kind "
+                f"{before.get('of')!r}: write to another folder (--output)"
+            )
+        write_json(
+            self.folder / "study.json",
+            {
+                "kind": STUDY,
+                "study": study.name,
+                "title": study.title,
+                "of": study.kind.name,
+                "file_sha256": study.digest,
+                "metric": {"name": metric.name, "label": metric.label, "lower": metric.lower},
+                "baseline": study.baseline,
+                "rows": [
+                    {"name": row.name, "title": row.title, "layer": layer_of(row), "seeds": list(row.seeds)}
+                    for row in study.rows
+                ],
+            },
+        )
+
+    def forget(self, row: Row) -> None:
+        """Delete all results of a row, and what it left in the work folder."""
+        shutil.rmtree(self.folder / row.name, ignore_errors=True)
+        shutil.rmtree(self.work / row.name, ignore_errors=True)
+
+
+def layer_of(row: Row) -> dict[str, Any] | None:
+    """Return a row's layer as JSON values."""
+    return None if row.layer is None else row.layer.to_dict()
+
+
+def read_result(file: Path) -> dict[str, Any] | None:
+    """Return what a run's file holds; None: there is no file.
+
+    Raises:
+        StudyError: it is no result.
+    """
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        ok = found["kind"] == RUN and found["status"] in (DONE, FAILED) and isinstance(found["key"], dict)
+    except (ValueError, KeyError, TypeError):
+        ok = False
+    if not ok:
+        raise StudyError(f"{file} is no result of a study: delete it, and its run is made anew")
+    return found
+
+
+@functools.cache
+def identity(data: str) -> dict[str, Any]:
+    """Return the name of a source, without its folder, and what tells its content from other content."""
+    if data == SAMPLE:
+        with sample_file() as path:
+            return {"name": data, **file_identity(path)}
+    path = Path(data)
+    return {"name": path.name, **file_identity(path)} if path.is_file() else {"name": data}
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """List what differs, as "name: before, now after"."""
+    old, new = dict(flattened(before)), dict(flattened(now))
+    return [
+        f"{name}: {old.get(name, 'nothing')}, now {new.get(name, 'nothing')}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+
+
+def plain(value: Any) -> Any:
+    """Return a value as JSON gives it back: lists for tuples."""
+    return json.loads(json.dumps(value))
