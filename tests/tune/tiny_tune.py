@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import people
 import pytest
 import torch
 import transformers as tf
 
 import nogemm
+import people
 from nogemm import Tuned
 from nogemm.bench.engine.measure import Spec
 from nogemm.models.embed import embed
@@ -22,7 +22,7 @@ from nogemm.tune.contender import scored
 
 TEXTS = [" ".join(words) for words in itertools.permutations(people.WORDS[:6], 3)]
 TINY: dict[str, Any] = {
-    "shape": (1, 8), "offers": ("narrow-4", "none"), "rivals": ("torch-fp32", "torch-int8"), "engine": "torch-fp32",
+    "shape": (1, 8), "offers": ("narrow-4", "none"), "rivals": ("torch-fp32",), "engine": "torch-fp32",
     "static": False, "shortlist": 3, "short_tokens": 200, "tokens": 500, "fit_tokens": 200, "evidence_texts": 8,
     "checked": 1, "rounds": 1, "seconds": 0.0, "threads": 1, "distil": {"batch_tokens": 128, "stage1_share": 0.3},
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nogemm.cli import bench, bench_decoder, bench_generate, bench_ops, generate, info, models, profile, train
+from nogemm.cli import bench, bench_decoder, bench_generate, bench_ops, generate, info, models, profile, train, tune
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
 from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts
@@ -49,6 +49,7 @@ app.command("env")(info.env)
 app.command("convert")(models.convert)
 app.command("distil")(models.distil)
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("eval")(models.evaluate)
 app.command("export")(models.export)
 app.command("generate")(generate.generate)
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With NOGEMM_TRACEBACK=1 in the environment an error is shown with its whole traceback.
     """
-    if arguments is None and sys.argv[1:2] in (["distil"], ["train"]):
+    if arguments is None and sys.argv[1:2] in (["distil"], ["train"], ["tune"]):
         sleep_while_waiting()
     try:
         with sigterm_interrupts():

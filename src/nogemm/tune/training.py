@@ -227,7 +227,9 @@ def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run, d
     winner = next(run.candidate for run in order if run.candidate.to_dict() == named)
     against = rivals(search, known, winner)
     most = max(run.tokens for run in runs)
-    plan = search.ledger.take("full", "plan", lambda: {"tokens": max(most, full_tokens_guess(search, runs))})
+    plan = search.ledger.take(
+        "full", "plan", lambda: {"tokens": search.options.tokens or max(most, full_tokens_guess(search, runs))}
+    )
     first = distilled(search, "full", winner, plan["tokens"])
     found = {}
     for name, candidate in against.items():

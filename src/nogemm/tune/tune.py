@@ -30,13 +30,13 @@ from nogemm.train.guards import evaluation_mode
 from nogemm.train.identity import file_identity
 from nogemm.train.sources import describe
 from nogemm.tune import stages, training
-from nogemm.tune.evidence import QualityModel, judge_of
+from nogemm.tune.evidence import QualityModel, judge_of, stored_bytes
 from nogemm.tune.finish import choose, clear_of_rivals, measured, on_front, verdict
 from nogemm.tune.ledger import Ledger, begin
 from nogemm.tune.offers import OFFERS
 from nogemm.tune.options import TuneOptions, tune_options
 from nogemm.tune.report import Tuned, TuneReport
-from nogemm.tune.space import space_of
+from nogemm.tune.space import candidate_of, space_of
 from nogemm.tune.state import Note, Search
 from nogemm.tune.texts import Texts, split_texts
 
@@ -194,13 +194,13 @@ def _dense_meets(search: Search, dense: dict[str, Any]) -> bool:
     times = [row["us_median"] / 1e3 for row in dense.values() if row.get("us_median") is not None]
     if name == "latency_ms":
         return bool(times) and min(times) <= value
-    return name == "memory_mb" and stages.stored_bytes(search.teacher) / 1e6 <= value
+    return name == "memory_mb" and stored_bytes(search.teacher) / 1e6 <= value
 
 
 def _chosen_model(search: Search, chosen: dict[str, Any]) -> Any:
     if chosen["candidate"] is None:
         return search.teacher
-    return load_encoder(search.model_folder(stages.candidate_of(chosen["candidate"]), chosen["tokens"]))
+    return load_encoder(search.model_folder(candidate_of(chosen["candidate"]), chosen["tokens"]))
 
 
 def _checks(known: stages.Known, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
-table each), "profile", "sparsity". A file without a kind is told by its rows.
+table each), "profile", "sparsity", "tune". A file without a kind is told by its rows.
 Nothing here computes: every figure of the report stands in a file. Reading order: rows, `Results`, `read_results`.
 """
 
@@ -28,6 +28,7 @@ from nogemm.bench.report.tables import (
     table5_table,
     topk_table,
 )
+from nogemm.bench.report.tune import NEEDED
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -113,6 +114,7 @@ class Results:
     tables: list[TextTable] = field(default_factory=list)
     profiles: list[Mapping[str, Any]] = field(default_factory=list)
     sparsities: list[Mapping[str, Any]] = field(default_factory=list)
+    searches: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -300,6 +302,16 @@ def _read_sparsity(data: Mapping[str, Any], results: Results) -> None:
     results.sparsities.append(data)
 
 
+def _read_tune(data: Mapping[str, Any], results: Results) -> None:
+    if "dense" in data and "rows" not in data:  # stopped before there was a front
+        results.notes.append("The search had no front yet when it was stopped.")
+        return
+    for name in NEEDED:
+        data[name]
+    results.searches.append(data)
+    results.notes += data.get("notes", [])
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "methods": methods_table,
     "projections": projections_table,
@@ -327,5 +339,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "demo": _read_demo,
     "profile": _read_profile,
     "sparsity": _read_sparsity,
+    "tune": _read_tune,
     **{kind: _table_reader(make) for kind, make in _TABLES.items()},
 }
