@@ -99,9 +99,9 @@ def test_wrong_options_are_named(changes: dict[str, Any], said: str, model: Path
 def test_models_that_cannot_be_searched_are_refused(
     model: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(nogemm.ConfigError, match="config.json"):
+    with pytest.raises(nogemm.ConfigError, match=r"config\.json"):
         tune(tmp_path / "nowhere", quality=0.9)
-    with pytest.raises(nogemm.ConfigError, match="GPT2LMHeadModel.*encoders alone"):
+    with pytest.raises(nogemm.ConfigError, match=r"GPT2LMHeadModel.*encoders alone"):
         tune(people.gpt2(tmp_path / "gpt2"), quality=0.9)
     monkeypatch.setattr(space_module, "sites", lambda model: [])
     with pytest.raises(nogemm.ConfigError, match="no dense FFN that can be converted"):
@@ -115,7 +115,7 @@ def test_data_that_is_empty_or_tiny_is_refused(model: Path, tmp_path: Path) -> N
     (tmp_path / "few.txt").write_text("\n".join(TEXTS[:10] * 9))  # the same ten again are ten
     with pytest.raises(nogemm.DataError, match=r"few.txt holds 10 different texts, tune needs at least 40"):
         tune(model, data=tmp_path / "few.txt", quality=0.9)
-    with pytest.raises(nogemm.DataError, match="nothing.txt"):
+    with pytest.raises(nogemm.DataError, match=r"nothing\.txt"):
         tune(model, data=tmp_path / "nothing.txt", quality=0.9)
 
 

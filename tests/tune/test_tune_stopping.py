@@ -1,4 +1,4 @@
-"""A search that is stopped anywhere ends as one that nobody stopped; a folder in use or of another search is refused."""
+"""A search stopped anywhere ends as one that nobody stopped; a folder in use or of another search is refused."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_finished_search_gives_its_report_again_and_another_one_is_refused(
     seen = len(made_up.seen)
     assert figures(tune(model, folder, latency_ms=0.7, resume=True).report) == figures(first)
     assert len(made_up.seen) == seen
-    with pytest.raises(nogemm.TrainingError, match="holds an earlier search.*--resume"):
+    with pytest.raises(nogemm.TrainingError, match=r"holds an earlier search.*--resume"):
         tune(model, folder, latency_ms=0.7)
     for changes, said in (
         ({"latency_ms": 0.6}, "another budget: latency_ms 0.7, now latency_ms 0.6"),
