@@ -19,6 +19,7 @@ from nogemm.bench.report.tune import tune_table
 from nogemm.models.depth import layer_paths, spread_numbers
 from nogemm.models.embed import embed
 from nogemm.models.loading import load_encoder, load_tokenizer
+from nogemm.models.pooling import pooling_of
 from nogemm.tune import OFFERS, static
 from nogemm.tune.contender import DenseTuned, StaticTuned, parts_of_length
 from nogemm.tune.evidence import QualityModel, check
@@ -178,8 +179,8 @@ def test_a_partial_result_and_rows_without_a_time_are_shown() -> None:
     some = rows(("dense", "dense", 5000.0, 1.0))
     some.append({"name": "static embedding", "engine": "", "us_median": None, "agreement": None, "bytes": None,
                  "tokens": 0, "missing": "pip install 'nogemm[tune]'"})  # fmt: skip
-    result = {"rows": some, "front": ["dense"], "chosen": "dense", "shape": [1, 8],
-              "budget": {"name": "quality", "value": 0.9}, "checks": {"latency": {}, "final": {"worst": None}}}  # fmt: skip
+    result = {"rows": some, "front": ["dense"], "chosen": "dense", "shape": [1, 8]}
+    result |= {"budget": {"name": "quality", "value": 0.9}, "checks": {"latency": {}, "final": {"worst": None}}}
     table = tune_table(result)
     assert table.rows[1][2] == "pip install 'nogemm[tune]'"
     assert table.rows[0][-1] == "chosen"
@@ -190,6 +191,28 @@ def test_a_static_embedding_folds_its_map_into_its_rows(tmp_path: Path) -> None:
     x_ND, map_DE = rng.normal(size=(500, 6)), rng.normal(size=(6, 4))
     found, bias = static.ridge(x_ND, x_ND @ map_DE + 3.0)
     np.testing.assert_allclose(x_ND @ found + bias, x_ND @ map_DE + 3.0, atol=0.1)
+
+
+def test_model2vec_makes_rows_that_the_contender_runs(tmp_path: Path) -> None:
+    if static.missing() is not None:
+        pytest.skip(str(static.missing()))
+    path = dense(tmp_path / "dense")
+    teacher, tokenizer = load_encoder(path), load_tokenizer(path)
+    made = static.make_static(teacher, tokenizer, TEXTS, pooling_of(path), tmp_path / "static")
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    files = {name: made[name] for name in ("rows", "tokenizer")}
+    contender = StaticTuned({"texts": tmp_path / "texts.json", **files})
+    assert contender.prepare({"batch": 2, "length": 4})["verified"]
+    theirs = embed(teacher, tokenizer, TEXTS)
+    ours = contender._embeddings(TEXTS)
+    assert (ours * theirs).sum(1).mean() > 0.8  # the words of these texts say nearly all
+    shuffled = np.random.default_rng(0).permutation(len(TEXTS))
+    assert (ours * theirs[shuffled]).sum(1).mean() < (ours * theirs).sum(1).mean() - 0.05
+
+
+def test_without_model2vec_the_row_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(static.importlib.util, "find_spec", lambda name: None)
+    assert static.missing() == "model2vec, skeletoken not installed: pip install 'nogemm[tune]'"
 
 
 def test_contenders_score_what_they_run(tmp_path: Path) -> None:

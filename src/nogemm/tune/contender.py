@@ -48,12 +48,12 @@ class _Scored(ModelContender):
         tokenizer = timed_tokenizer(self.settings["dense"])
         length = min(MAX_LENGTH, self.pooling.max_length or MAX_LENGTH)
         ids = encode(tokenizer, texts, length, self._model())["input_ids"]
-        static = bool(getattr(getattr(self, "engine", None), "static", False))
         out: dict[int, Tensor] = {}
-        for part in parts_of_length([len(one) for one in ids], 1 if static else _BATCH):
+        runner = self.runner.any_shape()
+        for part in parts_of_length([len(one) for one in ids], _BATCH):
             inputs = padded(tokenizer, [{"input_ids": ids[i]} for i in part])
             both = (inputs["input_ids"], inputs["attention_mask"])
-            (hidden,) = self.runner.result(self.runner.run(self.runner.prepare(both)))
+            (hidden,) = runner.result(runner.run(runner.prepare(both)))
             rows = pooled(hidden.float(), both[1], self.pooling)
             out |= dict(zip(part, rows, strict=True))
         return torch.stack([out[i] for i in range(len(texts))]).numpy()

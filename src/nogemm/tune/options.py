@@ -58,7 +58,7 @@ class TuneOptions:
     short_tokens: int | None = None
     tokens: int | None = None
     fit_tokens: int = 6_000
-    evidence_texts: int = 96
+    evidence_texts: int = 64
     validation_texts: int = 300
     test_texts: int = 1_000
     checked: int = 3

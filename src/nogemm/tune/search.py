@@ -18,6 +18,8 @@ from nogemm.tune.space import Candidate, Space
 GRID = 1e-3
 """Costs nearer than this share of the dense model's are one: fronts stay small for models of many layers."""
 
+NEAR = 0.5  # of the largest cost: depths that stay below it are left out
+
 
 @dataclass(frozen=True)
 class Costs:
@@ -134,10 +136,11 @@ def shortlist(
         depth: [p for p in some if p.cost <= limit and p.candidate != space.whole]
         for depth, some in fronts(space, costs, quality).items()
     }
+    # Of a depth that costs far less than is allowed the best is hardly the best of all.
+    used = [depth for depth, some in found.items() if some and (most is None or some[-1].cost >= NEAR * limit)]
     groups: list[list[Candidate]] = []
-    for depth in sorted(found, reverse=True):
-        if found[depth]:
-            groups.append(_of_depth(space, costs, found[depth], limit, known))
+    for depth in sorted(used or [depth for depth, some in found.items() if some], reverse=True):
+        groups.append(_of_depth(space, costs, found[depth], limit, known))
     spread = _spread([p.candidate for p in joined(found)], count)
     groups.append([c for c in spread if c not in known])
     chosen: list[Candidate] = []
@@ -151,14 +154,16 @@ def shortlist(
 def _of_depth(
     space: Space, costs: Costs, some: Sequence[Point], limit: float, known: Sequence[Candidate]
 ) -> list[Candidate]:
-    """Return of one depth, most promising first: the best within the limit, evenly spread layers, the front's knee."""
+    """Return of one depth, most promising first: evenly spread layers, the best within the limit, the front's knee."""
     best = min(some, key=lambda p: p.loss)
     whole = costs.of(space.whole)
     knee = min(some, key=lambda p: (p.loss / max(best.loss, 1e-9)) * (p.cost / whole) ** 2)
     depth = len(best.candidate.kept)
     spread = space.uniform(DENSE, spread_numbers(space.depth, depth))
     wanted = []
-    for candidate in (best.candidate, spread, knee.candidate):
+    for candidate in (
+        (spread, best.candidate, knee.candidate) if depth < space.depth else (best.candidate, knee.candidate)
+    ):
         twin = Candidate(candidate.kept, candidate.ffns, tables=True)
         if depth < space.depth and costs.of(twin) <= limit:
             wanted.append(twin)

@@ -176,11 +176,22 @@ class WithMore(peers.Runner):
     def prepare(self, inputs: tuple[Tensor, ...]) -> Any:
         return self.runner.prepare((*inputs, *self.more))
 
+    def any_shape(self) -> peers.Runner:
+        """Return a runner whose inputs more are zeros, as many as there are tokens."""
+        return _WithZeros(self.runner.any_shape(), self.more)
+
     def run(self, prepared: Any) -> Any:
         return self.runner.run(prepared)
 
     def result(self, outputs: Any) -> tuple[Tensor, ...]:
         return self.runner.result(outputs)
+
+
+class _WithZeros(WithMore):
+    """The same with zeros of the inputs' own shape."""
+
+    def prepare(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare((*inputs, *(torch.zeros_like(inputs[0]) for _ in self.more)))
 
 
 class ExportedModelContender(ModelContender):
