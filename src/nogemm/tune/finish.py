@@ -62,8 +62,13 @@ def measured(
             "rival_form": is_rival(run.candidate),
         }  # fmt: skip
     facts |= _static_entry(search, entries)
+    search.keep_models([entry.folder for entry in entries if entry.folder is not None])
     key = "rows" if winner is not None else "dense alone"
     rows = search.time("final", key, entries, scored=True)
+    for entry in facts.values():
+        if entry.get("predicted_us"):  # guessed in times of the first run: what changed about the machine falls out
+            first, now = (rows_of[dense_name(entry["engine"])] for rows_of in (search.first_rows(), rows))
+            entry["predicted_us"] *= (now.get("us_median") or first["us_median"]) / first["us_median"]
     where = search.folder / "cosines"
     found = [_row(search, name, {**rows[name], **facts[name]}, where / "final") for name in rows]
     for row in found:

@@ -126,6 +126,8 @@ def latencies(search: Search, engines: Sequence[str]) -> dict[str, LatencyModel]
             if not model.knows(candidate) and offers:
                 search.notes.append(f"{', '.join(offers)} is not searched in {engine}, which does not run it.")
         found[engine] = model
+    for candidate in samples(search):
+        search.forget(candidate)
     return found
 
 
@@ -149,7 +151,7 @@ def time_group(
     about the machine between two runs falls out.
     """
     space = search.space
-    known = search.ledger.stage("dense")["rows"][dense_name(engine)]["us_median"]
+    known = search.first_rows()[dense_name(engine)]["us_median"]
 
     def work() -> dict[str, Any]:
         entries = [Entry(name=dense_name(engine), engine=engine, scored=False)]
@@ -163,8 +165,6 @@ def time_group(
         return search.runner().time(entries)
 
     rows: Mapping[str, Any] = search.ledger.take(stage, key, work)
-    for candidate in candidates:
-        search.forget(candidate)
     anchor = rows[dense_name(engine)].get("us_median")
     if anchor is None:
         raise ConfigError(f"tune: the dense model cannot be timed: {why_not(rows[dense_name(engine)])}")
@@ -200,6 +200,8 @@ def whole_candidates(search: Search, known: Known) -> None:
     timed = time_group(search, "check", f"{engine} times", chosen, engine)[1:]
     known.latency_check = errors(known.latency[engine], timed) | {"engine": engine}
     known.latency[engine].fit(known.latency[engine].timed + timed)
+    for candidate in chosen:
+        search.forget(candidate)
 
 
 def refuse_what_nothing_meets(search: Search, known: Known) -> None:

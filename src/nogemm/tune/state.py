@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,16 @@ class Search:
             self.note(f"building {candidate.name}")
             self.store(self.space.build(candidate), candidate)
         return folder
+
+    def first_rows(self) -> dict[str, Any]:
+        """Return the dense model's rows by name, as the first stage measured them."""
+        return self.ledger.stage("dense")["rows"]
+
+    def keep_models(self, folders: Sequence[Path]) -> None:
+        """Remove all models of candidates but those in the folders."""
+        for folder in (self.folder / "models").glob("*"):
+            if folder not in folders:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def forget(self, candidate: Candidate, tokens: int = 0) -> None:
         """Remove a model that is not needed any more."""

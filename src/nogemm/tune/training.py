@@ -150,7 +150,7 @@ def _plan_short(search: Search, count: int) -> dict[str, Any]:
 def tokens_per_second(search: Search) -> float:
     """Return how many tokens the dense model embeds in a second, from its time per call."""
     batch, length = search.options.shape
-    row = search.ledger.stage("dense")["rows"]
+    row = search.first_rows()
     us = [row[name]["us_median"] for name in row if row[name].get("us_median") is not None and "torch-fp32" in name]
     us = us or [2 * row[name]["us_median"] for name in row if row[name].get("us_median") is not None]
     return 1e6 * batch * length / min(us)
