@@ -135,7 +135,7 @@ def test_candidates_are_built_with_the_layers_and_tables_that_they_name(tmp_path
     assert space.layers == [(path,) for path in layer_paths(teacher)]
     candidate = Candidate((0, 2), ("narrow-4", DENSE), tables=True)
     assert candidate_of(candidate.to_dict()) == candidate
-    model = space.build(candidate)
+    model: Any = space.build(candidate)
     assert model.config.num_hidden_layers == 2
     layers = list(nogemm.converted(model).values())
     kinds = [[term.kind for term in layer.config.terms] for layer in layers]  # type: ignore[attr-defined]
@@ -232,7 +232,8 @@ def test_contenders_score_what_they_run(tmp_path: Path) -> None:
     assert facts["verified"]
     assert facts["validation"] == pytest.approx(1.0, abs=1e-5)
     static_files = {"rows": tmp_path / "rows.safetensors", "tokenizer": str(path / "tokenizer.json")}
-    table = teacher.get_input_embeddings().weight.detach().numpy()
+    encoder: Any = teacher
+    table = encoder.get_input_embeddings().weight.detach().numpy()
     static_files["rows"].write_bytes(save({"rows": table, "bias": np.zeros(table.shape[1], np.float32)}))  # type: ignore[attr-defined]
     own = StaticTuned(settings | static_files).prepare({"batch": 2, "length": 8})
     assert own["verified"]

@@ -31,7 +31,8 @@ TINY: dict[str, Any] = {
 def dense(folder: Path, layers: int = 3) -> Path:
     """Save a small BERT with its tokenizer."""
     torch.manual_seed(0)
-    tf.BertModel(tf.BertConfig(**people.SMALL | {"num_hidden_layers": layers})).save_pretrained(folder)
+    settings: dict[str, Any] = people.SMALL | {"num_hidden_layers": layers}
+    tf.BertModel(tf.BertConfig(**settings)).save_pretrained(folder)
     people.tokenizer(folder).save_pretrained(folder)
     return folder
 
@@ -59,7 +60,7 @@ class MadeUp:
         if fault is not None:
             return row | {"error": fault}
         settings = spec.settings
-        model = load_encoder(settings.get("peer") or settings.get("model") or settings["dense"])
+        model: Any = load_encoder(settings.get("peer") or settings.get("model") or settings["dense"])
         us = 100.0 + sum(_us(layer) for layer in model.encoder.layer)
         us /= 2.0 if settings.get("engine") == "torch-int8" else 1.0
         row |= {"verified": True, "us_median": us, "us_p10": us, "us_p90": us, "calls": 1}

@@ -76,8 +76,8 @@ def measured(
             row |= _scored(search, known.dense[row["engine"]], cosines_file(where / "dense", row["name"]))
     slower = [engine for engine in known.dense if engine not in _dense_engines(known)]
     for engine in slower:
-        facts = {"kind": "dense", "engine": engine, "bytes": stored_bytes(search.teacher), "training": "none"}
-        found.append(_row(search, dense_name(engine), {**known.dense[engine], **facts}, where / "dense"))
+        own = {"kind": "dense", "engine": engine, "bytes": stored_bytes(search.teacher), "training": "none"}
+        found.append(_row(search, dense_name(engine), {**known.dense[engine], **own}, where / "dense"))
     skipped = static.missing() if search.options.static else None
     if skipped is not None:
         found.append(_row(search, static.NAME, {"kind": "static", "missing": skipped, "engine": ""}, where / "final"))

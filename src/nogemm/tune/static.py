@@ -10,14 +10,15 @@ Legend: V vocabulary, D width of model2vec's rows, E width of an embedding, N te
 from __future__ import annotations
 
 import importlib.util
+import io
 import warnings
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
-from torch import nn
 
 from nogemm.files import write_atomically
 from nogemm.models.embed import MAX_LENGTH, embed
@@ -34,14 +35,14 @@ def missing() -> str | None:
     return f"{', '.join(absent)} not installed: pip install 'nogemm[tune]'" if absent else None
 
 
-def make_static(teacher: nn.Module, tokenizer: Any, texts: list[str], pooling: Pooling, folder: Path) -> dict[str, Any]:
+def make_static(teacher: Any, tokenizer: Any, texts: list[str], pooling: Pooling, folder: Path) -> dict[str, Any]:
     """Write the rows [V, E], the bias [E] and the tokenizer of a static embedding; return the files and the bytes.
 
     Cost: one pass of the dense model over its vocabulary, and one over the texts.
     """
     from model2vec.distill import distill_from_model
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # its bars are not ours to show
         warnings.simplefilter("ignore")
         made: Any = distill_from_model(
             model=teacher, tokenizer=tokenizer, pca_dims=None, device="cpu", quantize_to="float32"
