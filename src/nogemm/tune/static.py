@@ -80,6 +80,6 @@ def ridge(x_ND: NDArray[np.float64], y_NE: NDArray[np.floating]) -> tuple[NDArra
     centred, wanted = x_ND - x_mean, y_NE - y_mean
     gram = centred.T @ centred
     # As much as one text's worth of variance: few texts must not fit their own noise.
-    gram += (np.trace(gram) / max(1, len(x_ND)) + 1e-12) * np.eye(len(gram)) / len(gram) * 10
+    gram += (np.trace(gram) / max(1, len(x_ND)) + 1e-12) * np.eye(len(gram)) / len(gram)
     weights = np.linalg.solve(gram, centred.T @ wanted)
     return weights, y_mean - x_mean @ weights
