@@ -13,7 +13,9 @@ from transformers import AutoModel
 
 import nogemm
 import people
+from nogemm.bench import peers
 from nogemm.tune import space as space_module
+from nogemm.tune import training
 
 __all__ = ["made_up"]  # a fixture
 
@@ -130,6 +132,42 @@ def test_an_engine_that_fails_is_a_row_and_one_that_was_asked_for_an_error(
     assert row["error"] == "does not match the reference"
     with pytest.raises(nogemm.ConfigError, match=r"torch-int8 does not run this model: does not match"):
         tune(model, tmp_path / "other", engine="torch-int8", **both)
+
+
+def test_an_engine_that_is_absent_says_what_to_install(
+    model: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "missing", lambda name: f"{name} not installed: pip install 'nogemm[peers]'")
+    with pytest.raises(nogemm.ConfigError, match=r"--engine openvino-int8: openvino-int8 not installed: pip install"):
+        tune(model, tmp_path / "run", quality=0.9, engine="openvino-int8")
+
+
+def test_a_candidate_whose_loss_is_not_finite_is_given_up(
+    model: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distil, calls = training.distil, []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise nogemm.TrainingError("stopped after 9 tokens: the loss is nan: lower the learning rates")
+        return distil(*args, **kwargs)
+
+    monkeypatch.setattr(training, "distil", broken)
+    report = tune(model, tmp_path / "run", latency_ms=0.7).report
+    assert any("was given up: stopped after 9 tokens" in note for note in report.notes)
+    assert report.met
+
+
+@pytest.mark.slow
+def test_candidates_with_and_without_layers_of_ours_run_in_workers(model: Path, tmp_path: Path) -> None:
+    small = {"offers": ("none",), "shortlist": 2, "checked": 0, "threads": 1}
+    report = tune(model, tmp_path / "run", quality=0.5, **small).report
+    assert report.notes == []
+    trained = [row for row in report.rows if row["kind"] in ("candidate", "rival")]
+    assert any(row["candidate"]["tables"] for row in trained)
+    assert all(row["verified"] and row["us_median"] > 0 and row["agreement"] is not None for row in trained)
+    assert report.checks["final"]["rows"]
 
 
 def test_an_offer_that_an_engine_does_not_run_leaves_the_search(model: Path, tmp_path: Path, made_up: MadeUp) -> None:

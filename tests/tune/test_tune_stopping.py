@@ -107,6 +107,7 @@ def test_a_finished_search_gives_its_report_again_and_another_one_is_refused(
         ({"quality": 0.9}, "another budget: latency_ms 0.7, now quality 0.9"),
         ({"latency_ms": 0.7, "data": TEXTS[:60]}, "another data"),
         ({"latency_ms": 0.7, "tokens": 400}, "other options: tokens: 500, now 400"),
+        ({"latency_ms": 0.7, "engine": None}, "other options: engine: torch-fp32, now None"),
     ):
         with pytest.raises(nogemm.TrainingError, match=said):
             tune(model, folder, resume=True, **changes)

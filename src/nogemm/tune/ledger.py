@@ -94,7 +94,8 @@ def begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
                 f"{_words(now[part])}"
             )
     old, new = before.get("options", {}), now["options"]
-    different = [f"{name}: {old.get(name)}, now {new.get(name)}" for name in new if old.get(name) != new.get(name)]
+    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    different = [f"{name}: {old.get(name)}, now {new.get(name)}" for name in names]
     if different:
         raise TrainingError(f"cannot resume {folder}: it was started with other options: {'; '.join(different)}")
 

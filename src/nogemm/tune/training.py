@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from nogemm.errors import NotFiniteError
 from nogemm.models.depth import spread_numbers
 from nogemm.train.distil import distil
+from nogemm.train.errors import TrainingError
 from nogemm.train.options import DistilOptions
 from nogemm.tune.offers import DENSE
 from nogemm.tune.search import Costs, shortlist
@@ -30,6 +32,7 @@ GROWTH = 3  # tokens of a round, as a multiple of the round before
 AGAIN = 3  # candidates that the learnt model adds
 SHORT, FULL = 0.35, 0.75  # of the time that is left: for short runs, then for full ones
 LEAST, MOST = 4_096, 20_000_000  # tokens
+DIVERGED = "lower the learning rates"  # what `distil` says of a loss that is not finite
 _GUESSED_SPEED = 0.25  # of the dense model's tokens a second, before a run was seen
 LR_EXACT, LR_FITTED = 2e-4, 5e-4  # of FFNs' matrices where there is no first stage: they start from trained ones
 
@@ -45,27 +48,38 @@ class Run:
 
 
 def distilled(search: Search, stage: str, candidate: Candidate, tokens: int) -> Run:
-    """Distil a candidate on so many tokens and keep its model, or return what an earlier session did."""
+    """Distil a candidate on so many tokens and keep its model, or return what an earlier session did.
+
+    Raises:
+        NotFiniteError: a loss or gradient was not finite.
+    """
 
     def work() -> dict[str, Any]:
         search.note(f"distilling {candidate.name} on {tokens:,} tokens")
         model = search.space.build(candidate)
         folder = search.folder / "runs" / f"{candidate.slug}-{tokens}"
-        report = distil(
-            model,
-            search.teacher,
-            search.texts.train,
-            tokenizer=search.space.tokenizer,
-            validation=search.texts.validation,
-            output_dir=folder,
-            resume=True,
-            options=options_for(search, candidate, tokens),
-        )
+        try:
+            report = distil(
+                model,
+                search.teacher,
+                search.texts.train,
+                tokenizer=search.space.tokenizer,
+                validation=search.texts.validation,
+                output_dir=folder,
+                resume=True,
+                options=options_for(search, candidate, tokens),
+            )
+        except TrainingError as error:
+            if DIVERGED not in str(error):
+                raise
+            return {"failed": str(error)}
         search.store(model, candidate, tokens)
         shutil.rmtree(folder, ignore_errors=True)
         return {"agreement": report.agreement, "tokens": report.tokens, "seconds": report.seconds}
 
     found = search.ledger.take(stage, _key(candidate, tokens), work)
+    if "failed" in found:
+        raise NotFiniteError(found["failed"])
     return Run(candidate, tokens, found["agreement"], found["seconds"])
 
 
@@ -91,9 +105,12 @@ def short_runs(search: Search, known: Known) -> list[Run]:
     """
     first = _shortlisted(search, known, search.options.shortlist, ())
     if not first:
+        note_once(search, "No candidate is expected to be cheaper than the dense model: none was distilled.")
         return []
     tokens = search.ledger.take("short", "plan", lambda: _plan_short(search, len(first) + AGAIN))["tokens"]
     runs = _in_time(search, first, tokens)
+    if not runs:
+        return []
     known.quality.learn([(run.candidate, 1 - run.agreement) for run in runs])
     second = _remembered(search, "second", lambda: _second(search, known, runs))
     runs += _in_time(search, second, tokens, runs)
@@ -114,7 +131,10 @@ def _in_time(search: Search, some: Sequence[Candidate], tokens: int, before: Seq
             if search.ledger.left() < 2 * seconds:
                 note_once(search, "Time ran out among the short runs: fewer candidates were distilled than planned.")
                 break
-        runs.append(distilled(search, "short", candidate, tokens))
+        try:
+            runs.append(distilled(search, "short", candidate, tokens))
+        except NotFiniteError as error:
+            note_once(search, f"{candidate.name} was given up: {error}.")
     return runs
 
 
@@ -224,7 +244,7 @@ def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run, d
     """Distil the winner in full, and its rivals alike; return the winner and {name of the rival: its run}."""
     order = ranked(search, known, runs)
     named = search.ledger.take("full", "winner", lambda: order[0].candidate.to_dict())
-    winner = next(run.candidate for run in order if run.candidate.to_dict() == named)
+    winner = candidate_of(named)
     against = rivals(search, known, winner)
     most = max(run.tokens for run in runs)
     plan = search.ledger.take(
