@@ -258,7 +258,10 @@ def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run, d
         if search.ledger.left() < first.seconds and not _known(search, "full", candidate, plan["tokens"]):
             note_once(search, f"Time ran out before {name} were distilled as long as the winner.")
             continue
-        found[name] = distilled(search, "full", candidate, plan["tokens"])
+        try:
+            found[name] = distilled(search, "full", candidate, plan["tokens"])
+        except NotFiniteError as error:
+            note_once(search, f"{name}, {candidate.name}, were given up: {error}.")
     return first, found
 
 
