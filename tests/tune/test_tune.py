@@ -163,9 +163,9 @@ def test_a_candidate_whose_loss_is_not_finite_is_given_up(
 def test_candidates_with_and_without_layers_of_ours_run_in_workers(model: Path, tmp_path: Path) -> None:
     small = {"offers": ("none",), "shortlist": 2, "checked": 0, "threads": 1}
     report = tune(model, tmp_path / "run", quality=0.5, **small).report
-    assert report.notes == []
+    assert report.notes == []  # nothing was refused, a sample with token tables neither
+    assert "table" in report.latency["torch-fp32"]["parts"]
     trained = [row for row in report.rows if row["kind"] in ("candidate", "rival")]
-    assert any(row["candidate"]["tables"] for row in trained)
     assert all(row["verified"] and row["us_median"] > 0 and row["agreement"] is not None for row in trained)
     assert report.checks["final"]["rows"]
 
