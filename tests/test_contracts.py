@@ -34,7 +34,7 @@ ORDER = [
     {"decoding"},
     {"export"},
     {"train", "bench"},
-    {"study"},
+    {"study", "tune"},
     {"cli", "demo"},
 ]
 RANK = {part: rank for rank, parts in enumerate(ORDER) for part in parts}

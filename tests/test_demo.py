@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nogemm.demo.chain import run_watched
+from nogemm.demo.chain import recorded_searches, run_watched
 from nogemm.demo.child import LEAST_PAIRS, pairs_within
 from nogemm.demo.plan import LEAST_TRAINING, MOST_TRAINING, PEERS, SIZES, TOTAL_SECONDS, expected_agreement, plan
 from nogemm.demo.steps import Steps
@@ -158,3 +158,11 @@ def test_the_closing_table_gives_reasons(capsys):
     assert "torch-int8 not run: no engine" in out
     assert "openvino-f32 not run: out of time" in out
     assert "\ncut\n" in out
+
+
+def test_recorded_searches_stand_in_the_report_those_of_this_processor_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("nogemm.demo.chain.processor", lambda: "mine")
+    for name, kind in (("a/tune-x", "tune"), ("mine/tune-x", "tune"), ("mine/tune-y", "layer"), ("mine/other", "tune")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(f'{{"kind": "{kind}"}}')
+    assert [file.parent.name for file in recorded_searches(tmp_path)] == ["mine", "a"]

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,14 @@ def test_a_relu_decoder_computes_what_fires(tmp_path: Path):
     assert "a fast table" in said
     assert "of 6 new tokens are the dense model's" in said
     assert "left dense" in run("decoder_ffn.py", model, "a fast table", "--tokens", 2, "--faster") or "hire" in said
+
+
+def test_a_model_is_searched_under_a_budget(tmp_path: Path):
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words) for words in permutations(people.WORDS[:5], 3)))
+    out = tmp_path / "out"
+    said = run("tune.py", people.bert(tmp_path / "dense"), tmp_path / "texts.txt", out, "--latency", 60_000, "--quick")
+    assert "Staying dense is the answer to --latency 60000" in said
+    assert (out / "config.json").is_file()
 
 
 def test_ranks_share_a_head(tmp_path: Path):

@@ -89,6 +89,7 @@ from nogemm.train import (
     train_options,
     train_tokenizer,
 )
+from nogemm.tune import Tuned, TuneOptions, TuneReport, tune, tune_options
 from nogemm.version import __version__ as __version__
 
 __all__ = [
@@ -141,6 +142,9 @@ __all__ = [
     "TrainingError",
     "TrainingInterrupted",
     "TreeConfig",
+    "TuneOptions",
+    "TuneReport",
+    "Tuned",
     "YosoConfig",
     "compress",
     "convert",
@@ -172,6 +176,8 @@ __all__ = [
     "train_model",
     "train_options",
     "train_tokenizer",
+    "tune",
+    "tune_options",
     "unpack",
 ]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nogemm.convert.sites import converted, record_sites
 from nogemm.errors import ConfigError
-from nogemm.models.depth import keep_layers
+from nogemm.models.depth import keep_layers, spread_numbers
 from nogemm.models.directory import PACKAGED
 from nogemm.models.embed import batches
 from nogemm.models.loading import load_encoder, load_tokenizer
@@ -63,7 +63,7 @@ def spread_layers(model: nn.Module, count: int) -> tuple[int, ...]:
     layers = int(config.num_hidden_layers)
     if not 1 <= count <= layers:
         raise ConfigError(f"--layers {count}: the dense model has {layers}")
-    kept = tuple(round(i * (layers - 1) / max(1, count - 1)) for i in range(count))
+    kept = spread_numbers(layers, count)
     keep_layers(model, kept)
     return kept
 

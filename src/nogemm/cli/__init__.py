@@ -24,6 +24,7 @@ from nogemm.cli import (
     profile,
     study,
     train,
+    tune,
 )
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
@@ -63,6 +64,7 @@ app.command("distil")(models.distil)
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
 app.command("study")(study.study)
+app.command("tune")(tune.tune)
 app.command("eval")(models.evaluate)
 app.command("export")(models.export)
 app.command("generate")(generate.generate)
@@ -79,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     With NOGEMM_TRACEBACK=1 in the environment an error is shown with its whole traceback.
     """
-    if arguments is None and sys.argv[1:2] in (["distil"], ["train"], ["finetune"]):
+    if arguments is None and sys.argv[1:2] in (["distil"], ["train"], ["finetune"], ["tune"]):
         sleep_while_waiting()
     try:
         with sigterm_interrupts():

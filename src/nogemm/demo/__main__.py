@@ -24,15 +24,17 @@ def main() -> None:
         f"nogemm demo: about 12 minutes, less training on a slow machine; everything goes to {args.folder}", flush=True
     )
     from nogemm.bench.report.write import write_report
-    from nogemm.demo.chain import run_demo
+    from nogemm.demo.chain import recorded_searches, run_demo
     from nogemm.demo.table import print_result
     from nogemm.errors import NogemmError
     from nogemm.running.partial import exit_code, sigterm_interrupts
 
     try:
         with sigterm_interrupts():
-            result = run_demo(args.folder, Path("benchmarks/results"))
-            report = write_report([args.folder / "result.json"], args.folder / "report.html")
+            recorded = Path("benchmarks/results")
+            result = run_demo(args.folder, recorded)
+            searches = recorded_searches(recorded)[:1]
+            report = write_report([args.folder / "result.json", *searches], args.folder / "report.html")
     except KeyboardInterrupt as stop:
         print("\nstopped; `./run demo` goes on from here", file=sys.stderr)
         raise SystemExit(exit_code(stop)) from None

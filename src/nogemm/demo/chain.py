@@ -25,6 +25,7 @@ from nogemm.demo.steps import Steps
 from nogemm.errors import NogemmError
 from nogemm.files import write_json
 from nogemm.hardware import machine, machine_line
+from nogemm.hardware.cpu import processor
 from nogemm.hardware.load import look
 from nogemm.models.directory import PACKAGED, model_directory
 from nogemm.models.loading import load_encoder
@@ -284,6 +285,18 @@ def quality_rows(
     ):
         rows.append({"name": name, "scores": scores[key]["ours"], "kept": scores[key]["kept"]} | facts | peak)
     return rows
+
+
+def recorded_searches(folder: Path) -> list[Path]:
+    """Return the recorded results of `nogemm tune`, if any lie here; those of this processor first."""
+    own = processor()
+    files = [file for file in sorted(folder.glob("*/tune*.json")) if _kind(file) == "tune"]
+    return sorted(files, key=lambda file: file.parent.name != own)
+
+
+def _kind(file: Path) -> Any:
+    data = json.loads(file.read_text(encoding="utf-8"))
+    return data.get("kind") if isinstance(data, dict) else None
 
 
 def recorded_rows(folder: Path) -> list[dict[str, Any]]:

@@ -46,6 +46,19 @@ def keep_layers(model: nn.Module, kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(i + 1 for i in wanted)
 
 
+def spread_numbers(layers: int, count: int) -> tuple[int, ...]:
+    """Return `count` of the numbers from 0 to layers - 1, evenly spread, the first and the last among them."""
+    return tuple(round(i * (layers - 1) / max(1, count - 1)) for i in range(count))
+
+
+def layer_paths(model: nn.Module) -> list[str]:
+    """Return the paths of a model's layers, in order, such as "encoder.layer.0"; raises as `keep_layers`."""
+    root = inner_model(model)
+    _, _, stack = _stack_of(root)
+    paths = {id(module): path for path, module in root.named_modules()}
+    return [paths[id(layer)] for layer in stack]
+
+
 def _stack_of(root: Any) -> tuple[nn.Module, str, nn.ModuleList]:
     config: Any = getattr(root, "config", None)
     layers = getattr(config.get_text_config() if hasattr(config, "get_text_config") else config, "num_hidden_layers", 0)

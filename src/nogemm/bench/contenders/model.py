@@ -6,6 +6,7 @@ Legend: B texts, L tokens per text, D width.
 from __future__ import annotations
 
 import copy
+import json
 import tempfile
 import warnings
 from pathlib import Path
@@ -49,13 +50,13 @@ class Encoder(nn.Module):
         return (self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state,)
 
 
-class _ModelContender:
+class ModelContender:
     """Draw batches of sample text cut to one length; what all contenders share."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         warnings.simplefilter("ignore")
         self.settings = settings
-        self.ids = _token_stream(settings["dense"])
+        self.ids = _token_stream(settings)
         self.pooling = MEAN if is_published_shape(settings["dense"]) else pooling_of(settings["dense"])
         # A text starts with this token wherever the stream is cut, for a model whose embedding is that token's.
         self.first = timed_tokenizer(settings["dense"]).cls_token_id if "cls" in self.pooling.modes else None
@@ -65,6 +66,8 @@ class _ModelContender:
 
     def _inputs(self, batch: int, length: int) -> tuple[Tensor, Tensor]:
         count = batch * length
+        if count > len(self.ids):  # few texts of one's own: they come again
+            self.ids = self.ids.repeat(-(-count // len(self.ids)))
         if self.next + count > len(self.ids):
             self.next = 0
         ids = self.ids[self.next : self.next + count].reshape(batch, length)
@@ -116,7 +119,7 @@ class _ModelContender:
         return self.runner.run(inputs)
 
 
-class DenseModelContender(_ModelContender):
+class DenseModelContender(ModelContender):
     """The dense model in one of the engines, or what rivals it there.
 
     "removed": without its FFNs, which no FFN could beat; "layers": with some of its layers; "peer": another model.
@@ -146,14 +149,14 @@ class DenseModelContender(_ModelContender):
         return self._verify(self.reference, DENSE_COSINES[self.engine.precision])
 
 
-class OurModelContender(_ModelContender):
+class OurModelContender(ModelContender):
     """The converted model, packed, in torch; `compiled` lets inductor fuse what lies around the packed layers."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__(settings)
         model = our_model(settings)
         self.reference = Encoder(model).eval().requires_grad_(False)
-        self.packed = Encoder(pack(copy.deepcopy(model), settings["dtype"]))
+        self.packed = Encoder(pack(copy.deepcopy(model), settings["dtype"], body=settings.get("body")))
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         self._open(case)
@@ -173,6 +176,10 @@ class WithMore(peers.Runner):
     def prepare(self, inputs: tuple[Tensor, ...]) -> Any:
         return self.runner.prepare((*inputs, *self.more))
 
+    def any_shape(self) -> peers.Runner:
+        """Return a runner whose inputs more are zeros, as many as there are tokens."""
+        return _WithZeros(self.runner.any_shape(), self.more)
+
     def run(self, prepared: Any) -> Any:
         return self.runner.run(prepared)
 
@@ -180,7 +187,14 @@ class WithMore(peers.Runner):
         return self.runner.result(outputs)
 
 
-class ExportedModelContender(_ModelContender):
+class _WithZeros(WithMore):
+    """The same with zeros of the inputs' own shape."""
+
+    def prepare(self, inputs: tuple[Tensor, ...]) -> Any:
+        return self.runner.prepare((*inputs, *(torch.zeros_like(inputs[0]) for _ in self.more)))
+
+
+class ExportedModelContender(ModelContender):
     """The converted model as `nogemm export` writes it, read back and run by OpenVINO in the precision "rest"."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -195,7 +209,7 @@ class ExportedModelContender(_ModelContender):
             dtype=settings["dtype"],
             int8=self.rest == "int8",
             tokenizer=timed_tokenizer(settings["dense"]),
-            calibration=sample_texts(_TEXTS),
+            calibration=_texts(settings),
         )
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
@@ -244,8 +258,14 @@ def compare_hidden(hidden_BLD: Tensor, expected_BLD: Tensor, least: float, pooli
     return facts
 
 
-def _token_stream(path: str) -> Tensor:
-    """Return the token ids of the sample's test texts, one after the other."""
-    tokenizer = timed_tokenizer(path)
-    encoded = tokenizer(sample_texts(_TEXTS), add_special_tokens=True, truncation=False, verbose=False)
+def _texts(settings: dict[str, Any]) -> list[str]:
+    """Return the texts that are timed: those of the file "texts", a JSON list, or the sample's."""
+    own = settings.get("texts")
+    return sample_texts(_TEXTS) if own is None else json.loads(Path(own).read_text(encoding="utf-8"))
+
+
+def _token_stream(settings: dict[str, Any]) -> Tensor:
+    """Return the token ids of the timed texts, one after the other."""
+    tokenizer = timed_tokenizer(settings["dense"])
+    encoded = tokenizer(_texts(settings), add_special_tokens=True, truncation=False, verbose=False)
     return torch.tensor([token for ids in encoded["input_ids"] for token in ids])

@@ -22,6 +22,10 @@ class Runner(ABC):
     def run(self, prepared: Any) -> Any:
         """Compute; the call that is timed."""
 
+    def any_shape(self) -> Runner:
+        """Return a runner of the same graph that takes inputs of any shape; itself, unless it was built for one."""
+        return self
+
     def result(self, outputs: Any) -> tuple[Tensor, ...]:
         """Turn what `run` returned into torch tensors, for the comparison."""
         return outputs

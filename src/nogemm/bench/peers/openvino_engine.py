@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,19 @@ from nogemm.export.openvino_host import computes_bf16, quantise, quiet, shared_c
 
 
 class OpenVinoRunner(Runner):
-    """Run one inference request; inputs and outputs are shared, not copied."""
+    """Run one inference request; inputs and outputs are shared, not copied.
 
-    def __init__(self, compiled: Any) -> None:
+    Args:
+        compiled: the graph.
+        free: gives a runner of the graph before its shape was fixed; None: it is not fixed.
+    """
+
+    def __init__(self, compiled: Any, free: Callable[[], Runner] | None = None) -> None:
         self.request = compiled.create_infer_request()
+        self.free = free
+
+    def any_shape(self) -> Runner:
+        return self if self.free is None else self.free()
 
     def prepare(self, inputs: Inputs) -> Any:
         return {index: x.contiguous().numpy() for index, x in enumerate(inputs)}
@@ -50,7 +59,10 @@ class OpenVinoEngine(Engine):
 
 def compiled(model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner:
     """Compile a graph for latency on torch's number of threads; `fixed` inputs make their shape the only one."""
+    free: Callable[[], Runner] | None = None
     if fixed is not None:
+        before = model.clone()
+        free = lambda: compiled(before, precision, None)  # noqa: E731
         model.reshape({item: list(x.shape) for item, x in zip(model.inputs, fixed, strict=True)})
     config = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -58,7 +70,7 @@ def compiled(model: Any, precision: str, fixed: Inputs | None) -> OpenVinoRunner
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_PRECISION_HINT": "bf16" if precision == "bf16" and computes_bf16() else "f32",
     }
-    return OpenVinoRunner(shared_core().compile_model(model, "CPU", config))
+    return OpenVinoRunner(shared_core().compile_model(model, "CPU", config), free)
 
 
 def make(precision: str) -> Engine:

@@ -2,7 +2,7 @@
 
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
-table each), "profile", "sparsity", "study-table". A file without a kind is told by its rows. A folder is that of a
+table each), "profile", "sparsity", "study-table", "tune". A file without a kind is told by its rows. A folder is that of a
 `nogemm study`, whose table is made from its runs (`runs.py`). Nothing else computes: every figure stands in a file.
 Reading order: rows, `Results`, `read_results`.
 """
@@ -31,6 +31,7 @@ from nogemm.bench.report.tables import (
     table5_table,
     topk_table,
 )
+from nogemm.bench.report.tune import NEEDED
 from nogemm.errors import ConfigError
 
 METRICS = {
@@ -117,6 +118,7 @@ class Results:
     profiles: list[Mapping[str, Any]] = field(default_factory=list)
     sparsities: list[Mapping[str, Any]] = field(default_factory=list)
     studies: list[Mapping[str, Any]] = field(default_factory=list)
+    searches: list[Mapping[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
@@ -313,6 +315,16 @@ def _read_sparsity(data: Mapping[str, Any], results: Results) -> None:
     results.sparsities.append(data)
 
 
+def _read_tune(data: Mapping[str, Any], results: Results) -> None:
+    if "dense" in data and "rows" not in data:  # stopped before there was a front
+        results.notes.append("The search had no front yet when it was stopped.")
+        return
+    for name in NEEDED:
+        data[name]
+    results.searches.append(data)
+    results.notes += data.get("notes", [])
+
+
 _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "methods": methods_table,
     "projections": projections_table,
@@ -341,5 +353,6 @@ _READERS: dict[str, Callable[[Mapping[str, Any], Results], None]] = {
     "profile": _read_profile,
     "sparsity": _read_sparsity,
     STUDY_TABLE: _read_runs,
+    "tune": _read_tune,
     **{kind: _table_reader(make) for kind, make in _TABLES.items()},
 }

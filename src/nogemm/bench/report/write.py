@@ -20,6 +20,7 @@ from nogemm.bench.report.runs import runs_charts, runs_table
 from nogemm.bench.report.sparsity import sparsity_charts
 from nogemm.bench.report.svg import COLOURS, Bar, Point, bars, legend, lines, number, scatter
 from nogemm.bench.report.tables import TextTable
+from nogemm.bench.report.tune import tune_chart, tune_table, tune_title
 from nogemm.bench.sparsity.tables import model_name, sparsity_tables
 from nogemm.files import write_atomically
 
@@ -56,6 +57,7 @@ def render(results: Results, *, title: str | None = None) -> str:
         *(_table_section(table) for table in results.tables),
         *(_profile_section(result) for result in results.profiles),
         *(_sparsity_section(result) for result in results.sparsities),
+        *(_search_section(result) for result in results.searches),
     ]
     machine = "".join(f"<p class='machine'>{escape(line)}</p>" for line in results.machines)
     notes = "".join(f"<p class='note'>{escape(note)}</p>" for note in results.notes)
@@ -92,6 +94,14 @@ def _sparsity_section(result: Mapping[str, Any]) -> str:
     figures = "".join(_figure(caption, chart) for caption, chart in sparsity_charts(result))
     sections = "".join(_table_section(table) for table in sparsity_tables(result))
     return f'<section><h2>{name}</h2><div class="charts">{figures}</div></section>{sections}'
+
+
+def _search_section(result: Mapping[str, Any]) -> str:
+    chart = tune_chart(result)
+    figure = f'<div class="charts">{_figure("Agreement against time", chart)}</div>' if chart else ""
+    said = f"<p>{escape(result['verdict'])}</p><p class='hint'>Hollow marks were distilled for a short time alone.</p>"
+    table = _table_section(tune_table(result))
+    return f"<section><h2>{escape(tune_title(result))}</h2>{said}{figure}</section>{table}"
 
 
 def _tiles(results: Results) -> str:
