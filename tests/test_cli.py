@@ -34,8 +34,8 @@ FLAGS = {
     "--vocabulary --field --validation --tokens --steps --max-seconds --context --batch --lr --optimizer --option "
     "--device --seed --run --resume --trust-remote-code --json",
     "study": "--output -o --data --only --redo --retry --list --max-seconds --json",
-    "tune": "--data --quality --latency --memory --engine --shape --offers --tokens --max-seconds --seed --run --resume "
-    "--option --json",
+    "tune": "--data --quality --latency --memory --engine --shape --offers --tokens --max-seconds --seed --run "
+    "--resume --option --json",
     "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code --json",
     "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --mode --trust-remote-code --json",
     "generate": "--prompt --max-new-tokens --chat --mode --stop --sample --temperature --top-k --top-p --seed "
