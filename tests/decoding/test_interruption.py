@@ -163,6 +163,13 @@ def test_an_interruption_while_the_cache_goes_back_is_not_forgotten(monkeypatch:
         nogemm.generate(model, decoders.prompts(1, 20), 2, cache=cache)
 
 
+def test_a_hybrid_takes_no_token_back() -> None:
+    model = make("lfm2")
+    nogemm.convert_head(model, HeadConfig(mode="deferred"))
+    with pytest.raises(ConfigError, match=r"mode 'deferred' needs .*; LinearAttentionLayer cannot: .* mode 'exact'"):
+        nogemm.generate(model, decoders.prompts(), 2)
+
+
 def test_a_cache_of_another_kind_is_named() -> None:
     model, ids = make("llama"), decoders.prompts()
     nogemm.convert_head(model)

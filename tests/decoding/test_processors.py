@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
     "guidance_scale": {"guidance_scale": 1.5},
     "forced_eos_token_id": {"forced_eos_token_id": 7},
+    "watermarking_config": {"watermarking_config": tf.WatermarkingConfig(bias=9.0)},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (2, 9.0), "eos_token_id": 7},
 }
 OF_TOKENS = (
     "bad_words_ids",
@@ -88,6 +90,16 @@ def test_every_family_and_every_mode(kind: str, mode: str) -> None:
         check_equal("without", other, expected)
 
 
+def test_a_first_token_that_is_forced() -> None:
+    model, ids = decoders.make("llama"), decoders.prompts(2, 1)
+    nogemm.convert_head(model)
+    plain = nogemm.generate(model, ids, NEW)
+    model.generation_config.forced_bos_token_id = forced = int(plain[0, 1]) ^ 1
+    got = nogemm.generate(model, ids, NEW)
+    check_equal("tokens", got, theirs(model, ids))
+    assert got[:, 1].tolist() == [forced, forced]
+
+
 def test_padded_prompts_are_penalised_as_there() -> None:
     model = decoders.make("llama")
     model.generation_config.update(repetition_penalty=3.0, pad_token_id=0)
@@ -133,7 +145,7 @@ def test_it_goes_on_from_a_cache_with_all_tokens_so_far() -> None:
 
 def test_samples_follow_the_processed_distribution() -> None:
     model, ids = decoders.make("llama"), decoders.prompts()
-    model.generation_config.update(min_p=0.2, suppress_tokens=[int(theirs(model, ids)[0, 5])])
+    model.generation_config.update(min_p=0.7, suppress_tokens=[int(theirs(model, ids)[0, 5])])
     nogemm.convert_head(model)
     how: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "top_k": 6}
     report = GenerationReport()
@@ -145,10 +157,11 @@ def test_samples_follow_the_processed_distribution() -> None:
     logits[model.generation_config.suppress_tokens] = -torch.inf
     kept = logits.topk(6)
     shares = (kept.values / 3).softmax(0)
-    shares = torch.where(shares >= 0.2 * shares.max(), shares, 0.0)
+    shares = torch.where(shares >= 0.7 * shares.max(), shares, 0.0)
     shares = shares / shares.sum()
     counts = torch.bincount(torch.tensor(drawn), minlength=decoders.V)[kept.indices] / len(drawn)
-    assert float(counts.sum()) == 1
+    assert int((shares > 0).sum()) in range(1, 6)  # min_p leaves some of the six out
+    assert abs(float(counts.sum()) - 1) < 1e-5
     assert float((counts - shares).abs().max()) < 0.08
     one = nogemm.generate(model, ids, 8, seed=3, **how)
     check_equal("the same seed", nogemm.generate(model, ids, 8, seed=3, **how), one)
@@ -232,7 +245,7 @@ def test_bad_processors_are_named() -> None:
     model.generation_config.bad_words_ids = None
     with torch.no_grad():
         model.model.norm.weight[3] = torch.inf
-    with pytest.raises(NotFiniteError, match="are not finite"):
+    with pytest.raises(NotFiniteError, match="the logits of sequence 0 before token 5 are not finite"):
         nogemm.generate(model, ids, 2, logits_processor=[lambda i, s: s])
 
 

@@ -5,7 +5,7 @@ Legend: B sequences, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +49,8 @@ def check_cache(cache: Any, ids_BL: Tensor) -> None:
         raise ConfigError(f"generate: cache must be one of a decoder alone, such as DynamicCache, got {name}")
     if getattr(cache, _TORN, False):
         raise ConfigError(
-            f"generate: a call that was interrupted left this cache in the middle of a token, and a {_kinds(cache)} "
-            "cannot go back; give all tokens so far and a new cache, or none"
+            f"generate: a call that was interrupted left this cache in the middle of a token, and a "
+            f"{kinds_but(cache, RESTORABLE)} cannot go back; give all tokens so far and a new cache, or none"
         )
     try:
         held = _length(cache)
@@ -155,7 +155,7 @@ def _copied_states(states: dict[Any, Any]) -> dict[Any, Any]:
     return {index: value.clone() if isinstance(value, Tensor) else value for index, value in states.items()}
 
 
-def _kinds(cache: Any) -> str:
-    """Name the layers that cannot be restored, or the cache itself."""
-    names = {type(layer).__name__ for layer in cache.layers} - set(RESTORABLE)
-    return " or ".join(sorted(names)) or type(cache).__name__
+def kinds_but(cache: Any, names: Sequence[str]) -> str:
+    """Name the kinds of a cache's layers that are not among these; or the cache itself, where there are none."""
+    kinds = {type(layer).__name__ for layer in cache.layers} - {*names}
+    return " or ".join(sorted(kinds)) or type(cache).__name__

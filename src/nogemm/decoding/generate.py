@@ -124,7 +124,10 @@ class _ModelSteps:
         if self.deferred:
             most = decoder.longest_rewind
             if most == 0:
-                raise ConfigError("generate: mode 'deferred' needs a cache that can go back, such as DynamicCache")
+                raise ConfigError(
+                    "generate: mode 'deferred' needs a cache that can go back token by token, such as a DynamicCache "
+                    f"of keys and values; {decoder.fixed_layers} cannot: convert the head with mode 'exact'"
+                )
             self.window = min(head.config.verify_every, most)
 
     @property

@@ -105,7 +105,9 @@ class Processors:
             NotFiniteError: the logits of a sequence are not finite, its scores are NaN, or no token is left.
             ConfigError: a processor returns something else than scores.
         """
-        _check_finite(logits_BV.isfinite().all(1), done_B, "the logits of sequence {} are not finite")
+        place = ids_BT.shape[1]
+        finite = logits_BV.isfinite().all(1)
+        _check_finite(finite, done_B, f"the logits of sequence {{}} before token {place} are not finite")
         scores_BV = logits_BV
         for processor, name in zip(self.processors, self.names, strict=True):
             scores_BV = processor(ids_BT, scores_BV)
@@ -115,7 +117,6 @@ class Processors:
                     f"generate: the logits processor {name} must return scores of the shape {tuple(logits_BV.shape)}, "
                     f"got {got}"
                 )
-        place = ids_BT.shape[1]
         fine = (scores_BV.amax(1) > -torch.inf) & ~scores_BV.isnan().any(1)
         _check_finite(fine, done_B, f"the logits processors leave sequence {{}} no token for position {place}")
         if self.sampling is not None:

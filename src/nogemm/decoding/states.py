@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.decoding.caches import Mark, check_cache, longest_rewind, new_cache, running
+from nogemm.decoding.caches import REWINDABLE, Mark, check_cache, kinds_but, longest_rewind, new_cache, running
 from nogemm.errors import ConfigError, NotFiniteError
 from nogemm.heads import HireHead
 
@@ -79,6 +79,11 @@ class Decoder:
     def longest_rewind(self) -> int:
         """Tokens that a `Mark` can go back by; 0: the cache has layers of another kind than those that can."""
         return longest_rewind(self.cache)
+
+    @property
+    def fixed_layers(self) -> str:
+        """The kinds of the cache's layers that tokens cannot be taken back from."""
+        return kinds_but(self.cache, REWINDABLE)
 
 
 def base_of(model: Any) -> nn.Module:
