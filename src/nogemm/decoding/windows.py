@@ -123,8 +123,8 @@ class Windows:
         try:
             with streamed(streamer, ids) as put:
                 for token in tokens:
-                    ids = torch.cat((ids, token.unsqueeze(1)), 1)
                     put(token)
+                    ids = torch.cat((ids, token.unsqueeze(1)), 1)
         finally:
             tokens.close()  # the memory goes back to what was streamed
             self.steps.account(self.report)
