@@ -62,6 +62,31 @@ def test_a_head_that_names_other_tokens_has_no_time(tmp_path: Path, monkeypatch:
         reference_tokens(states, weight)
 
 
+def test_large_batches_begin_anew_and_take_fewer_turns(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    file, states, weight = tmp_path / "head.safetensors", torch.randn(40, 16), torch.randn(50, 16)
+    tokens = reference_tokens(states, weight)
+    save_file({"weight": weight, "moment": torch.eye(16), "states": states, "tokens": tokens}, file)
+    settings = {"file": str(file), "copies": 5, "leading": 8, "sketch": 16, "rows": 4}
+    for cls, name in ((contenders.OurHead, "nogemm-deferred"), (contenders.DenseHead, "torch-fp32")):
+        made, calls = cls({**settings, "engine": name}), 16 if name == "nogemm-deferred" else 1
+        for batch, turns in ((1, 5), (16, 5), (32, 2), (64, 2)):
+            facts = made.prepare({"batch": batch})
+            assert facts["verified"], facts
+            assert facts["positions"] == 40
+            assert facts["layers"] == turns * calls
+            drawn = made._drawn()
+            assert [len(x) for x in drawn] == [batch * calls] * turns
+            made.place = 39
+            assert torch.equal(made._drawn()[0][:2], states[[39, 0]][: batch * calls])
+            result = made.run(made._prepare(drawn))
+            if name == "nogemm-deferred":
+                expected = (drawn[-1] @ weight.T).argmax(1).view(16, batch)
+                assert len(result) == turns
+                assert torch.equal(result[-1].view(16, batch), expected)
+
+
 def test_bad_input_is_named(tmp_path: Path) -> None:
     model = str(people.gpt2(tmp_path / "gpt2"))
     with pytest.raises(ConfigError, match="unknown engine 'tpu'"):

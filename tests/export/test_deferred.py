@@ -129,6 +129,56 @@ def test_streams_and_ends_that_are_proven(llama: tuple[Any, Path]) -> None:
     check_equal("ends of a batch", deferred.generate(both, NEW, eos_token_id=end), expected)
 
 
+class _Words:
+    """A tokenizer of one word a token."""
+
+    def decode(self, ids: Any, **_: Any) -> str:
+        return "".join(f"<{int(token)}>" for token in ids)
+
+
+@pytest.mark.parametrize("mode", ["exact", "deferred"])
+def test_it_ends_behind_a_string_as_the_torch_model_does(mode: str, llama: tuple[Any, Path]) -> None:
+    model, folder = llama
+    decoder = OpenVINODecoder(folder, threads=1, precision="f32", mode=mode)
+    ids = decoders.prompts(2, 6)
+    whole = decoder.generate(ids, NEW)
+    word = f"<{int(whole[0, 12])}><{int(whole[0, 13])}>"
+    how: dict[str, Any] = {"stop_strings": [word, "never"], "tokenizer": _Words()}
+    got = decoder.generate(ids[:1], NEW, **how)
+    check_equal("one text", got, whole[:1, :14])
+    assert decoder._memory.length == 13
+    check_equal("and on", decoder.generate(got, NEW - 8), whole[:1])
+    both = decoder.generate(ids, NEW, eos_token_id=[9], **how)
+    check_equal("a batch", both, nogemm.generate(model, ids, NEW, eos_token_id=[9], pad_token_id=9, **how))
+    with pytest.raises(Mismatch):
+        check_equal("another string", decoder.generate(ids[:1], NEW, stop_strings="never", tokenizer=_Words()), got)
+
+
+def test_streamers_of_transformers(llama: tuple[Any, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers as tf
+
+    words: Any = _Words()
+    decoder = OpenVINODecoder(llama[1], threads=1)
+    found = decoder.generate(decoders.prompts(), 4, streamer=tf.TextStreamer(words))
+    assert capsys.readouterr().out == words.decode(found[0]) + "\n"
+
+
+def test_bad_arguments_are_named(llama: tuple[Any, Path]) -> None:
+    decoder = OpenVINODecoder(llama[1], threads=1)
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("attention_mask must be a tensor like input_ids, got list", {"attention_mask": [[1] * 5]}),
+        ("temperature=0.5 needs do_sample=True", {"temperature": 0.5}),
+        ("seed=1 needs do_sample=True", {"seed": 1}),
+        ("temperature must be above 0, got 'x'", {"do_sample": True, "temperature": "x"}),
+        ("stop_strings need the model's tokenizer", {"stop_strings": "x"}),
+        ("eos_token_id must be a token or several, got 'x'", {"eos_token_id": "x"}),
+        ("streamer must be a function of tokens, or have put and end, got int", {"streamer": 3}),
+    ]
+    for words, more in cases:
+        with pytest.raises(nogemm.ConfigError, match=words):
+            decoder.generate(decoders.prompts(), 2, **more)
+
+
 class _Interrupted:
     """A request whose call number `at` is interrupted, before its work or behind it."""
 

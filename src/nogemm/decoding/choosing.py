@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from nogemm.decoding.sampling import Sampling
+from nogemm.decoding.settings import Processors
 from nogemm.decoding.states import Scaling
 from nogemm.errors import NotFiniteError
 from nogemm.heads import Choice, HireHead
@@ -21,19 +22,20 @@ class Chooser:
     """Chooses tokens by a head.
 
     A greedy token is the largest logit. A sampled one is the largest sum of logit and noise, so the same search and the
-    same proof find it. Only top_k, top_p and capped logits need all logits.
+    same proof find it. Only top_k, top_p, capped logits and logits processors need all logits.
 
     Args:
         sampling: None: greedy.
         scaling: what the model does to the head's logits.
+        processors: what is done to them then.
     Attributes:
         rows: of the head, computed exactly for each state so far.
         dense: states so far whose logits were all computed.
     """
 
-    def __init__(self, head: HireHead, sampling: Sampling | None, scaling: Scaling) -> None:
-        self.head, self.sampling, self.scaling = head, sampling, scaling
-        self.needs_all = sampling is not None and (not sampling.plain or scaling.cap is not None)
+    def __init__(self, head: HireHead, sampling: Sampling | None, scaling: Scaling, processors: Processors) -> None:
+        self.head, self.sampling, self.scaling, self.processors = head, sampling, scaling, processors
+        self.needs_all = bool(processors) or (sampling is not None and (not sampling.plain or scaling.cap is not None))
         self.rows: list[int] = []
         self.dense = 0
 
@@ -50,10 +52,17 @@ class Chooser:
     def proven(self, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
         """Choose the dense head's tokens of N states."""
         if self.needs_all:
-            self.rows += [self.head.out_features] * len(x_ND)
-            self.dense += len(x_ND)
-            return self._draw(self.head.logits(x_ND), places, sequences)
+            return self._draw(self._logits(x_ND), places, sequences)
         return self._choose(self.head.choose, x_ND, places, sequences)
+
+    def processed(self, x_BD: Tensor, ids_BT: Tensor, done_B: Tensor | None) -> Tensor:
+        """Choose a token for each sequence behind T tokens, from all logits and by the processors."""
+        return self.processors.choose(ids_BT, self.scaling(self._logits(x_BD)), done_B)
+
+    def _logits(self, x_ND: Tensor) -> Tensor:
+        self.rows += [self.head.out_features] * len(x_ND)
+        self.dense += len(x_ND)
+        return self.head.logits(x_ND)
 
     def _choose(self, how: How, x_ND: Tensor, places: Sequence[int], sequences: Sequence[int]) -> Tensor:
         noise_NV = None

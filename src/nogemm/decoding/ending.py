@@ -20,39 +20,49 @@ class Ending:
     """Tells which sequences have ended.
 
     Args:
-        ends: tokens; None: what the model's generation config names.
-        pad: what follows an end; None: the model's, or the first end token.
-        stop_strings: end a sequence once its new text holds one of them.
+        config: the model's generation config, or None.
+        ends: tokens; None: what the config names.
+        pad: what follows an end; None: the config's, or the first end token.
+        stop_strings: end a sequence once its new text holds one of them; None: the config's.
         tokenizer: for the strings.
+        rows: of the model's embedding.
+    Raises:
+        ConfigError: an argument is no token or no text, or there is no tokenizer for the strings.
+
+    Attributes:
+        done: bool [B], which sequences have ended; None: none has a new token.
     """
 
     def __init__(
         self,
-        model: Any,
-        ends: int | Sequence[int] | None,
+        config: Any,
+        ends: int | Sequence[int] | Tensor | None,
         pad: int | None,
         stop_strings: str | Sequence[str] | None,
         tokenizer: Any,
+        rows: int,
     ) -> None:
-        config = getattr(model, "generation_config", None)
-        own = getattr(config, "eos_token_id", None) if ends is None else ends
-        listed = [] if own is None else [own] if isinstance(own, int) else list(own)
-        if not all(isinstance(end, int) for end in listed):
-            raise ConfigError(f"generate: eos_token_id must be a token or several, got {ends!r}")
+        listed = _tokens(getattr(config, "eos_token_id", None) if ends is None else ends)
         self.ends = torch.tensor(listed, dtype=torch.int64)
-        filling = getattr(config, "pad_token_id", None) if pad is None else pad
-        self.pad = torch.tensor(filling if filling is not None else listed[0] if listed else 0)
-        strings = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings or ())
-        if not all(isinstance(text, str) and text for text in strings):
-            raise ConfigError(f"generate: stop_strings must be texts that are not empty, got {stop_strings!r}")
+        self.pad = torch.tensor(_padding(config, pad, listed, rows))
+        given = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings
+        strings = [given] if isinstance(given, str) else given or ()
+        if not isinstance(strings, Sequence) or not all(isinstance(text, str) and text for text in strings):
+            raise ConfigError(f"generate: stop_strings must be texts that are not empty, got {given!r}")
         if strings and not callable(getattr(tokenizer, "decode", None)):
-            raise ConfigError("generate: stop_strings need the model's tokenizer")
-        self.strings, self.tokenizer = strings, tokenizer
+            named = "" if stop_strings is not None else f"; the model's generation config names {given!r}"
+            raise ConfigError(f"generate: stop_strings need the model's tokenizer{named}")
+        self.strings, self.tokenizer = list(strings), tokenizer
         self.longest = max(map(len, strings), default=0) + SPARE
         self.texts: list[list[int]] = []
+        self.done: Tensor | None = None
 
     def after(self, token_B: Tensor, done_B: Tensor) -> Tensor:
         """Return which sequences have ended behind one more token of each."""
+        self.done = done_B = self._after(token_B, done_B)
+        return done_B
+
+    def _after(self, token_B: Tensor, done_B: Tensor) -> Tensor:
         done_B = done_B | torch.isin(token_B, self.ends)
         if not self.strings:
             return done_B
@@ -64,3 +74,22 @@ class Ending:
                 text = self.tokenizer.decode(tail)
                 done_B[sequence] = any(string in text for string in self.strings)
         return done_B
+
+
+def _tokens(given: Any) -> list[int]:
+    """Return end tokens as a list, however they are given."""
+    listed = given.tolist() if isinstance(given, Tensor) else given
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else listed
+    if not isinstance(listed, (list, tuple)) or not all(isinstance(end, int) for end in listed):
+        raise ConfigError(f"generate: eos_token_id must be a token or several, got {given!r}")
+    return list(listed)
+
+
+def _padding(config: Any, pad: Any, ends: list[int], rows: int) -> int:
+    """Return what follows the end of a sequence; a token of the model, because it reads it while others go on."""
+    if pad is not None:
+        if isinstance(pad, bool) or not isinstance(pad, int) or not 0 <= pad < rows:
+            raise ConfigError(f"generate: pad_token_id must be a token from 0 to {rows - 1}, got {pad!r}")
+        return pad
+    own = getattr(config, "pad_token_id", None)
+    return next((token for token in (own, *ends) if isinstance(token, int) and 0 <= token < rows), 0)

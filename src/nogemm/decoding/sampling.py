@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,21 +25,23 @@ class Sampling:
     """How tokens are drawn.
 
     Args:
-        temperature: above 0; 1 draws from the model's own distribution.
+        temperature: above 0; 1, or None, draws from the model's own distribution.
         top_k: only the k largest logits of a sequence, ties with the last of them included; None: all.
         top_p: only the largest that together have this share of the probability, after temperature and top_k; None:
             all.
         seed: of the noise; None: drawn from torch's generator.
     """
 
-    def __init__(self, temperature: float, top_k: int | None, top_p: float | None, seed: int | None) -> None:
+    def __init__(self, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> None:
         for name, value, high in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
-            if value is not None and not (0 < value <= high and math.isfinite(value)):
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= high and math.isfinite(value)):
                 most = "" if high == math.inf else " and at most 1"
                 raise ConfigError(f"generate: {name} must be above 0{most}, got {value!r}")
         if top_k is not None:
             check_int("generate", "top_k", top_k, 1)
-        self.temperature, self.top_k, self.top_p = float(temperature), top_k, top_p
+        self.temperature = 1.0 if temperature is None else float(temperature)
+        self.top_k, self.top_p = top_k, top_p
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ConfigError(f"generate: seed must be an integer, got {seed!r}")
         self.seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -70,6 +74,22 @@ class Sampling:
         if self.top_p is not None and self.top_p < 1:
             scores_BV = scores_BV.masked_fill(~nucleus(scores_BV, self.top_p), -torch.inf)
         return scores_BV
+
+
+def make_sampling(do_sample: bool, **choices: Any) -> Sampling | None:
+    """Return how tokens are drawn; None: they are not.
+
+    Args:
+        choices: temperature, top_k, top_p and seed, see `Sampling`.
+    Raises:
+        ConfigError: one is out of range, or would have no effect because nothing is drawn.
+    """
+    if do_sample:
+        return Sampling(**choices)
+    for name, value in choices.items():
+        if value is not None and not (name == "temperature" and value == 1):
+            raise ConfigError(f"generate: {name}={value!r} needs do_sample=True; without it no token is drawn")
+    return None
 
 
 def nucleus(scores_NV: Tensor, share: float) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nogemm.decoding.caches import REWINDABLE, Mark, check_cache, kinds_but, longest_rewind, new_cache, running
 from nogemm.errors import ConfigError, NotFiniteError
 from nogemm.heads import HireHead
 
@@ -62,7 +63,8 @@ class Decoder:
         if mask_BT is not None:
             positions = (mask_BT.cumsum(1) - 1).clamp_min(0)
             inputs |= {"attention_mask": mask_BT, "position_ids": positions[:, -ids_BL.shape[1] :]}
-        return self.base(**inputs).last_hidden_state[:, -1]
+        with running(self.cache):
+            return self.base(**inputs).last_hidden_state[:, -1]
 
     @property
     def length(self) -> int:
@@ -76,70 +78,12 @@ class Decoder:
     @property
     def longest_rewind(self) -> int:
         """Tokens that a `Mark` can go back by; 0: the cache has layers of another kind than those that can."""
-        if not all(type(layer).__name__ in REWINDABLE for layer in self.cache.layers):
-            return 0
-        return min((layer.sliding_window - 1 for layer in self.cache.layers if layer.is_sliding), default=2**31)
+        return longest_rewind(self.cache)
 
-
-REWINDABLE = ("DynamicLayer", "DynamicSlidingWindowLayer")
-
-
-class Mark:
-    """A cache as it was.
-
-    A layer replaces its keys and values when it takes a token, so the ones that it had are kept by holding on to them.
-    A sliding layer forgets tokens as it goes: what it has to get back is in the mark.
-    """
-
-    def __init__(self, cache: Any) -> None:
-        self.kept = [
-            (layer, layer.keys, layer.values, layer.is_initialized, int(layer.get_seq_length()))
-            for layer in cache.layers
-            if type(layer).__name__ in REWINDABLE
-        ]
-
-    def rewind(self, tokens: int = 0) -> None:
-        """Go back to the mark and the first `tokens` behind it; where there are no more, nothing changes."""
-        for layer, keys, values, initialized, length in self.kept:
-            new = int(layer.get_seq_length()) - length
-            if new <= tokens:
-                continue
-            layer.keys = _rewound(keys, layer.keys, new, tokens, layer)
-            layer.values = _rewound(values, layer.values, new, tokens, layer)
-            layer.is_initialized = initialized or tokens > 0
-            if layer.is_sliding:
-                layer.cumulative_length = length + tokens
-
-
-def _rewound(before: Tensor | None, now: Tensor, new: int, tokens: int, layer: Any) -> Tensor | None:
-    if tokens == 0:
-        return before
-    begin = now.shape[-2] - new
-    parts = [] if before is None else [before]
-    kept = torch.cat((*parts, now[:, :, begin : begin + tokens]), 2)
-    return kept[:, :, -layer.sliding_window + 1 :] if layer.is_sliding else kept
-
-
-def new_cache(model: Any) -> Any:
-    """Return an empty cache of keys and values of the model's kind."""
-    from transformers import DynamicCache
-
-    return DynamicCache(config=model.config)
-
-
-def check_cache(cache: Any, ids_BL: Tensor) -> None:
-    """Refuse a cache that cannot lie in front of the last token of these prompts."""
-    if not callable(getattr(cache, "get_seq_length", None)):
-        raise ConfigError(f"generate: cache must be a cache of transformers, got {type(cache).__name__}")
-    held = int(cache.get_seq_length())
-    if held >= ids_BL.shape[1]:
-        raise ConfigError(
-            f"generate: the cache holds {held} tokens and input_ids {ids_BL.shape[1]}; input_ids must hold all tokens "
-            "so far, the cache at most all but the last"
-        )
-    keys = getattr(cache.layers[0], "keys", None) if held and getattr(cache, "layers", None) else None
-    if isinstance(keys, Tensor) and keys.shape[0] != ids_BL.shape[0]:
-        raise ConfigError(f"generate: the cache is of {keys.shape[0]} sequences, input_ids of {ids_BL.shape[0]}")
+    @property
+    def fixed_layers(self) -> str:
+        """The kinds of the cache's layers that tokens cannot be taken back from."""
+        return kinds_but(self.cache, REWINDABLE)
 
 
 def base_of(model: Any) -> nn.Module:

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from nogemm.decoding.ending import Ending
-
-Streamer = Callable[[Tensor], None]
+from nogemm.decoding.streaming import Streamer, streamed
 
 
 @dataclass
@@ -25,7 +24,9 @@ class GenerationReport:
     Attributes:
         tokens: new tokens of all sequences.
         rows: of the head, computed exactly for each state that a token was searched for or proven of.
-        dense: states whose logits were all computed, because top_k, top_p or capped logits of a sample need them.
+        dense: states whose logits were all computed, because top_k, top_p or capped logits of a sample need them, or
+            logits processors.
+        processors: the names of these.
         proofs, differences: of mode "deferred": how many times tokens were proven together, and how many of these
             found another token than the search had.
         prompt_seconds, seconds: until the first token is there; from there to the last.
@@ -34,6 +35,7 @@ class GenerationReport:
     tokens: int = 0
     rows: list[int] = field(default_factory=list)
     dense: int = 0
+    processors: list[str] = field(default_factory=list)
     proofs: int = 0
     differences: int = 0
     prompt_seconds: float = 0.0
@@ -88,6 +90,16 @@ class Steps(Protocol):
         """Write down what was computed."""
 
 
+class _Nowhere:
+    """A mark behind which there are no more tokens: a window of one has none to take back."""
+
+    def rewind(self, tokens: int = 0) -> None:
+        pass
+
+
+_NOWHERE: Marked = _Nowhere()
+
+
 class Windows:
     """One call of `generate`: windows of tokens, each proven at its end, or of one token."""
 
@@ -98,7 +110,7 @@ class Windows:
         ids_BL: Tensor,
         mask: Tensor | None,
         count: int,
-        draft: Streamer | None,
+        draft: Callable[[Tensor], None] | None,
         report: GenerationReport,
     ) -> None:
         self.steps, self.ending, self.draft, self.report = steps, ending, draft, report
@@ -109,10 +121,10 @@ class Windows:
         """Return prompts and new tokens."""
         ids, tokens = self.ids, self._tokens()
         try:
-            for token in tokens:
-                ids = torch.cat((ids, token.unsqueeze(1)), 1)
-                if streamer is not None:
-                    streamer(token)
+            with streamed(streamer, ids) as put:
+                for token in tokens:
+                    put(token)
+                    ids = torch.cat((ids, token.unsqueeze(1)), 1)
         finally:
             tokens.close()  # the memory goes back to what was streamed
             self.steps.account(self.report)
@@ -124,55 +136,57 @@ class Windows:
         fresh = self.ids[:, min(self.steps.held, self.length - 1) :]
         done = torch.zeros(len(self.ids), dtype=torch.bool)
         while self.left > 0 and not bool(done.all()):
-            tokens, mark = self._take(fresh, done)
-            for step, chosen in enumerate(tokens):
-                token = torch.where(done, self.ending.pad, chosen)  # a string may have ended it within the window
-                first = self.report.tokens == 0
-                self.report.tokens += int((~done).sum())
-                done = self.ending.after(token, done)
-                self.left, self.length = self.left - 1, self.length + 1
-                now = time.perf_counter()
-                if first:
-                    self.report.prompt_seconds, start = now - start, now
-                self.report.seconds = now - start
-                fresh = token.unsqueeze(1)
-                try:
+            given, before, behind = 0, self.steps.mark(), _NOWHERE
+            try:
+                tokens, behind = self._take(fresh, done)
+                for step, chosen in enumerate(tokens):
+                    token = torch.where(done, self.ending.pad, chosen)  # a string may have ended it within the window
+                    first = self.report.tokens == 0
+                    self.report.tokens += int((~done).sum())
+                    done = self.ending.after(token, done)
+                    self.left, self.length = self.left - 1, self.length + 1
+                    now = time.perf_counter()
+                    if first:
+                        self.report.prompt_seconds, start = now - start, now
+                    self.report.seconds = now - start
+                    fresh = token.unsqueeze(1)
+                    given = step + 1
                     yield token
-                except BaseException:
-                    mark.rewind(step)
-                    raise
-                if bool(done.all()):  # by a string: the tokens behind are in vain
-                    mark.rewind(step)
-                    return
+                    if bool(done.all()):  # by a string: the tokens behind are in vain
+                        behind.rewind(step)
+                        return
+            except BaseException:
+                if given:
+                    behind.rewind(given - 1)
+                else:
+                    before.rewind()
+                raise
 
     def _take(self, fresh: Tensor, done: Tensor) -> tuple[list[Tensor], Marked]:
         """Choose the tokens of a window; return them, and a mark behind what gave the first one."""
-        before = mark = self.steps.mark()
+        behind: Marked = _NOWHERE
         states: list[Tensor] = []
         tokens: list[Tensor] = []
         over = [done]
-        try:
-            for step in range(min(self.steps.window, self.left)):
-                length = self.length + step
-                mask = None if self.mask is None else self.mask[:, :length]
-                state, chosen = self.steps.step(fresh, mask, length)
-                if step == 0:
-                    mark = self.steps.mark()
-                states.append(state)
-                tokens.append(torch.where(over[-1], self.ending.pad, chosen))
-                if self.draft is not None:
-                    self.draft(tokens[-1])
-                over.append(over[-1] | torch.isin(tokens[-1], self.ending.ends))
-                fresh = tokens[-1].unsqueeze(1)
-                if bool(over[-1].all()):
-                    break
-            if self.steps.deferred:
-                tokens = self._prove(states, tokens, over)
-        except BaseException:
-            before.rewind()
-            raise
-        mark.rewind(len(tokens) - 1)
-        return tokens, mark
+        steps = min(self.steps.window, self.left)
+        for step in range(steps):
+            length = self.length + step
+            mask = None if self.mask is None else self.mask[:, :length]
+            state, chosen = self.steps.step(fresh, mask, length)
+            if step == 0 and steps > 1:
+                behind = self.steps.mark()
+            states.append(state)
+            tokens.append(torch.where(over[-1], self.ending.pad, chosen))
+            if self.draft is not None:
+                self.draft(tokens[-1])
+            over.append(over[-1] | torch.isin(tokens[-1], self.ending.ends))
+            fresh = tokens[-1].unsqueeze(1)
+            if bool(over[-1].all()):
+                break
+        if self.steps.deferred:
+            tokens = self._prove(states, tokens, over)
+        behind.rewind(len(tokens) - 1)
+        return tokens, behind
 
     def _prove(self, states: list[Tensor], tokens: list[Tensor], over: list[Tensor]) -> list[Tensor]:
         """Return the tokens up to the first that is not the dense head's, which takes its place."""

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nogemm.decoding.states import base_of, new_cache
+from nogemm.decoding.caches import new_cache
+from nogemm.decoding.states import base_of
 from nogemm.errors import ConfigError
 from nogemm.ops.packed_head import ROW_DTYPES
 

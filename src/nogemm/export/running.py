@@ -6,16 +6,17 @@ Legend: B sequences, L tokens of the prompt, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from nogemm.decoding.checks import check_prompt
 from nogemm.decoding.ending import Ending
-from nogemm.decoding.sampling import Sampling
-from nogemm.decoding.windows import GenerationReport, Streamer, Windows
+from nogemm.decoding.sampling import make_sampling
+from nogemm.decoding.streaming import Streamer, check_streamers, streamed
+from nogemm.decoding.windows import GenerationReport, Windows
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export import decoder_graph as dg
 from nogemm.export import openvino_host as host
@@ -75,12 +76,14 @@ class OpenVINODecoder:
         max_new_tokens: int = 20,
         *,
         do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         seed: int | None = None,
         attention_mask: Tensor | None = None,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[int] | Tensor | None = None,
+        stop_strings: str | Sequence[str] | None = None,
+        tokenizer: Any = None,
         streamer: Streamer | None = None,
-        draft_streamer: Streamer | None = None,
+        draft_streamer: Callable[[Tensor], None] | None = None,
         report: GenerationReport | None = None,
     ) -> Tensor:
         """Continue prompts. Greedy tokens are the argmax of the head's logits, ties to the lowest index; sampled ones
@@ -88,7 +91,8 @@ class OpenVINODecoder:
             token = argmax_v  logit[v] + temperature noise[v]
 
         with Gumbel noise that seed, place in the text and sequence fix. In mode "deferred" tokens are searched for and
-        proven some at a time: the memory goes back to the first one that differs, so the text is the same.
+        proven some at a time: the memory goes back to the first one that differs, so the text is the same. An export
+        knows no generation config but the tokens that end a text: penalties and forced tokens are not applied.
 
         A prompt that begins with all tokens that the memory holds, such as what a former call was given and returned
         before it was interrupted, goes on from there; any other begins anew.
@@ -96,9 +100,11 @@ class OpenVINODecoder:
         Args:
             input_ids: int64 [B, L], L at least 1; shorter prompts are padded on the left, with `attention_mask` 0.
             max_new_tokens: N, at least 0.
-            seed: of the noise; None: drawn from torch's generator.
+            temperature: only with `do_sample`; None: 1.
+            seed: of the noise, only with `do_sample`; None: drawn from torch's generator.
             eos_token_id: ends a sequence, which is then padded with it; None: what the model names. [] never ends.
-            streamer: called with the new tokens [B] of every step, once they stay.
+            stop_strings: end a sequence behind the token that completes one of them in its new text; need `tokenizer`.
+            streamer: called with the new tokens [B] of every step, once they stay; or a streamer of transformers.
             draft_streamer: called with tokens at once; searched ones from one that differs on are in vain.
             report: filled in.
         Returns:
@@ -110,15 +116,18 @@ class OpenVINODecoder:
         Cost: per token the body's matrices and what the head reads, see `bytes_per_token`; per token that a proof finds
             different, two copies of keys and values, and the steps behind it.
         """
-        self._check(input_ids, attention_mask, max_new_tokens)
+        rows = self.record["vocabulary"]
+        mask = check_prompt(input_ids, attention_mask, max_new_tokens, rows, self.record["positions"])
         if do_sample:
             self._check_sampling()
-        sampling = Sampling(temperature, None, None, seed) if do_sample else None
-        ending = Ending(None, self.record["ends"] if eos_token_id is None else eos_token_id, None, None, None)
+        sampling = make_sampling(do_sample, temperature=temperature, top_k=None, top_p=None, seed=seed)
+        check_streamers(streamer, draft_streamer)
+        ends = self.record["ends"] if eos_token_id is None else eos_token_id
+        ending = Ending(None, ends, None, stop_strings, tokenizer, rows)
         report = GenerationReport() if report is None else report
         if max_new_tokens == 0:
-            return input_ids.clone()
-        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.long()
+            with streamed(streamer, input_ids):
+                return input_ids.clone()
         ids = input_ids.long()
         self._memory.begin(ids, mask)
         steps = HostSteps(self._memory, self._head, sampling)
@@ -151,32 +160,6 @@ class OpenVINODecoder:
             raise ConfigError(
                 "generate: the model caps its logits, and do_sample then needs them all; export it with a dense head, "
                 "or use nogemm.generate"
-            )
-
-    def _check(self, ids: Tensor, mask: Tensor | None, count: int) -> None:
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or len(ids) < 1:
-            given = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
-            raise ConfigError(f"generate: input_ids must be a tensor int64 [B, L], got {given}")
-        if ids.shape[1] < 1:
-            raise ConfigError("generate: the prompt is empty; give at least the token that begins a text")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise ConfigError(f"generate: max_new_tokens must be an integer of at least 0, got {count!r}")
-        rows, limit = self.record["vocabulary"], self.record["positions"]
-        if int(ids.min()) < 0 or int(ids.max()) >= rows:
-            raise ConfigError(
-                f"generate: input_ids must be from 0 to {rows - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
-        if limit and ids.shape[1] + count > limit:
-            raise ConfigError(
-                f"generate: {ids.shape[1]} tokens and max_new_tokens={count} are more than the model's {limit} "
-                "positions"
-            )
-        if mask is None:
-            return
-        ones = mask.shape == ids.shape and bool(((mask == 0) | (mask == 1)).all()) and bool((mask[:, -1] == 1).all())
-        if not ones or bool((mask[:, 1:] < mask[:, :-1]).any()):
-            raise ConfigError(
-                "generate: attention_mask must be like input_ids, 0 for the padding on the left and then 1"
             )
 
 

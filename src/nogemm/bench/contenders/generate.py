@@ -20,8 +20,9 @@ from torch import Tensor
 from nogemm.convert.body import round_body
 from nogemm.convert.head import convert_head
 from nogemm.decoding import generate
+from nogemm.decoding.caches import new_cache
 from nogemm.decoding.sampling import Sampling
-from nogemm.decoding.states import Decoder, new_cache
+from nogemm.decoding.states import Decoder
 from nogemm.export import OpenVINODecoder
 from nogemm.export import decoder_graph as dg
 from nogemm.export.memory import step
@@ -65,9 +66,12 @@ class Torch(Engine):
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
+        from transformers import GenerationConfig
+
         precision = settings["precision"]
         self.sampling = Sampling(1.0, None, None, SEED) if settings.get("sampled") else None
         self.model: Any = load_model(settings["model"], dtype=torch.float32 if precision == "fp32" else torch.bfloat16)
+        self.model.generation_config = GenerationConfig()  # penalties that it may name are not what is measured
         if precision == "int8":
             from torchao.quantization import Int8WeightOnlyConfig, quantize_  # pyright: ignore[reportMissingImports]
 

@@ -20,7 +20,9 @@ EXACT, DEFERRED, SEARCH, DENSE = "nogemm-exact", "nogemm-deferred", "nogemm-sear
 # Share of positions at which an engine's token has to be the reference's; 8-bit and 16-bit engines round their logits.
 AGREEMENT = {"fp32": 0.999, "bf16": 0.95, "int8": 0.85}
 _CALIBRATION = 16
+_VERIFIED = 256  # positions, at least, at which an engine is held against the reference
 _TOGETHER = 16  # states of a proof
+FEW = 16  # states of a call: of more, the work is longer than reading the head is, so fewer copies have to take turns
 FOUND = 0.95  # share of the reference's tokens that a search without a proof has to find
 
 
@@ -40,7 +42,7 @@ class TokenHeads(nn.Module):
 
 
 class HeadContender:
-    """Draws fresh states in order; what all heads share.
+    """Draws fresh states in order, and begins anew behind the last one; what all heads share.
 
     Args:
         settings: "file" (weight, moment, states and their reference tokens, as `bench/head.py` writes them), "copies",
@@ -56,15 +58,23 @@ class HeadContender:
         self.states_ND, self.tokens_N = stored["states"], stored["tokens"]
         self.place = 0
         self.batch = 1
+        self.turns = self.copies
 
     def draw(self) -> Any:
-        return self._prepare(tuple(self._next() for _ in range(self.copies)))
+        return self._prepare(self._drawn())
+
+    def begin(self, batch: int, calls: int = 1) -> None:
+        """Draw for another case from now on: `calls` calls of `batch` states."""
+        self.batch, self.place = batch * calls, 0
+        self.turns = min(self.copies, max(2, self.copies * FEW // max(FEW, batch)))
+
+    def _drawn(self) -> tuple[Tensor, ...]:
+        return tuple(self._next() for _ in range(self.turns))
 
     def _next(self) -> Tensor:
-        if self.place + self.batch > len(self.states_ND):
-            self.place = 0
-        self.place += self.batch
-        return self.states_ND[self.place - self.batch : self.place]
+        index = torch.arange(self.place, self.place + self.batch) % len(self.states_ND)
+        self.place = (self.place + self.batch) % len(self.states_ND)
+        return self.states_ND[index]
 
     def _prepare(self, states: tuple[Tensor, ...]) -> Any:
         return states
@@ -96,14 +106,14 @@ class OurHead(HeadContender):
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
         steps = _TOGETHER if self.way == DEFERRED else 1
-        self.batch, self.place = case["batch"] * steps, 0
+        self.begin(case["batch"], steps)
         rows, width = self.weight_VD.shape
         size = float(self.weight_VD.numel() * self.weight_VD.element_size())
-        facts: dict[str, Any] = {"layers": self.copies * steps, "computes_in": "fp32", "token_bytes": 4 * width}
+        facts: dict[str, Any] = {"layers": self.turns * steps, "computes_in": "fp32", "token_bytes": 4 * width}
         parts = self.states_ND.split(_TOGETHER)
         if self.way == DENSE:
             found = torch.cat([self._answer(self.heads[0], x) for x in parts])
-            facts |= {"bytes_read": size, "weight_bytes": size * self.copies}
+            facts |= {"bytes_read": size, "weight_bytes": size * self.turns}
             return facts | self._agreement(found, 1.0)
         codes = self.heads[0].codes()
         searched = searched_bytes(codes, self.weight_VD, self.heads[0].config)
@@ -112,7 +122,7 @@ class OurHead(HeadContender):
         proven = codes.bytes + float(computed.mean()) * size / rows
         read = {EXACT: proven, SEARCH: searched, DEFERRED: searched + codes.bytes / _TOGETHER}[self.way]
         facts |= {"rows": float(computed.mean()), "rows_p99": float(computed.quantile(0.99)), "bytes_read": read}
-        facts |= {"weight_bytes": (size + codes.bytes) * self.copies}
+        facts |= {"weight_bytes": (size + codes.bytes) * self.turns}
         if self.way != EXACT:
             found = torch.cat([self.heads[0].search(x).token for x in parts])
             facts["recall"] = float((found == self.tokens_N[: len(found)]).double().mean())
@@ -129,8 +139,10 @@ class OurHead(HeadContender):
 
     def _deferred(self, states: tuple[Tensor, ...]) -> list[Tensor]:
         steps = zip(*(x_ND.split(len(x_ND) // _TOGETHER) for x_ND in states), strict=True)
-        searched = [[head.search(x).token for head, x in zip(self.heads, step, strict=True)] for step in steps]
-        proven = [head.choose(x_ND).token for head, x_ND in zip(self.heads, states, strict=True)]
+        searched = [
+            [head.search(x).token for head, x in zip(self.heads[: self.turns], step, strict=True)] for step in steps
+        ]
+        proven = [head.choose(x_ND).token for head, x_ND in zip(self.heads[: self.turns], states, strict=True)]
         found = [torch.cat(tokens) for tokens in zip(*searched, strict=True)]
         return [torch.where(a == b, a, b) for a, b in zip(found, proven, strict=True)]
 
@@ -138,7 +150,7 @@ class OurHead(HeadContender):
         with torch.inference_mode():
             if self.way == DEFERRED:
                 return self._deferred(inputs)
-            return [self._answer(head, x) for head, x in zip(self.heads, inputs, strict=True)]
+            return [self._answer(head, x) for head, x in zip(self.heads[: self.turns], inputs, strict=True)]
 
 
 class DenseHead(HeadContender):
@@ -150,21 +162,20 @@ class DenseHead(HeadContender):
         self.runner: peers.Runner | None = None
 
     def prepare(self, case: dict[str, Any]) -> dict[str, Any]:
-        self.batch, self.place, self.runner = case["batch"], 0, None
-        example = tuple(self._next() for _ in range(self.copies))
-        samples = [tuple(self._next() for _ in range(self.copies)) for _ in range(_CALIBRATION)]
-        self.runner = self.engine.compile(TokenHeads(self.weight_VD.float(), self.copies), example, samples)
+        self.begin(case["batch"])
+        self.runner = None
+        example, samples = self._drawn(), [self._drawn() for _ in range(_CALIBRATION)]
+        self.runner = self.engine.compile(TokenHeads(self.weight_VD.float(), self.turns), example, samples)
         item = {"fp32": 4, "bf16": 2, "int8": 1}[self.engine.precision]
         size = float(self.weight_VD.numel() * item)
-        facts = {"layers": self.copies, "computes_in": self.engine.precision, "bytes_read": size}
+        facts = {"layers": self.turns, "computes_in": self.engine.precision, "bytes_read": size}
         found = []
-        for x in self.states_ND[: len(self.states_ND) // self.batch * self.batch].split(self.batch):
-            outputs = self.runner.result(self.runner.run(self.runner.prepare((x,) * self.copies)))
+        for place in range(0, min(len(self.states_ND), _VERIFIED), self.batch):
+            index = torch.arange(place, place + self.batch) % len(self.states_ND)  # a graph takes no fewer
+            outputs = self.runner.result(self.runner.run(self.runner.prepare((self.states_ND[index],) * self.turns)))
             found.append(outputs[0].long())
-            if len(found) * self.batch >= 256:
-                break
-        facts |= {"weight_bytes": size * self.copies, "token_bytes": 4 * self.weight_VD.shape[1]}
-        return facts | self._agreement(torch.cat(found), AGREEMENT[self.engine.precision])
+        facts |= {"weight_bytes": size * self.turns, "token_bytes": 4 * self.weight_VD.shape[1]}
+        return facts | self._agreement(torch.cat(found)[: len(self.states_ND)], AGREEMENT[self.engine.precision])
 
     def _prepare(self, states: tuple[Tensor, ...]) -> Any:
         return self.runner.prepare(states) if self.runner is not None else states
