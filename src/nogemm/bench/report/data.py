@@ -3,8 +3,8 @@
 A result is a JSON object. `kind` says what it holds: "layer", "model" and "train-step" (timings), "quality" (scores of
 embeddings), "study" (recorded rows of a long run), "demo" (all of them), "methods", "projections" and "lsh" (a
 table each), "profile", "sparsity", "study-table", "tune". A file without a kind is told by its rows. A folder is that
-of a `nogemm study`, whose table is made from its runs (`runs.py`). Nothing else computes: every figure stands in a file.
-Reading order: rows, `Results`, `read_results`.
+of a `nogemm study`, whose table is made from its runs (`runs.py`). Nothing else computes: every figure stands in a
+file. Reading order: rows, `Results`, `read_results`.
 """
 
 from __future__ import annotations
