@@ -19,9 +19,10 @@ from nogemm.study.kinds._base import Job, Metric, Save, model_cost
 from nogemm.train.identity import data_identity
 from nogemm.train.lm.corpus import is_sample, open_corpus, training_texts
 from nogemm.train.lm.models import new_model
-from nogemm.train.lm.options import BUDGETS, FREE, OF_NEW_MODELS, TrainOptions, train_options
+from nogemm.train.lm.options import BUDGETS, OF_NEW_MODELS, TrainOptions, train_options
 from nogemm.train.lm.tokenizer import save_tokenizer, train_tokenizer
 from nogemm.train.lm.train import train_model
+from nogemm.train.loop.options import FREE
 from nogemm.train.sources import texts
 
 _RATES = ("lr", "lr_projection", "lr_tables", "lr_other")
