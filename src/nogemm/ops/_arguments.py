@@ -34,8 +34,8 @@ def real(value: Any, name: str, caller: str) -> float:
     Raises:
         ConfigError: anything else, True and False among it.
     """
-    known = (int, float, torch.SymFloat, torch.SymInt)
-    if isinstance(value, bool) or not (isinstance(value, known) or isinstance(value, numbers.Real)):
+    known = (int, float, torch.SymFloat, torch.SymInt, numbers.Real)  # NumPy's are Real
+    if isinstance(value, bool) or not isinstance(value, known):
         raise ConfigError(f"{caller}: {name} must be a number, got {name}={value!r}")
     return value  # type: ignore[return-value]
 

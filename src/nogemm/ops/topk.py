@@ -83,8 +83,8 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     instruction set.
 
     Args:
-        x: [..., n, ...] of a floating dtype, no eight-bit one. float32, bfloat16 and float16 have a native kernel on CPUs; float64, and
-            other devices, are answered by the PyTorch reference, a stable sort.
+        x: [..., n, ...], float32, bfloat16, float16 or float64. The first three have a native kernel on CPUs; float64,
+            and other devices, are answered by the PyTorch reference, a stable sort.
         k: from 0 to n.
         dim: the rows' dimension.
         method: "exact"; or "approximate": the row's numbers are dealt out to buckets in turn, each keeps its largest
@@ -96,7 +96,7 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     Returns:
         values [..., k, ...] of x's dtype, whose gradients go to x at the indices, and indices int64 of that shape.
     Raises:
-        ConfigError: x is no tensor; k is no whole number from 0 to n; an unknown method; a recall that is not in (0, 1].
+        ConfigError: x is no tensor; k is no whole number from 0 to n; an unknown method; recall is not in (0, 1].
         ShapeError: x has no dimension, or not this one. DtypeError: x is of another dtype than float64, float32,
             bfloat16 or float16.
     Cost: reads x once, and about k numbers a second time. A row whose winners stand close together costs up to n reads
