@@ -26,6 +26,7 @@ from nogemm.convert import (
     unpack,
 )
 from nogemm.convert.head import convert_head, head_report, restore_head
+from nogemm.convert.masks import fill_mask
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
 from nogemm.decoding.head_error import HeadError, head_error
@@ -146,6 +147,7 @@ __all__ = [
     "env",
     "export",
     "export_decoder",
+    "fill_mask",
     "finetune",
     "finetune_options",
     "generate",

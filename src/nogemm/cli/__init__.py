@@ -12,7 +12,19 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from nogemm.cli import bench, bench_decoder, bench_generate, bench_ops, finetune, generate, info, models, profile, train
+from nogemm.cli import (
+    bench,
+    bench_decoder,
+    bench_generate,
+    bench_ops,
+    export,
+    finetune,
+    generate,
+    info,
+    models,
+    profile,
+    train,
+)
 from nogemm.errors import NogemmError
 from nogemm.hardware.waiting import sleep_while_waiting
 from nogemm.running.partial import Terminated, exit_code, sigterm_interrupts
@@ -51,13 +63,14 @@ app.command("distil")(models.distil)
 app.command("train")(train.train)
 app.command("finetune")(finetune.finetune)
 app.command("eval")(models.evaluate)
-app.command("export")(models.export)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 bench.app.command("decoder")(bench_decoder.decoder)
 bench.app.command("generate")(bench_generate.generate)
 bench.app.command("topk")(bench_ops.topk)
 app.add_typer(bench.app, name="bench")
 app.command("profile")(profile.profile)
+app.command("info")(info.info)
 app.command("report")(info.report)
 
 

@@ -12,7 +12,7 @@ import typer
 
 from nogemm.cli.common import Json, Trust, finish, print_partial
 from nogemm.cli.models import parse_choice
-from nogemm.cli.options import Set
+from nogemm.cli.options import Set, refuse
 from nogemm.config import Config, LayerConfig, layer_kinds, parse_layer
 from nogemm.errors import CheckpointError, NogemmError
 from nogemm.running.measured import end_early
@@ -24,6 +24,7 @@ from nogemm.train.task.report import Finetuned
 
 
 def train(
+    starting: typer.Context,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write the model to.")],
     data: Annotated[
         str, typer.Option(help="Text, JSONL or CSV file (also .gz), OWNER/NAME of a hub's data set, or `sample`.")
@@ -69,6 +70,9 @@ def train(
     import nogemm
     from nogemm.models.loading import load_tokenizer
 
+    if tokenizer is not None or (model is not None and Path(model).suffix != ".json"):
+        own = "--tokenizer" if tokenizer is not None else "--model, a checkpoint that has a tokenizer"
+        refuse(starting, ["vocabulary"], f"does not go with {own}: no tokenizer is trained")
     known = locals()
     given = {field.name: known[field.name] for field in dataclasses.fields(TrainOptions) if field.name in known}
     choices = {name: value for name, value in given.items() if value is not None}
