@@ -73,12 +73,12 @@ def test_modes_of_the_real_head(decoder: tuple[Any, Any], mode: Any) -> None:
         assert report.proofs >= 2
     else:
         assert report.proofs == 0
-        assert set(report.rows) == {head.config.rows}
+        assert set(report.rows) == {head.searched_rows}
         assert bool((found == dense).all(1)) or error.recall < 1, "a search that finds all finds these"
     assert error.states == 512
     assert error.recall >= (0.995 if mode == "high_recall" else 0.98), error
     assert error.perplexity == pytest.approx(error.dense_perplexity, rel=0.01), error
-    assert head.config.rows < 8192, "far from all rows"
+    assert head.searched_rows < 8192, "far from all rows"
 
 
 @installed

@@ -137,7 +137,7 @@ class _Run:
     def _result(self) -> dict[str, Any]:
         """Return the figures; rows of a search and of a proof are means over states, None where there was none."""
         report, config, rows = self.report, self.head.config, self.report.rows
-        each = min(config.rows, self.head.out_features)
+        each = self.head.searched_rows
         searches = 0 if config.mode == "exact" else min(self.steps, len(rows))  # a call of the draft streamer each
         proofs = len(rows) - searches
         return {

@@ -232,7 +232,7 @@ class HireHead(nn.Module):
             tied=tied,
             codes_bytes=codes_bytes(rows, width, self.config.leading, self.config.sketch),
             moment_bytes=_bytes(self.moment),
-            search_rows=0 if self.config.mode == "exact" else min(self.config.rows, rows),
+            search_rows=0 if self.config.mode == "exact" else self.config.rows_of(rows),
         )
 
     def extra_repr(self) -> str:
