@@ -70,9 +70,7 @@ def train(
     import nogemm
     from nogemm.models.loading import load_tokenizer
 
-    if tokenizer is not None or (model is not None and Path(model).suffix != ".json"):
-        own = "--tokenizer" if tokenizer is not None else "--model, a checkpoint that has a tokenizer"
-        refuse(starting, ["vocabulary"], f"does not go with {own}: no tokenizer is trained")
+    _refuse_vocabulary(starting, model, tokenizer)
     known = locals()
     given = {field.name: known[field.name] for field in dataclasses.fields(TrainOptions) if field.name in known}
     choices = {name: value for name, value in given.items() if value is not None}
@@ -106,6 +104,13 @@ def train(
     print(summary(found.report))
     print(output)
     finish(found.report.to_dict(), json)
+
+
+def _refuse_vocabulary(context: typer.Context, model: str | None, tokenizer: str | None) -> None:
+    """Refuse the size of a tokenizer where none is trained."""
+    if tokenizer is not None or (model is not None and Path(model).suffix != ".json"):
+        own = "--tokenizer" if tokenizer is not None else "--model, a checkpoint that has a tokenizer"
+        refuse(context, ["vocabulary"], f"does not go with {own}: no tokenizer is trained")
 
 
 def summary(report: TrainReport) -> str:
