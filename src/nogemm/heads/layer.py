@@ -115,7 +115,7 @@ class HireHead(nn.Module):
         """Return all logits [..., V] in x's dtype."""
         if self.config.approximate and self._may_estimate(x):
             flat = x.reshape(-1, self.in_features)
-            return self.estimate(flat).to(x.dtype).view(*x.shape[:-1], -1)
+            return self.estimate(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight, self.bias)
 
     def _may_estimate(self, x: Tensor) -> bool:
