@@ -24,7 +24,9 @@ from nogemm.hardware.held import held_to
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
 FLAGS = {
     "env": "--processor --json",
-    "convert": "--method --set --layers --keep --data --tables --faster-at --speed --trust-remote-code --json",
+    "info": "--trust-remote-code --json",
+    "convert": "--method --set --layers --keep --data --tables --faster-at --speed --head --head-data "
+    "--trust-remote-code --json",
     "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
     "--set --trust-remote-code --json",
     "finetune": "--data --validation --test --task --text --text2 --label --metric --epochs --tokens --steps "

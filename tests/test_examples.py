@@ -78,7 +78,8 @@ def test_a_text_is_continued_as_the_dense_model_would(tmp_path: Path):
     model = people.gpt2(tmp_path / "gpt2")
     said = run("generate.py", model, "a fast table", "--tokens", 12)
     assert said.startswith("a fast table")
-    assert "same text: True" in said
+    assert said.count("same text: True") == 2
+    assert "\ndeferred: " in said
 
 
 def test_a_relu_decoder_computes_what_fires(tmp_path: Path):

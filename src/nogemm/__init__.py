@@ -25,7 +25,8 @@ from nogemm.convert import (
     sites,
     unpack,
 )
-from nogemm.convert.head import convert_head
+from nogemm.convert.head import convert_head, head_report, restore_head
+from nogemm.convert.masks import fill_mask
 from nogemm.cost import Cost
 from nogemm.decoding import GenerationReport, generate
 from nogemm.decoding.head_error import HeadError, head_error
@@ -43,7 +44,7 @@ from nogemm.errors import (
 )
 from nogemm.export import DecoderExportReport, ExportReport, OpenVINODecoder, export, export_decoder
 from nogemm.hardware.environment import env
-from nogemm.heads import HeadConfig
+from nogemm.heads import HeadConfig, HeadReport
 from nogemm.layers import (
     DenseConfig,
     HireConfig,
@@ -114,6 +115,7 @@ __all__ = [
     "HadamardChainConfig",
     "HeadConfig",
     "HeadError",
+    "HeadReport",
     "HireConfig",
     "LeafTreeConfig",
     "LinearConfig",
@@ -155,16 +157,19 @@ __all__ = [
     "env",
     "export",
     "export_decoder",
+    "fill_mask",
     "finetune",
     "finetune_options",
     "generate",
     "head_error",
+    "head_report",
     "importers",
     "keep_layers",
     "layer_config",
     "pack",
     "refused",
     "register_site",
+    "restore_head",
     "save",
     "shard_head",
     "shard_hire",

@@ -47,10 +47,38 @@ def test_tokens_of_the_real_head(decoder: tuple[Any, Any]) -> None:
     assert sum(report.rows) / len(report.rows) < 1000
     with torch.no_grad():
         states = model.base_model(tokenizer(sample[40], return_tensors="pt").input_ids).last_hidden_state[0]
+    nogemm.restore_head(model)
     half = HireHead(head.config, torch.nn.Parameter(head.weight.detach().bfloat16(), False), None, head.moment)
     for own in (head, half):
         logits = head_logits(states, own.weight.detach())
         check_equal("every position", own.choose(states).token, logits.argmax(1))
+
+
+@installed
+@pytest.mark.parametrize("mode", ["deferred", "high_recall", "fast"])
+def test_modes_of_the_real_head(decoder: tuple[Any, Any], mode: Any) -> None:
+    model, tokenizer = decoder
+    ids = tokenizer("The history of the city begins in", return_tensors="pt").input_ids
+    dense = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False)
+    sample = list(texts("sample"))[:96]
+    head = nogemm.convert_head(model, nogemm.HeadConfig(mode=mode), data=sample[:64], tokenizer=tokenizer)
+    try:
+        report = nogemm.GenerationReport()
+        found = nogemm.generate(model, ids, 24, report=report)
+        error = nogemm.head_error(model, sample[64:], tokenizer=tokenizer, states=512)
+    finally:
+        nogemm.restore_head(model)
+    if mode == "deferred":
+        check_equal("tokens", found, dense)
+        assert report.proofs >= 2
+    else:
+        assert report.proofs == 0
+        assert set(report.rows) == {head.searched_rows}
+        assert bool((found == dense).all(1)) or error.recall < 1, "a search that finds all finds these"
+    assert error.states == 512
+    assert error.recall >= (0.995 if mode == "high_recall" else 0.98), error
+    assert error.perplexity == pytest.approx(error.dense_perplexity, rel=0.01), error
+    assert head.searched_rows < 8192, "far from all rows"
 
 
 @installed

@@ -284,3 +284,24 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert json.loads((tmp_path / "e.json").read_text())["head"] == "exact"
     assert people.run("export", model, tmp_path / "no", "--generate", "--head", "some") == 2
     assert "--head must be exact or dense" in capsys.readouterr().err
+
+
+def test_the_command_packs_converted_ffns_as_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = people.gpt2(tmp_path / "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
+    nogemm.convert(model, nogemm.HireConfig(keep=0.9, sketch="int8"))
+    for layer in nogemm.converted(model).values():
+        layer.fitted = "distilled"
+    nogemm.save(model, tmp_path / "hire", tokenizer=AutoTokenizer.from_pretrained(source))
+    sizes = {}
+    for dtype in (None, "int8", "fp32"):
+        more = () if dtype is None else ("--dtype", dtype)
+        out = tmp_path / f"out-{dtype}"
+        assert people.run("export", tmp_path / "hire", out, "--generate", "--body", "float", *more) == 0
+        sizes[dtype] = (out / "openvino_model.bin").stat().st_size
+    assert sizes[None] == sizes["int8"] < sizes["fp32"]
+    capsys.readouterr()
+    assert people.run("export", tmp_path / "hire", tmp_path / "no", "--generate", "--dtype", "int2") == 2
+    assert "int2" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from nogemm.bench.contenders.model import DenseModelContender, pooled_cosine
+from nogemm.errors import CheckpointError
 from nogemm.models.embed import embed, logits
 from nogemm.models.loading import load_encoder, load_model, load_tokenizer
 from nogemm.models.pooling import pooling_of
@@ -333,3 +334,16 @@ def test_a_gguf_file_is_an_ordinary_model(
     model.float().save_pretrained(tmp_path / "saved")  # transformers refuses both while a model counts as quantised
     again = load_model(tmp_path / "saved")
     assert torch.equal(again.model.layers[0].mlp.down_proj.weight, down.float())
+
+
+def test_a_gguf_file_that_was_cut_is_named(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "whole.gguf")
+    whole = (tmp_path / "whole.gguf").read_bytes()
+    assert load_model(tmp_path / "whole.gguf") is not None
+    header = len(whole) - 96 * 34 * 2 - 4 * 32 * 34 - 3 * 64 * 34 - 3 * 128  # what stands before the tensors, and pads
+    cut = tmp_path / "cut.gguf"
+    for kept in (30, header // 2, header - 40, (header + len(whole)) // 2, len(whole) - 4096, len(whole) - 1):
+        cut.write_bytes(whole[:kept])
+        said = rf"cut\.gguf: .* this GGUF file: .*It has {kept:,} bytes: was it cut"
+        with pytest.raises(CheckpointError, match=said):
+            load_model(cut)

@@ -90,6 +90,11 @@ def test_unequal_shards() -> None:
         ((10, 2, [], 1), "add up"),
         ((10, 2, [12, -2], 1), "at least 0"),
         ((10, 2, 2, -1), "kept=-1"),
+        ((10.5, 2, 2, 1), r"n must be a whole number, got n=10\.5"),
+        ((10, "2", 2, 1), "k must be a whole number, got k='2'"),
+        ((10, 2, 2.5, 1), r"buckets must be a whole number, got buckets=2\.5"),
+        ((10, 2, [5, 5.0], 1), r"buckets must be a whole number, got buckets=5\.0"),
+        ((10, 2, 2, None), "kept must be a whole number, got kept=None"),
     ],
 )
 def test_errors_speak(args: tuple, said: str) -> None:
@@ -100,3 +105,5 @@ def test_errors_speak(args: tuple, said: str) -> None:
 def test_a_recall_above_one_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"recall=1\.5"):
         kept_for_recall(10, 2, 2, 1.5)
+    with pytest.raises(ConfigError, match="recall must be a number, got recall='all'"):
+        kept_for_recall(10, 2, 2, "all")  # type: ignore[arg-type]

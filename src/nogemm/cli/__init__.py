@@ -17,6 +17,7 @@ from nogemm.cli import (
     bench_decoder,
     bench_generate,
     bench_ops,
+    export,
     finetune,
     generate,
     info,
@@ -66,13 +67,14 @@ app.command("finetune")(finetune.finetune)
 app.command("study")(study.study)
 app.command("tune")(tune.tune)
 app.command("eval")(models.evaluate)
-app.command("export")(models.export)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 bench.app.command("decoder")(bench_decoder.decoder)
 bench.app.command("generate")(bench_generate.generate)
 bench.app.command("topk")(bench_ops.topk)
 app.add_typer(bench.app, name="bench")
 app.command("profile")(profile.profile)
+app.command("info")(info.info)
 app.command("report")(info.report)
 
 

@@ -27,6 +27,8 @@ from nogemm.cli.options import (
     Width,
     integers,
     layer_args,
+    refuse,
+    refuse_without_checkpoint,
     words,
 )
 from nogemm.running.measured import Keep, Note, measured
@@ -36,6 +38,7 @@ app = typer.Typer(help="Time layers and models beside their dense peers.", no_ar
 
 @app.command("layer")
 def layer(
+    context: typer.Context,
     method: Method = "lookup",
     set_: Set = None,
     d: Width = 384,
@@ -56,6 +59,7 @@ def layer(
     json: Json = None,
 ) -> None:
     """Time one layer of ours beside dense layers of the same shape."""
+    refuse_without_checkpoint(context, checkpoint, "method", "set_")
     args = layer_args(locals())
     from nogemm.bench.layer import run_layer_bench
     from nogemm.bench.report.verdict import dense_faster, verdict
@@ -73,6 +77,7 @@ def layer(
 
 @app.command("model")
 def model(
+    context: typer.Context,
     dense: Annotated[
         str, typer.Option(help="Directory of the dense model; bert-base, roberta-base: random weights.")
     ] = "all-MiniLM-L6-v2",
@@ -93,6 +98,8 @@ def model(
     json: Json = None,
 ) -> None:
     """Time a whole converted model beside the dense one."""
+    if model is not None:
+        refuse(context, ("method", "set_"), "does not go with --model, which is converted already")
     from nogemm.bench.model import ModelBenchArgs, parse_shape, run_model_bench
 
     chosen: dict[str, Any] = {
@@ -232,6 +239,7 @@ def lsh(
 
 @app.command("train-step")
 def train_step(
+    context: typer.Context,
     method: Annotated[str, typer.Option(help="Kind of our layer: lookup, tree or hire.")] = "lookup",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One field of it [as published].")
@@ -249,6 +257,7 @@ def train_step(
     json: Json = None,
 ) -> None:
     """Time one training step of a layer: forward, backward, update."""
+    refuse_without_checkpoint(context, checkpoint, "set_", "codes")
     from nogemm.bench.report.tables import train_step_table
     from nogemm.bench.train_step import TrainStepArgs, run_train_step
 

@@ -1,4 +1,4 @@
-"""Commands on models: `convert`, `distil`, `eval`, `export`. Models are transformers directories, before and after."""
+"""Commands on models: `convert`, `distil`, `eval`. Models are transformers directories, before and after."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nogemm.cli.common import (
     print_table,
     save_like,
 )
-from nogemm.cli.options import integers, words
+from nogemm.cli.options import integers, refuse, words
 from nogemm.config import layer_kinds
 from nogemm.errors import CheckpointError, ConfigError, NogemmError
 from nogemm.running.measured import Keep, Note, end_early, measured
@@ -32,13 +32,19 @@ Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", he
 Data = Annotated[str, typer.Option(help="Text, JSONL or CSV file (also .gz), or `sample` for the packaged one.")]
 Teacher = Annotated[str, typer.Option(help="Directory of the dense model.")]
 
+HEAD_TEXTS = 512
+"""Texts that the codes of a head are fitted to, by `convert` and `export`."""
+_OF_FFNS = ("set_", "layers", "data", "tables", "faster_at", "speed")
+
 
 def convert(
+    context: typer.Context,
     model: ModelArgument,
     output: OutputArgument,
     method: Annotated[
-        str, typer.Option(help=f"Kind of layer: {', '.join(layer_kinds())}; sums: dense+lookup.")
-    ] = "lookup",
+        str | None,
+        typer.Option(help=f"Kind of layer: {', '.join(layer_kinds())}; sums: dense+lookup [lookup; none with --head]."),
+    ] = None,
     set_: Set = None,
     layers: Annotated[str, typer.Option(help='"all", indices such as 0,1,5, or globs on module names.')] = "all",
     keep: Annotated[str, typer.Option(help="First leave out all layers of the model but these, such as 0,2,5.")] = "",
@@ -50,31 +56,62 @@ def convert(
     speed: Annotated[
         str | None, typer.Option(help="Also time the layers, packed as fp32, bf16 or int8, beside those they replace.")
     ] = None,
+    head: Annotated[
+        str | None, typer.Option(help="Convert the vocabulary head, too: exact, deferred, high_recall or fast.")
+    ] = None,
+    head_data: Annotated[
+        str, typer.Option(help="Texts that the head's codes are fitted to: a file, or `sample`.")
+    ] = "sample",
     trust_remote_code: Trust = False,
     json: Json = None,
 ) -> None:
-    """Replace the FFNs of MODEL and write the result to OUTPUT."""
+    """Replace the FFNs of MODEL, its vocabulary head or both, and write the result to OUTPUT."""
     import nogemm
     from nogemm.config import parse_layer
     from nogemm.models.loading import load_both
     from nogemm.train.sources import texts
 
-    config = parse_layer(method, set_ or [])
+    if head is None:
+        refuse(context, ["head_data"], "needs --head")
+        method = method or "lookup"
+    elif method is None:
+        refuse(context, _OF_FFNS, "needs --method: --head alone leaves the FFNs dense")
+    head_config = None if head is None else head_config_of(head, "--head")
+    config = None if method is None else parse_layer(method, set_ or [])
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = None if data is None else texts(data)
     if keep:
         print(f"hidden_map={list(nogemm.keep_layers(loaded, integers('--keep', keep)))} for nogemm distil")
+    report: Any = None
     with progress.watching():
-        progress(f"converting {model}")
-        report = nogemm.convert(loaded, config, parse_layers(layers), sample, tokenizer=tokenizer, faster_at=faster_at)
+        if head_config is not None:  # before the FFNs: layers that are random yet would spoil its states
+            progress(f"fitting the head of {model}")
+            fit_head(loaded, head_config, head_data, tokenizer)
+        if config is not None:
+            progress(f"converting {model}")
+            layers_ = parse_layers(layers)
+            report = nogemm.convert(loaded, config, layers_, sample, tokenizer=tokenizer, faster_at=faster_at)
     if tables is not None:
         nogemm.compress(loaded, tables)
     save_like(loaded, model, output, tokenizer)
-    print(report)
+    described = {} if head is None else {"head": nogemm.head_report(loaded).to_dict()}
+    for line in ([] if report is None else [report]) + ([] if head is None else [nogemm.head_report(loaded)]):
+        print(line)
     print(output)
+    if report is None:
+        finish(described, json)
+        return
+    _time_conversion(report, described, (str(method), set_ or [], speed), json)
+
+
+def _time_conversion(
+    report: Any, described: dict[str, Any], timed: tuple[str, list[str], str | None], json: Path | None
+) -> None:
+    """Write the report of a conversion; where --speed asks for it, with times of the layers."""
+    method, assignments, speed = timed
 
     def work(note: Note, keep: Keep) -> dict[str, Any]:
-        found = report.to_dict()
+        found = report.to_dict() | described
         keep(found)  # the model is converted and written, whatever becomes of the timing
         if speed is None:
             return found
@@ -85,7 +122,7 @@ def convert(
             keep(found | {"speed": kinds})
 
         run = partial(run_layer_bench, note=note)
-        return found | {"speed": compare_sites(report, method, set_ or [], speed, run=run, keep=kept)}
+        return found | {"speed": compare_sites(report, method, assignments, speed, run=run, keep=kept)}
 
     def show(result: dict[str, Any]) -> None:
         for kind in result.get("speed", []):
@@ -94,6 +131,28 @@ def convert(
         print_partial(result)
 
     measured(None, json, work, show)
+
+
+def head_config_of(mode: str, option: str) -> Any:
+    """Make the config of a head in this mode; `option` goes into the message."""
+    from typing import get_args
+
+    from nogemm.heads import HeadConfig
+    from nogemm.heads.config import HeadMode
+
+    if mode not in get_args(HeadMode):
+        raise ConfigError(f"{option} must be one of {', '.join(get_args(HeadMode))}, got {mode!r}")
+    return HeadConfig(mode=mode)  # type: ignore[arg-type]
+
+
+def fit_head(model: Any, config: Any, data: str, tokenizer: Any, count: int = HEAD_TEXTS) -> Any:
+    """Convert a model's head, its codes fitted to the first `count` texts of `data`; return it."""
+    from itertools import islice
+
+    import nogemm
+    from nogemm.train.sources import texts
+
+    return nogemm.convert_head(model, config, islice(texts(data), count), tokenizer=tokenizer)
 
 
 def distil(
@@ -188,100 +247,6 @@ def evaluate(
         print_partial(result)
 
     measured("quality", json, lambda note, keep: run_eval(args, note=note, keep=keep), show)
-
-
-def export(
-    model: ModelArgument,
-    output: OutputArgument,
-    to: Annotated[str, typer.Option(help="The engine that will run it: openvino.")] = "openvino",
-    dtype: Annotated[str, typer.Option(help="Of the packed rows: fp32, bf16 or int8.")] = "int8",
-    int8: Annotated[bool, typer.Option("--int8", help="The same as --rest int8.")] = False,
-    rest: Annotated[
-        str, typer.Option(help="The engine's own part: float, int8, or auto, whichever is faster on this machine.")
-    ] = "auto",
-    data: Annotated[
-        str, typer.Option(help="Texts that int8 is calibrated on, and that a head's codes fit.")
-    ] = "sample",
-    generate: Annotated[bool, typer.Option("--generate", help="A decoder with its cache, to generate with.")] = False,
-    body: Annotated[str, typer.Option(help="With --generate: matrices in float, int8 or int4.")] = "int8",
-    rows: Annotated[
-        str, typer.Option(help="With --generate: vocabulary in fp16, bf16, fp32; int8, if dense.")
-    ] = "fp16",
-    head: Annotated[str, typer.Option(help="With --generate: exact, by our kernels, or dense.")] = "exact",
-    mode: Annotated[
-        str | None, typer.Option(help="With --generate: exact or deferred: how an exact head proves tokens.")
-    ] = None,
-    trust_remote_code: Trust = False,
-    json: Json = None,
-) -> None:
-    """Write MODEL as a directory that another engine runs, its converted FFNs and its head by our kernels."""
-    from dataclasses import asdict
-    from itertools import islice
-
-    import nogemm
-    from nogemm.models.loading import load_both
-    from nogemm.train.sources import texts
-
-    loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
-    sample = list(islice(texts(data), 512))
-    if generate:
-        choices = {"to": to, "body": body, "rows": rows, "tokenizer": tokenizer}
-        _export_decoder(loaded, output, sample, head, mode, choices, json)
-        return
-    with progress.watching():
-        progress(f"exporting {model}")
-        report = nogemm.export(
-            loaded, output, to=to, dtype=dtype, int8=int8 or None, rest=rest, tokenizer=tokenizer, calibration=sample
-        )
-    chosen, size = "int8" if report.int8 else "float", f"{report.weight_bytes / 2**20:.0f} MiB"
-    print(f"{len(report.layers)} layers with {report.dtype} rows, the rest {chosen} ({report.reason}), {size}")
-    print(f"agreement with the packed torch model {report.cosine:.5f}, worst text {report.worst:.5f}")
-    print(f"inputs {', '.join(report.inputs)}; output {report.output}")
-    print(output)
-    finish(asdict(report), json)
-
-
-def _export_decoder(
-    model: Any,
-    output: Path,
-    sample: list[str],
-    head: str,
-    mode: str | None,
-    choices: dict[str, Any],
-    json: Path | None,
-) -> None:
-    from dataclasses import asdict, replace
-
-    import nogemm
-    from nogemm.convert.head import find_head
-
-    if head not in ("exact", "dense"):
-        raise ConfigError(f"--head must be exact or dense, got {head!r}")
-    if mode not in (None, "exact", "deferred"):
-        raise ConfigError(f"--mode must be exact or deferred, got {mode!r}")
-    if head == "dense" and mode is not None:
-        raise ConfigError(f"--mode {mode} is of an exact head; leave --head dense out")
-    if head == "dense" and find_head(model) is not None:
-        raise ConfigError("--head dense: the model's head is converted; export the model that it was converted from")
-    with progress.watching():
-        if head == "exact" and find_head(model) is None:
-            progress("fitting the head's codes to the texts")
-            nogemm.convert_head(model, data=sample, tokenizer=choices["tokenizer"])
-        if mode is not None and (found := find_head(model)) is not None:
-            found.config = replace(found.config, mode=mode)
-        progress(f"exporting to {output}")
-        report = nogemm.export_decoder(model, output, **choices)
-    own, total = report.head_bytes_per_token, report.bytes_per_token
-    kind = f"{report.head} head"
-    if report.mode == "deferred":
-        own, total = report.deferred_head_bytes_per_token, total - own + report.deferred_head_bytes_per_token
-        kind += f", proofs of {report.verify_every} tokens together"
-    read = f"{total / 2**20:.0f} MiB read a token, {own / 2**20:.0f} of them by the head"
-    print(f"body {report.body}, {kind}, {report.rows} rows; {read}")
-    print(f"{report.proven} tokens equal to those of OpenVINO's own dense head, {report.near_ties} of them near ties")
-    print(f"agreement with the torch model {report.agreement:.5f}, worst state {report.worst:.5f}")
-    print(output)
-    finish(asdict(report), json)
 
 
 def distil_options(choices: dict[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +28,39 @@ Seconds = Annotated[float, typer.Option(help="Time aimed at per turn.")]
 Checkpoint = Annotated[str | None, typer.Option(help="Distilled model to take a trained layer from.")]
 Site = Annotated[int, typer.Option(help="Which of its layers.")]
 Seed = Annotated[int, typer.Option(help="Of weights and tokens.")]
+
+
+def given(context: typer.Context, *names: str) -> list[str]:
+    """Return the flags of those options, by the names of their parameters, that the caller has given."""
+    flags = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    return [flags[name] for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+
+
+def refuse(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that would be read and have no effect.
+
+    Args:
+        names: of parameters that do not apply.
+        why: goes behind the flag, such as "needs --sample".
+    Raises:
+        ConfigError: one of them was given; the message names the first.
+    """
+    found = given(context, *names)
+    if found:
+        raise ConfigError(f"{found[0]} {why}")
+
+
+def refuse_without_checkpoint(context: typer.Context, checkpoint: str | None, *fixed: str) -> None:
+    """Hold a command that takes a layer from --checkpoint, or builds one, to the options of what it does.
+
+    Args:
+        fixed: names of parameters that a trained layer settles.
+    """
+    if checkpoint is None:
+        refuse(context, ["site"], "needs --checkpoint: a layer that is built has no site")
+    else:
+        refuse(context, fixed, "does not go with --checkpoint, whose layer is trained")
 
 
 def layer_args(given: Mapping[str, Any]) -> LayerBenchArgs:

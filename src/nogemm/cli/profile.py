@@ -23,6 +23,8 @@ from nogemm.cli.options import (
     Threads,
     Width,
     layer_args,
+    refuse,
+    refuse_without_checkpoint,
     words,
 )
 from nogemm.errors import ConfigError
@@ -70,8 +72,11 @@ def profile(
 
     With --sparsity: which FFNs of a model are sparse, what sketches find, what that would save, and what it costs.
     """
-    _check_mode(context, sparsity is not None)
-    if sparsity is not None:
+    if sparsity is None:
+        refuse(context, _OF_MODEL, "needs --sparsity")
+        refuse_without_checkpoint(context, checkpoint, "method", "set_")
+    else:
+        refuse(context, _OF_LAYER, "does not go with --sparsity")
         chosen = {"dtype": dtype, "threads": threads, "rounds": rounds, "seconds": seconds, "seed": seed}
         chosen |= {"keep": _shares(keep), "tokens": tokens, "layerwise": layerwise}
         _sparsity(sparsity, data, chosen, trust_remote_code, json)
@@ -95,15 +100,6 @@ def profile(
         print_partial(result)
 
     measured("profile", json, lambda note, keep: run_profile(args, figures=figures, note=note, keep=keep), show)
-
-
-def _check_mode(context: typer.Context, of_model: bool) -> None:
-    """Refuse options of the other mode, which would be read and have no effect."""
-    foreign, reason = (_OF_LAYER, "does not go with") if of_model else (_OF_MODEL, "needs")
-    for parameter in context.command.params:
-        source = context.get_parameter_source(str(parameter.name))
-        if parameter.name in foreign and source is not None and source.name != "DEFAULT":
-            raise ConfigError(f"{parameter.opts[0]} {reason} --sparsity")
 
 
 def _shares(text: str) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ import typer
 
 from nogemm.cli.common import Json, Trust, finish, print_partial
 from nogemm.cli.models import parse_choice
-from nogemm.cli.options import Set
+from nogemm.cli.options import Set, refuse
 from nogemm.config import Config, LayerConfig, layer_kinds, parse_layer
 from nogemm.errors import CheckpointError, NogemmError
 from nogemm.running.measured import end_early
@@ -24,6 +24,7 @@ from nogemm.train.task.report import Finetuned
 
 
 def train(
+    starting: typer.Context,
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write the model to.")],
     data: Annotated[
         str, typer.Option(help="Text, JSONL or CSV file (also .gz), OWNER/NAME of a hub's data set, or `sample`.")
@@ -69,6 +70,7 @@ def train(
     import nogemm
     from nogemm.models.loading import load_tokenizer
 
+    _refuse_vocabulary(starting, model, tokenizer)
     known = locals()
     given = {field.name: known[field.name] for field in dataclasses.fields(TrainOptions) if field.name in known}
     choices = {name: value for name, value in given.items() if value is not None}
@@ -102,6 +104,13 @@ def train(
     print(summary(found.report))
     print(output)
     finish(found.report.to_dict(), json)
+
+
+def _refuse_vocabulary(context: typer.Context, model: str | None, tokenizer: str | None) -> None:
+    """Refuse the size of a tokenizer where none is trained."""
+    if tokenizer is not None or (model is not None and Path(model).suffix != ".json"):
+        own = "--tokenizer" if tokenizer is not None else "--model, a checkpoint that has a tokenizer"
+        refuse(context, ["vocabulary"], f"does not go with {own}: no tokenizer is trained")
 
 
 def summary(report: TrainReport) -> str:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from nogemm.convert._families import SiteAdapter, is_listed
 from nogemm.convert._reading import is_module
 from nogemm.convert.fitted import fitted_state
-from nogemm.convert.sites import Installed, converted, remember, survey
+from nogemm.convert.sites import Installed, converted, installed, remember, survey
 from nogemm.errors import CheckpointError
 from nogemm.heads import head_of
 from nogemm.layers import FFN
@@ -212,6 +212,23 @@ def attach(model: nn.Module) -> None:
         ours = isinstance(module, sys.modules["transformers.modeling_utils"].PreTrainedModel)
         if ours and (converted(module) or head_of(module) is not None):
             _ATTACHING[0](module)
+
+
+def detach(model: nn.Module) -> None:
+    """Let models in which nothing of ours is left write their own format again; the others ours, as it is now."""
+    attach(model)
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        stored = getattr(config, "quantization_config", None)
+        ours = bool(installed(module)) or head_of(module) is not None
+        packed = getattr(getattr(module, "hf_quantizer", None), "packed", False)  # it refuses to be saved
+        if getattr(stored, "quant_method", None) != METHOD or ours or packed:
+            continue
+        module.hf_quantizer = None  # type: ignore[assignment]
+        del config.quantization_config
+        for name in ("attn_implementation", "experts_implementation"):
+            if getattr(config, name, None) == GUARD:
+                delattr(config, name)
 
 
 def attached_by(attach_to: Callable[[Any], None]) -> None:

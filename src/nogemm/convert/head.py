@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.convert.activations import Sample, batches_of, real_tokens
-from nogemm.convert.checkpoint import attach
+from nogemm.convert.checkpoint import attach, detach
 from nogemm.errors import ConfigError
-from nogemm.heads import HeadConfig, HireHead, head_of, output_embeddings, second_moment
+from nogemm.heads import HeadConfig, HeadReport, HireHead, check_head, head_of, output_embeddings, second_moment
 from nogemm.layers._base import is_quantised
 from nogemm.models.inner import inner_model
 
@@ -41,7 +41,8 @@ def convert_head(
         the head, which is now the model's `get_output_embeddings()`.
     Raises:
         ConfigError: the model has no vocabulary head, it is no plain linear layer or has hooks, it is converted
-            already, mode "high_recall" has no data, or the model cannot run on `data`. The model is then unchanged.
+            already, a weight or a bias of it is not finite (the message names its row), mode "high_recall" has no data,
+            or the model cannot run on `data`. The model is then unchanged.
     Cost: forward passes until 65,536 tokens are seen. The codes are made at the first use, see `make_codes`.
     """
     if not isinstance(model, nn.Module):
@@ -52,6 +53,8 @@ def convert_head(
     inner = inner_model(model)
     dense = dense_head(inner)
     assert isinstance(dense.weight, nn.Parameter)
+    if not dense.weight.is_meta:
+        check_head(dense.weight, dense.bias, "convert_head")
     if config.mode == "high_recall" and data is None:
         raise ConfigError("convert_head: mode 'high_recall' needs data, on which its rows are chosen")
     moment, sample = (None, None) if data is None else _moment(model, dense, data, tokenizer)
@@ -69,6 +72,50 @@ def convert_head(
 def find_head(model: nn.Module) -> HireHead | None:
     """Return the converted head of a transformers model, or of the one inside a SentenceTransformer, or None."""
     return head_of(inner_model(model))
+
+
+def restore_head(model: nn.Module) -> nn.Linear:
+    """Put a plain linear layer back in the place of a converted head; its weights stay where they are, tied or not.
+
+    What the conversion added, codes and the second moment of the states, is freed. A model without converted FFNs is
+    then saved as an ordinary one of transformers.
+
+    Returns:
+        the layer, which is now the model's `get_output_embeddings()`.
+    Raises:
+        ConfigError: the head is not converted, has hooks, or is a shard of `nogemm.shard_head`. The model is then
+            unchanged.
+    """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"restore_head: expected a model, got {model!r}; load it first")
+    inner: Any = inner_model(model)
+    head, name = head_of(inner), type(inner).__name__
+    if head is None:
+        raise ConfigError(f"restore_head: the head of this {name} is not converted")
+    if type(head) is not HireHead:
+        raise ConfigError(f"restore_head: the head of this {name} is a {type(head).__name__}: load the model anew")
+    if head._forward_hooks or head._forward_pre_hooks:
+        raise ConfigError(f"restore_head: the head of {name} has forward hooks, which would be lost; remove them")
+    dense = nn.Linear(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+    dense.weight, dense.bias = head.weight, head.bias  # type: ignore[assignment]
+    dense.train(head.training)
+    inner.set_output_embeddings(dense)
+    detach(inner)
+    return dense
+
+
+def head_report(model: nn.Module) -> HeadReport:
+    """Say what the converted head of a model takes in memory, and whether its weights are the embedding's.
+
+    Raises:
+        ConfigError: the head is not converted.
+    Cost: none; the codes are counted, not made.
+    """
+    inner: Any = inner_model(model)
+    head = find_head(inner)
+    if head is None:
+        raise ConfigError("head_report: the model's head is dense; call nogemm.convert_head(model) first")
+    return head.report(tied=inner.get_input_embeddings().weight is head.weight)
 
 
 def dense_head(inner: nn.Module) -> nn.Linear:

@@ -33,6 +33,42 @@ def second_moment(states_SD: Tensor) -> Tensor:
     return wide.T @ wide / len(wide)
 
 
+def check_head(weight_VD: Tensor, bias_V: Tensor | None, caller: str) -> None:
+    """Refuse a head with weights or biases that are not finite.
+
+    Raises:
+        ConfigError: the message names the first row, and how many there are.
+    """
+    broken = torch.cat([(~part.isfinite()).any(1).nonzero().flatten() + begin for begin, part in _parts(weight_VD)])
+    if len(broken):
+        raise ConfigError(f"{caller}: the head has weights that are not finite, {_first_of(broken)}")
+    broken = torch.zeros(0) if bias_V is None else (~bias_V.isfinite()).nonzero().flatten()
+    if len(broken):
+        raise ConfigError(f"{caller}: the head has biases that are not finite, {_first_of(broken)}")
+
+
+def _parts(weight_VD: Tensor) -> list[tuple[int, Tensor]]:
+    detached = weight_VD.detach()
+    return [(begin, detached[begin : begin + _CHUNK]) for begin in range(0, max(1, len(detached)), _CHUNK)]
+
+
+def _first_of(rows: Tensor) -> str:
+    return f"in row {int(rows[0])}" + (f" and in {len(rows) - 1} more" if len(rows) > 1 else "")
+
+
+def widths(width: int, leading: int, sketch: int) -> tuple[int, int]:
+    """Return how many coordinates of D get eight bits, and how many of the others a search reads: whole steps."""
+    leading = min(-(-leading // 4) * 4, width)
+    return leading, min(-(-max(sketch - leading, 0) // 8) * 8, width - leading)
+
+
+def codes_bytes(rows: int, width: int, leading: int = LEADING, sketch: int = SKETCH) -> int:
+    """Return `HeadCodes.bytes` of a head of `rows` rows, without making its codes."""
+    leading, middle = widths(width, leading, sketch)
+    steps = -(-leading // 4) + -(-middle // 8) + -(-(width - leading - middle) // 8)
+    return -(-rows // SKETCH_ROWS) * SKETCH_ROWS * (4 * steps + 8) + 4 * (width * width + width + 6)
+
+
 def make_codes(
     weight_VD: Tensor,
     bias_V: Tensor | None = None,
@@ -43,23 +79,28 @@ def make_codes(
     """Make the codes of a head.
 
     Args:
-        weight_VD: any floating dtype, finite; bias_V float32.
+        weight_VD: any floating dtype, finite, on the CPU, as all that is read; bias_V float32.
         moment_DD: the second moment of the states that the head will see (`second_moment`). None: as if states had no
             direction of their own; ten times as many rows are then left to compute.
         leading: coordinates that get eight bits, rounded up to a multiple of four.
         sketch: coordinates that `head_search` reads; those behind the leading ones are rounded up to a multiple of
             eight.
     Raises:
-        ConfigError: a weight is not finite, or shapes do not fit.
+        ConfigError: a weight or a bias is not finite (the message names its row), a tensor is not on the CPU, whose
+            kernels read the codes, or shapes do not fit.
     Cost: 4 V D^2 FLOP, half of them in float64; some seconds for a head of 260,000 rows.
     """
     rows, width = weight_VD.shape
     if moment_DD is not None and tuple(moment_DD.shape) != (width, width):
         raise ConfigError(f"make_codes: moment must be [{width}, {width}], got {tuple(moment_DD.shape)}")
-    if not bool(torch.isfinite(weight_VD).all()) or (bias_V is not None and not bool(torch.isfinite(bias_V).all())):
-        raise ConfigError("make_codes: the head has weights that are not finite")
-    leading = min(-(-leading // 4) * 4, width)  # whole steps of the scan
-    middle = min(-(-max(sketch - leading, 0) // 8) * 8, width - leading)
+    for name, tensor in (("weight", weight_VD), ("bias", bias_V), ("moment", moment_DD)):
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ConfigError(
+                f"make_codes: codes are made and read on the CPU, {name} is on {tensor.device}; move the model there, "
+                "model.cpu(), or use the head's logits"
+            )
+    check_head(weight_VD, bias_V, "make_codes")
+    leading, middle = widths(width, leading, sketch)
     mean_D = _mean(weight_VD).float()  # as the scan reads it
     project_DD, back_DD = _basis(weight_VD, mean_D.double(), moment_DD)
     eight, four, rest, numbers = [], [], [], []

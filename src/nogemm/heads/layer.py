@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.errors import DtypeError, NotFiniteError, ShapeError
-from nogemm.heads.codes import make_codes
+from nogemm.heads.codes import codes_bytes, make_codes
 from nogemm.heads.config import HeadConfig
+from nogemm.heads.report import HeadReport, size
 from nogemm.ops.head_scan import HeadCodes, head_argmax, head_logits, head_search
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -114,7 +115,7 @@ class HireHead(nn.Module):
         """Return all logits [..., V] in x's dtype."""
         if self.config.approximate and self._may_estimate(x):
             flat = x.reshape(-1, self.in_features)
-            return self.estimate(flat).to(x.dtype).view(*x.shape[:-1], -1)
+            return self.estimate(flat).to(x.dtype).view(*x.shape[:-1], self.out_features)
         return F.linear(x, self.weight, self.bias)
 
     def _may_estimate(self, x: Tensor) -> bool:
@@ -219,9 +220,28 @@ class HireHead(nn.Module):
             state_dict.setdefault(f"{prefix}moment", self.moment)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+    def report(self, tied: bool | None = None) -> HeadReport:
+        """Say what the head takes, see `HeadReport`; `nogemm.head_report` knows whether the weights are shared."""
+        rows, width = self.weight.shape  # of the rows that lie here
+        parts = (self.weight, self.bias)
+        return HeadReport(
+            mode=self.config.mode,
+            rows=rows,
+            width=width,
+            weight_bytes=sum(_bytes(part) for part in parts),
+            tied=tied,
+            codes_bytes=codes_bytes(rows, width, self.config.leading, self.config.sketch),
+            moment_bytes=_bytes(self.moment),
+            search_rows=0 if self.config.mode == "exact" else self.config.rows_of(rows),
+        )
+
     def extra_repr(self) -> str:
         """Describe the head in print(model)."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, mode={self.config.mode!r}"
+        found = self.report()
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, mode={self.config.mode!r}, "
+            f"codes={size(found.codes_bytes)}, fitted={self.moment is not None}"
+        )
 
 
 def output_embeddings(model: nn.Module) -> Any:
@@ -234,6 +254,10 @@ def head_of(model: nn.Module) -> HireHead | None:
     """Return the converted head of a transformers model, or None."""
     found = output_embeddings(model)
     return found if isinstance(found, HireHead) else None
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.element_size()
 
 
 def _identity(tensor: Tensor | None) -> object:

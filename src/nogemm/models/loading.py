@@ -191,7 +191,10 @@ def _load_gguf(path: str | Path, auto: str, **more: Any) -> Any:
                 str(file.parent), gguf_file=file.name, local_files_only=True, **more
             )
     except Exception as error:  # the reader raises what its parts raise: ValueError, KeyError, struct.error, ...
-        raise CheckpointError(f"{path}: transformers cannot read this GGUF file: {error}") from error
+        raise CheckpointError(
+            f"{path}: transformers cannot read this GGUF file: {error or type(error).__name__}. It has "
+            f"{file.stat().st_size:,} bytes: was it cut short?"
+        ) from error
 
 
 def _plain(model: Any) -> Any:

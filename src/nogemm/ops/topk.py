@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nogemm.errors import ConfigError, DtypeError, ShapeError
+from nogemm.ops._arguments import real, tensor, whole
 from nogemm.ops._library import define
 from nogemm.ops.topk_recall import expected_recall
 
@@ -29,6 +30,7 @@ _READ, _RANKED = (1.0, 1.5, 2.0, 2.6), 4.0
 _EXACT, _WINNER = 1.2, 50.0
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+_DTYPES = (*_NATIVE, torch.float64)
 
 
 class TopK(NamedTuple):
@@ -81,8 +83,8 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     instruction set.
 
     Args:
-        x: [..., n, ...] of a floating dtype. float32, bfloat16 and float16 have a native kernel on CPUs; float64, and
-            other devices, are answered by the PyTorch reference, a stable sort.
+        x: [..., n, ...], float32, bfloat16, float16 or float64. The first three have a native kernel on CPUs; float64,
+            and other devices, are answered by the PyTorch reference, a stable sort.
         k: from 0 to n.
         dim: the rows' dimension.
         method: "exact"; or "approximate": the row's numbers are dealt out to buckets in turn, each keeps its largest
@@ -94,8 +96,9 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
     Returns:
         values [..., k, ...] of x's dtype, whose gradients go to x at the indices, and indices int64 of that shape.
     Raises:
-        ConfigError: k is not from 0 to n; an unknown method; a recall that is not in (0, 1].
-        ShapeError: x has no dimension, or not this one. DtypeError: x is not floating.
+        ConfigError: x is no tensor; k is no whole number from 0 to n; an unknown method; recall is not in (0, 1].
+        ShapeError: x has no dimension, or not this one. DtypeError: x is of another dtype than float64, float32,
+            bfloat16 or float16.
     Cost: reads x once, and about k numbers a second time. A row whose winners stand close together costs up to n reads
         more. Rows of 65,536 and more are cut over the threads when there are fewer rows than threads.
     Source: the approximate form is "A Faster Generalized Two-Stage Approximate Top-K" (2025, arXiv 2506.04165); the
@@ -106,7 +109,7 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
         TopK(values=tensor([3., 3., 2.]), indices=tensor([1, 2, 3]))
     """
     x = _rows_last(x, dim, "topk")
-    n = x.shape[-1]
+    n, k = x.shape[-1], whole(k, "k", "topk")
     if not 0 <= k <= n:
         raise _wrong_count(k, n, f"the numbers along dim {dim}", "topk")
     if method == "exact":
@@ -145,7 +148,8 @@ def approximate_plan(n: int, k: int, recall: float) -> tuple[int, int] | None:
         >>> approximate_plan(50_257, 50, 0.99)
         (2368, 1)
     """
-    if not 0 < recall <= 1:
+    n, k = whole(n, "n", "topk"), whole(k, "k", "topk")
+    if not 0 < real(recall, "recall", "topk") <= 1:
         raise ConfigError(f"topk: recall must be more than 0 and at most 1, got recall={recall}")
     return _cheapest_plan(n, k, recall)
 
@@ -208,7 +212,7 @@ def topk_grouped(x: Tensor, k: int, *, group: int, score: str = "sum", dim: int 
     Returns:
         scores [..., k, ...], float32 (float64 of float64), and the groups' numbers, int64.
     Raises:
-        ConfigError: k is not from 0 to G, group less than 1, an unknown score. Else as `topk`.
+        ConfigError: k is no whole number from 0 to G, group none of at least 1, an unknown score. Else as `topk`.
     Cost: n additions or comparisons, then `topk` of G numbers.
     Gradient: to the members of the chosen groups; of a maximum, to the members that equal it, in equal shares.
     Source: HiRE (2024), group-sparse FFN.
@@ -217,6 +221,7 @@ def topk_grouped(x: Tensor, k: int, *, group: int, score: str = "sum", dim: int 
         TopK(values=tensor([3., 3.]), indices=tensor([0, 2]))
     """
     x = _rows_last(x, dim, "topk_grouped")
+    k, group = whole(k, "k", "topk_grouped"), whole(group, "group", "topk_grouped")
     if group < 1:
         raise ConfigError(f"topk_grouped: group must be at least 1, got group={group}")
     if score not in SCORES:
@@ -256,8 +261,9 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
     Returns:
         values [M] of x's dtype, indices int64 [M] within their rows, starts int64 [rows + 1].
     Raises:
-        ShapeError: x has no dimension, or threshold is neither a number nor of x's shape without its last.
-        DtypeError: x is not floating.
+        ConfigError: x is no tensor, or threshold neither a number nor a tensor.
+        ShapeError: x has no dimension, or threshold is a tensor of another shape than x's without its last.
+        DtypeError: x is of another dtype than float64, float32, bfloat16 or float16, or threshold is complex.
     Cost: reads x twice: once to count.
     Example:
         >>> topk_threshold(torch.tensor([[1.0, 3.0], [5.0, 4.0]]), 3.0)
@@ -265,6 +271,8 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
     """
     x = _rows_last(x, -1, "topk_threshold")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(threshold, Tensor) and threshold.is_complex():
+        raise DtypeError(f"topk_threshold: threshold must be real, got {threshold.dtype}")
     if isinstance(threshold, Tensor) and threshold.dim() > 0:
         if threshold.shape != x.shape[:-1]:
             raise ShapeError(
@@ -275,7 +283,7 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
     elif isinstance(threshold, Tensor):
         limits = threshold.detach().to(wide).expand(x.shape[:-1])
     else:
-        limits = torch.full(x.shape[:-1], threshold, dtype=wide, device=x.device)
+        limits = torch.full(x.shape[:-1], _threshold(threshold), dtype=wide, device=x.device)
     needs_grad = x.requires_grad and torch.is_grad_enabled()
     call = _TOPK_THRESHOLD if _dispatched(x) else topk_threshold_reference
     values, indices, starts = call(x.detach() if needs_grad else x, limits)
@@ -287,11 +295,24 @@ def topk_threshold(x: Tensor, threshold: float | Tensor) -> Reaching:
 
 def _rows_last(x: Tensor, dim: int, caller: str) -> Tensor:
     """Check x, and move the rows' dimension to the end."""
-    if not x.is_floating_point():
-        raise DtypeError(f"{caller}: x must be of a floating dtype, got {x.dtype}")
+    if tensor(x, "x", caller).dtype not in _DTYPES:
+        raise DtypeError(
+            f"{caller}: x must be of a floating dtype, got {x.dtype}; float64, float32, bfloat16 and float16 are taken"
+        )
+    dim = whole(dim, "dim", caller)
     if not -x.dim() <= dim < x.dim():
         raise ShapeError(f"{caller}: x of shape {tuple(x.shape)} has no dim {dim}")
     return x if dim in (-1, x.dim() - 1) else x.movedim(dim, -1)
+
+
+def _threshold(value: object) -> float:
+    """Return a threshold that is no tensor."""
+    try:
+        return real(value, "threshold", "topk_threshold")
+    except ConfigError:
+        raise ConfigError(
+            f"topk_threshold: threshold must be a number or a tensor of one for each row, got threshold={value!r}"
+        ) from None
 
 
 def _wrong_count(k: int, most: int, what: str, caller: str) -> ConfigError:

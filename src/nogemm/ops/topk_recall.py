@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from nogemm.errors import ConfigError
+from nogemm.ops._arguments import real, whole
 
 _NEGLIGIBLE = 1e-18  # of the largest probability: what follows adds nothing to a sum in float64
 
@@ -42,7 +43,7 @@ def expected_recall(n: int, k: int, buckets: int | Sequence[int], kept: int) -> 
         0.8333333333333333
     """
     sizes = _sizes(n, k, buckets, "expected_recall")
-    if kept < 0:
+    if whole(kept, "kept", "expected_recall") < 0:
         raise ConfigError(f"expected_recall: kept must be at least 0, got kept={kept}")
     if k == 0:
         return 1.0
@@ -64,7 +65,7 @@ def kept_for_recall(n: int, k: int, buckets: int | Sequence[int], recall: float)
         3
     """
     sizes = _sizes(n, k, buckets, "kept_for_recall")
-    if not 0 <= recall <= 1:
+    if not 0 <= real(recall, "recall", "kept_for_recall") <= 1:
         raise ConfigError(f"kept_for_recall: recall must be from 0 to 1, got recall={recall}")
     low, high = 0, min(k, max(sizes))
     if recall == 1:
@@ -86,13 +87,16 @@ def bucket_sizes(n: int, buckets: int) -> list[int]:
 
 def _sizes(n: int, k: int, buckets: int | Sequence[int], caller: str) -> Counter[int]:
     """Count the buckets of each size."""
+    n, k = whole(n, "n", caller), whole(k, "k", caller)
     if not 0 <= k <= n:
         raise ConfigError(f"{caller}: k must be from 0 to n, got k={k} and n={n}")
-    if isinstance(buckets, int):
+    if not isinstance(buckets, Sequence) or isinstance(buckets, str):
+        buckets = whole(buckets, "buckets", caller)
         if buckets < 1:
             raise ConfigError(f"{caller}: at least one bucket is needed, got buckets={buckets}")
         size, longer = divmod(n, buckets)
         return +Counter({size + 1: longer, size: buckets - longer})
+    buckets = [whole(size, "buckets", caller) for size in buckets]
     if not buckets or min(buckets) < 0 or sum(buckets) != n:
         raise ConfigError(f"{caller}: sizes of buckets must be at least 0 and add up to n={n}, got {list(buckets)}")
     return Counter(buckets)
