@@ -63,7 +63,7 @@ def test_greedy_tokens_are_transformers_for_each_setting(name: str) -> None:
     nogemm.convert_head(model)
     report = GenerationReport()
     check_equal("tokens", nogemm.generate(model, ids, NEW, report=report), expected)
-    assert report.dense == len(report.rows) >= NEW
+    assert report.dense == len(report.rows) >= report.tokens // len(ids) > 1  # some settings end a text early
     assert report.processors
     assert set(report.rows) == {decoders.V}
     with pytest.raises(Mismatch):  # the setting matters

@@ -12,7 +12,7 @@ from nogemm.config import layer_of
 from nogemm.cost import Cost
 from nogemm.layers._base import FFN
 from nogemm.layers._tokens import each_alone
-from nogemm.layers.dense.layer import DenseFFN
+from nogemm.layers.dense.layer import DenseFFN, stored_of
 from nogemm.layers.linear.config import LinearConfig
 from nogemm.shape import FFNShape
 
@@ -51,10 +51,11 @@ class LinearFFN(FFN):
         return each_alone(lambda x: self.up(x if self.down is None else self.down(x)), x_ND)
 
     def cost(self, n_tokens: int = 1) -> Cost:
-        matrices = self.up.weight.numel() + (0 if self.down is None else self.down.weight.numel())
-        stored = matrices + self.up.bias.numel()
-        read = stored * self.up.weight.element_size() if n_tokens else 0
-        return Cost(2.0 * matrices * n_tokens, float(read), stored)
+        rank = self.config.rank
+        matrices = self.d_model * self.d_out if rank is None else rank * (self.d_model + self.d_out)
+        parts = [part for linear in (self.down, self.up) if linear is not None for part in stored_of(linear)]
+        read = sum(part.numel() * part.element_size() for part in parts)
+        return Cost(2.0 * matrices * n_tokens, float(read if n_tokens else 0), sum(part.numel() for part in parts))
 
     def output_parameters(self) -> list[nn.Parameter]:
         return [p for p in (self.up.weight, self.up.bias) if isinstance(p, nn.Parameter)]
