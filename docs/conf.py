@@ -17,5 +17,5 @@ html_title = "nogemm"
 # Formulas are plain text in these pages: a reader without a network sees them too.
 html_static_path: list[str] = []
 autodoc_typehints = "description"
-napoleon_use_ivar = True  # attributes of dataclasses are lists: as link targets they would catch arguments of the same name
+napoleon_use_ivar = True  # as link targets, attributes would catch arguments of the same name
 exclude_patterns = ["_build"]
