@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from nogemm.cli.common import Json, Trust, finish, print_partial
-from nogemm.cli.models import parse_choice
-from nogemm.cli.train import save
-from nogemm.running.measured import end_early
-from nogemm.running.partial import Record
-from nogemm.running.progress import progress, training_lines
+from nogemm.cli.common import Json, Trust, finish
+from nogemm.cli.train import carry_out, choices_of
 from nogemm.train.task.options import FinetuneOptions, finetune_options
-from nogemm.train.task.report import FinetuneReport
+from nogemm.train.task.report import Finetuned, FinetuneReport
 
 
 def finetune(
@@ -58,36 +52,27 @@ def finetune(
     """Fine-tune MODEL on labelled data and write it to OUTPUT; torchrun and accelerate launch start it as well."""
     import nogemm
 
-    known = locals()
-    given = {field.name: known[field.name] for field in dataclasses.fields(FinetuneOptions) if field.name in known}
-    choices = {name: value for name, value in given.items() if value is not None}
-    choices |= dict(parse_choice(word, "--option") for word in option or [])
-    options = finetune_options(**choices)
-    first = int(os.environ.get("RANK", "0")) == 0
-    run = run or output.with_name(output.name + "-run")
-    record = Record(json if first else None)
-    try:
-        with progress.watching(), training_lines():
-            found = nogemm.finetune(
-                model,
-                data,
-                validation=validation,
-                test=test,
-                output_dir=run,
-                resume=resume,
-                device=device,
-                options=options,
-                trust_remote_code=trust_remote_code,
-            )
-    except KeyboardInterrupt as stopped:
-        record.keep({"kind": "finetune", "options": options.to_dict()})
-        end_early(record, stopped, print_partial)
-    if not first:
-        return
-    save(found, output, run)
-    print(summary(found.report))
-    print(output)
-    finish(found.report.to_dict(), json)
+    options = finetune_options(**choices_of(FinetuneOptions, locals(), option))
+    folder = run or output.with_name(output.name + "-run")
+
+    def start() -> Finetuned:
+        return nogemm.finetune(
+            model,
+            data,
+            validation=validation,
+            test=test,
+            output_dir=folder,
+            resume=resume,
+            device=device,
+            options=options,
+            trust_remote_code=trust_remote_code,
+        )
+
+    found = carry_out(start, {"kind": "finetune", "options": options.to_dict()}, output, folder, json)
+    if found is not None:
+        print(summary(found.report))
+        print(output)
+        finish(found.report.to_dict(), json)
 
 
 def summary(report: FinetuneReport) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json as json_format
 import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -21,6 +22,8 @@ from nogemm.running.progress import progress, training_lines
 from nogemm.train.lm.options import PRESETS, TrainOptions, train_options
 from nogemm.train.lm.report import Trained, TrainReport
 from nogemm.train.task.report import Finetuned
+
+Found = TypeVar("Found", Trained, Finetuned)
 
 
 def train(
@@ -71,39 +74,56 @@ def train(
     from nogemm.models.loading import load_tokenizer
 
     _refuse_vocabulary(starting, model, tokenizer)
-    known = locals()
-    given = {field.name: known[field.name] for field in dataclasses.fields(TrainOptions) if field.name in known}
-    choices = {name: value for name, value in given.items() if value is not None}
-    choices |= dict(parse_choice(word, "--option") for word in option or [])
+    choices = choices_of(TrainOptions, locals(), option)
     if method is not None or set_:
         choices["ffn"] = layer_of(method, set_ or [], preset)
     options = train_options(preset, **choices)
+    folder = run or output.with_name(output.name + "-run")
+
+    def start() -> Trained:
+        return nogemm.train_model(
+            data,
+            model=model,
+            tokenizer=None if tokenizer is None else load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
+            validation=validation,
+            output_dir=folder,
+            resume=resume,
+            device=device,
+            preset=preset,
+            trust_remote_code=trust_remote_code,
+            **choices,
+        )
+
+    found = carry_out(start, {"kind": "train", "options": options.to_dict()}, output, folder, json)
+    if found is not None:
+        print(summary(found.report))
+        print(output)
+        finish(found.report.to_dict(), json)
+
+
+def choices_of(cls: type, known: Mapping[str, Any], option: Sequence[str] | None) -> dict[str, Any]:
+    """Return what a command was told of the fields of its options, by its own parameters and by --option."""
+    given = {field.name: known[field.name] for field in dataclasses.fields(cls) if field.name in known}
+    choices = {name: value for name, value in given.items() if value is not None}
+    return choices | dict(parse_choice(word, "--option") for word in option or [])
+
+
+def carry_out(
+    start: Callable[[], Found], begun: dict[str, Any], output: Path, run: Path, json: Path | None
+) -> Found | None:
+    """Train and save the model; None in processes that are not the first. `begun` is kept where the run is stopped."""
     first = int(os.environ.get("RANK", "0")) == 0
-    run = run or output.with_name(output.name + "-run")
     record = Record(json if first else None)
     try:
         with progress.watching(), training_lines():
-            found = nogemm.train_model(
-                data,
-                model=model,
-                tokenizer=None if tokenizer is None else load_tokenizer(tokenizer, trust_remote_code=trust_remote_code),
-                validation=validation,
-                output_dir=run,
-                resume=resume,
-                device=device,
-                preset=preset,
-                trust_remote_code=trust_remote_code,
-                **choices,
-            )
+            found = start()
     except KeyboardInterrupt as stopped:
-        record.keep({"kind": "train", "options": options.to_dict()})
+        record.keep(begun)
         end_early(record, stopped, print_partial)
     if not first:
-        return
+        return None
     save(found, output, run)
-    print(summary(found.report))
-    print(output)
-    finish(found.report.to_dict(), json)
+    return found
 
 
 def _refuse_vocabulary(context: typer.Context, model: str | None, tokenizer: str | None) -> None:

@@ -187,15 +187,3 @@ def _is_matrix(part: nn.Module) -> bool:
     return (
         isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(part, (nn.Embedding, FFN, HireHead))
     )
-
-
-def parameter_counts(model: Any) -> dict[str, int]:
-    """Return how many numbers are trained: in all, in the replaced FFNs, and in the embeddings."""
-    ours = {id(p) for layer in converted(model).values() for p in layer.parameters()}
-    words = model.get_input_embeddings().weight.numel()
-    every = list(model.parameters())
-    return {
-        "total": sum(p.numel() for p in every),
-        "ffn": sum(p.numel() for p in every if id(p) in ours),
-        "embeddings": int(words),
-    }

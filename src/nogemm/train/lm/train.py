@@ -21,16 +21,23 @@ from nogemm.convert import converted
 from nogemm.convert.head import convert_head
 from nogemm.errors import ConfigError
 from nogemm.models.loading import load_tokenizer
-from nogemm.train import checkpoint as ckpt
 from nogemm.train.guards import gradients_for, interrupts, sparse_rows
 from nogemm.train.lm.corpus import Corpus, Source, open_corpus
-from nogemm.train.lm.models import flops_per_token, make_model, parameter_counts
+from nogemm.train.lm.models import flops_per_token, make_model
 from nogemm.train.lm.options import OF_NEW_MODELS, TrainOptions, preset_record, train_options
 from nogemm.train.lm.report import Trained, TrainReport, perplexity
 from nogemm.train.lm.run import Run
-from nogemm.train.loop.session import check_packages, check_shares, drive, in_turn, machine_facts, session
+from nogemm.train.loop.session import (
+    check_packages,
+    check_shares,
+    drive,
+    open_in_turn,
+    parameter_counts,
+    run_counts,
+    session,
+    source_name,
+)
 from nogemm.train.loop.updates import make_groups
-from nogemm.train.sources import describe
 
 
 def train_model(
@@ -126,19 +133,10 @@ def _prepared(
         if name and Path(name).suffix != ".json":
             tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
 
-    def read() -> Corpus:
-        if not resume:
-            ckpt.refuse_earlier_run(run.directory)
-        else:
-            run.read()
+    def read(resume: bool) -> Corpus:
         return open_corpus(run.options, run.directory, data, validation, tokenizer, resume)
 
-    corpus = in_turn(read, run.first, world)
-    if not run.first:
-        if resume:
-            run.read()
-        corpus = open_corpus(run.options, run.directory, data, validation, tokenizer, resume=True)
-    assert corpus is not None
+    corpus = open_in_turn(run, read, resume, world)
     found = make_model(run.options, model, corpus.tokenizer, trust_remote_code=trust_remote_code)
     run.restore(found)
     return found, corpus
@@ -192,9 +190,7 @@ def _facts(model: Any, corpus: Corpus, run: Run, data: Source, source: Any) -> d
             "ffn": {name: layer.config.to_dict() for name, layer in converted(model).items()},
         },
         "data": {
-            "source": Path(describe(data)).name
-            if isinstance(data, Path) or os.path.exists(str(data))
-            else describe(data),
+            "source": source_name(data),
             "documents": corpus.documents,
             "tokens": len(corpus.train.file.tokens),
             "validation_tokens": corpus.validation.count * options.context,
@@ -208,17 +204,8 @@ def _report(run: Run, finished: dict[str, Any], corpus: Corpus, facts: dict[str,
     return TrainReport(
         validation_loss=finished["validation_loss"],
         perplexity=perplexity(finished["validation_loss"]),
-        loss=finished["loss"],
-        steps=run.step,
-        tokens=run.tokens,
         epochs=run.step * options.batch / corpus.train.count,
-        seconds=finished["seconds"],
-        training_seconds=finished["busy"],
-        tokens_per_second=run.tokens / max(finished["busy"], 1e-9),
-        history=run.history,
         options={name: value for name, value in options.to_dict().items() if new or name not in OF_NEW_MODELS},
-        processes=finished["processes"],
-        device=finished["device"],
-        machine=machine_facts(),
+        **run_counts(run, finished),
         **facts,
     )

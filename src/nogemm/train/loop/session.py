@@ -17,14 +17,17 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from nogemm.convert import converted
 from nogemm.errors import ConfigError, DistributedError
 from nogemm.hardware.cpu import machine, machine_line
+from nogemm.models.inner import inner_model
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.loop.options import LoopOptions
 from nogemm.train.loop.updates import refit
 from nogemm.train.memory import keep_freed_memory
 from nogemm.train.optim import settle
 from nogemm.train.progress import Progress
+from nogemm.train.sources import describe
 from nogemm.version import __version__
 
 Found = TypeVar("Found")
@@ -103,6 +106,30 @@ def in_turn(work: Callable[[], Found], first: bool, world: int) -> Found | None:
     return found
 
 
+def open_in_turn(run: Any, read: Callable[[bool], Found], resume: bool, world: int) -> Found:
+    """Take a run up, and read its data: the first process tokenises, the others open what it wrote.
+
+    Args:
+        read: is told whether to take what lies in the run's directory.
+    Raises:
+        TrainingError: there is an earlier run, and it is not resumed.
+    """
+
+    def start() -> Found:
+        if not resume:
+            ckpt.refuse_earlier_run(run.directory)
+        else:
+            run.read()
+        return read(resume)
+
+    found = in_turn(start, run.first, world)
+    if found is not None:
+        return found
+    if resume:
+        run.read()
+    return read(True)
+
+
 def drive(run: Any, trainer: Any, bar: bool | None) -> None:
     """Make the steps that are left of a run, and bring what layers derive or let rest up to date."""
     with Progress(run.options.log_seconds, bar if run.first else False) as progress:
@@ -113,6 +140,39 @@ def drive(run: Any, trainer: Any, bar: bool | None) -> None:
         trainer.ready()
     settle(trainer.inner_optimiser)
     refit(trainer.inner)
+
+
+def source_name(data: Any) -> str:
+    """Return what a report calls the data: of a file its name alone."""
+    return Path(describe(data)).name if isinstance(data, Path) or os.path.exists(str(data)) else describe(data)
+
+
+def parameter_counts(model: torch.nn.Module) -> dict[str, int]:
+    """Return how many numbers a model has: in all, in converted FFNs, and in embeddings of tokens."""
+    ours = {id(p) for layer in converted(model).values() for p in layer.parameters()}
+    every = list(model.parameters())
+    words: Any = inner_model(model)
+    return {
+        "total": sum(p.numel() for p in every),
+        "ffn": sum(p.numel() for p in every if id(p) in ours),
+        "embeddings": int(words.get_input_embeddings().weight.numel()),
+    }
+
+
+def run_counts(run: Any, finished: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that the reports of all commands share: of a finished run, and of the machine."""
+    return {
+        "loss": finished["loss"],
+        "steps": run.step,
+        "tokens": run.tokens,
+        "seconds": finished["seconds"],
+        "training_seconds": finished["busy"],
+        "tokens_per_second": run.tokens / max(finished["busy"], 1e-9),
+        "history": run.history,
+        "processes": finished["processes"],
+        "device": finished["device"],
+        "machine": machine_facts(),
+    }
 
 
 def machine_facts() -> dict[str, Any]:

@@ -18,14 +18,21 @@ from torch import nn
 
 from nogemm.convert import converted
 from nogemm.errors import ConfigError
-from nogemm.train import checkpoint as ckpt
 from nogemm.train.guards import gradients_for, interrupts, sparse_rows
-from nogemm.train.loop.session import check_packages, check_shares, drive, in_turn, machine_facts, session
-from nogemm.train.sources import describe
+from nogemm.train.loop.session import (
+    check_packages,
+    check_shares,
+    drive,
+    open_in_turn,
+    parameter_counts,
+    run_counts,
+    session,
+    source_name,
+)
 from nogemm.train.task.corpus import Corpus, numbered, open_corpus
 from nogemm.train.task.data import Examples, Labels, counted, read_data
 from nogemm.train.task.metrics import figures
-from nogemm.train.task.models import Prepared, make_groups, parameter_counts, prepare
+from nogemm.train.task.models import Prepared, make_groups, prepare
 from nogemm.train.task.options import METRICS, FinetuneOptions, finetune_options
 from nogemm.train.task.report import Finetuned, FinetuneReport
 from nogemm.train.task.run import FinetuneRun
@@ -120,7 +127,7 @@ def _prepared(
     start_processes(device, world)
     options = run.options
 
-    def opened(resume: bool) -> tuple[Prepared, dict[str, Examples], Corpus]:
+    def read(resume: bool) -> tuple[Prepared, dict[str, Examples], Corpus]:
         examples = read_data(options, sources["train"], sources["validation"], sources["test"])
         found = prepare(options, model, tokenizer, examples, trust_remote_code=trust_remote_code)
         targets = {part: _targets(rows, found.labels, options) for part, rows in examples.items()}
@@ -129,19 +136,7 @@ def _prepared(
         )  # fmt: skip
         return found, examples, corpus
 
-    def read() -> tuple[Prepared, dict[str, Examples], Corpus]:
-        if not resume:
-            ckpt.refuse_earlier_run(run.directory)
-        else:
-            run.read()
-        return opened(resume)
-
-    everything = in_turn(read, run.first, world)
-    if everything is None:
-        if resume:
-            run.read()
-        everything = opened(resume=True)
-    found, examples, run.corpus = everything
+    found, examples, run.corpus = open_in_turn(run, read, resume, world)
     if options.task == "regress":
         run.spread = max(float(np.var(np.array(examples["train"].labels, np.float64))), 1e-12)
     run.restore(found.model)
@@ -210,7 +205,6 @@ def _facts(
     found: Prepared, run: FinetuneRun, examples: dict[str, Examples], data: Any, source: Any
 ) -> dict[str, Any]:  # fmt: skip
     """Return what is known of a run before it begins."""
-    name = describe(data)
     module = isinstance(source, nn.Module)
     return {
         "parameters": parameter_counts(found.model),
@@ -221,7 +215,7 @@ def _facts(
             "ffn": {name: layer.config.to_dict() for name, layer in converted(found.model).items()},
         },
         "data": {
-            "source": Path(name).name if isinstance(data, Path) or os.path.exists(str(data)) else name,
+            "source": source_name(data),
             "rows": {part: len(rows) for part, rows in examples.items()},
             "left_out": {part: rows.left_out for part, rows in examples.items()},
             "labels": {} if found.labels is None else counted(examples["train"], found.labels.names),
@@ -241,17 +235,8 @@ def _report(run: FinetuneRun, finished: dict[str, Any], facts: dict[str, Any]) -
         best=best,
         validation={name: row[name] for name in names if name in row},
         test=finished["test"],
-        loss=finished["loss"],
-        steps=run.step,
-        tokens=run.tokens,
         epochs=run.epochs,
-        seconds=finished["seconds"],
-        training_seconds=finished["busy"],
-        tokens_per_second=run.tokens / max(finished["busy"], 1e-9),
-        history=run.history,
         options=options.to_dict(),
-        processes=finished["processes"],
-        device=finished["device"],
-        machine=machine_facts(),
+        **run_counts(run, finished),
         **facts,
     )

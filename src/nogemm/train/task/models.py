@@ -19,7 +19,6 @@ from nogemm.convert.sites import installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers import PackedFFN
 from nogemm.models.directory import model_directory, sentence_modules, transformer_directory
-from nogemm.models.inner import inner_model
 from nogemm.models.loading import has_classifier, load_model, load_tokenizer, load_with_new_head
 from nogemm.models.texts import longest_text, prepare_tokenizer
 from nogemm.train.loop.updates import all_groups, with_rates
@@ -79,7 +78,7 @@ def prepare(
         own = None
     if any(isinstance(layer, PackedFFN) for layer in installed(model).values()):
         raise PackedError("finetune: the model is packed, for evaluation only; load it unpacked, or unpack it first")
-    if any(layer.storage not in (None, "fp32") for layer in _ours(model)):
+    if any(layer.storage not in (None, "fp32") for layer in converted(model).values()):
         decompress(model)  # compressed tables are no parameters; what was rounded stays rounded
     limit = longest_text(options.max_length, tokenizer, model)
     return Prepared(model, tokenizer, labels, fresh, min(limit, own or limit))
@@ -162,22 +161,6 @@ def make_groups(model: nn.Module, options: FinetuneOptions) -> dict[str, list[nn
     groups["head"] = [parameter for parameter in rest if id(parameter) not in inside]
     groups["backbone"] = [parameter for parameter in rest if id(parameter) in inside]
     return with_rates(groups, options)
-
-
-def parameter_counts(model: nn.Module) -> dict[str, int]:
-    """Return how many numbers a model has: in all, in converted FFNs, and in embeddings of tokens."""
-    ours = {id(p) for layer in _ours(model) for p in layer.parameters()}
-    every = list(model.parameters())
-    words: Any = inner_model(model)
-    return {
-        "total": sum(p.numel() for p in every),
-        "ffn": sum(p.numel() for p in every if id(p) in ours),
-        "embeddings": int(words.get_input_embeddings().weight.numel()),
-    }
-
-
-def _ours(model: nn.Module) -> list[Any]:
-    return list(converted(model).values())
 
 
 def _has_head(model: Any) -> bool:
