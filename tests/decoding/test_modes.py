@@ -50,6 +50,15 @@ def test_any_window_and_a_good_search(every: int) -> None:
     assert report.proofs == -(-30 // min(every, 7))  # a window of eight positions forgets what is longer ago
 
 
+@pytest.mark.parametrize("how", [{}, {**SAMPLED, "top_k": 3}], ids=str)
+def test_many_sequences_are_proven_at_once(how: dict[str, Any]) -> None:
+    exact, deferred = pair("llama", mode="deferred", verify_every=5, **POOR)
+    ids, report = decoders.prompts(3), GenerationReport()
+    got = nogemm.generate(deferred, ids, 12, report=report, **how)
+    check_equal("tokens", got, nogemm.generate(exact, ids, 12, **how))
+    assert (report.tokens, report.proofs, report.differences) == (36, 0, 0)
+
+
 def test_padding_ends_and_threads_between_tokens() -> None:
     exact, deferred = pair("llama", mode="deferred", verify_every=4, **POOR)
     both = torch.cat(

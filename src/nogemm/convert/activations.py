@@ -17,7 +17,7 @@ from nogemm.models.inner import inner_model
 from nogemm.models.loading import load_tokenizer
 from nogemm.models.texts import batch_of
 
-BATCH = 16
+WINDOW, TOGETHER = 128, 16  # texts that are sorted by length, and of these, texts in a batch
 MAX_LENGTH = 256
 MAX_TOKENS = 65_536
 MAX_BYTES = 512 * 2**20
@@ -101,7 +101,7 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
         raise ConfigError(f"convert: data must be texts or mappings of tensors, got {data!r}") from None
     inner = inner_model(model)
     device = next(inner.parameters()).device
-    while chunk := list(itertools.islice(items, BATCH)):
+    while chunk := list(itertools.islice(items, WINDOW)):
         texts = [sample for sample in chunk if isinstance(sample, str)]
         for sample in chunk:
             if not _is_sample(sample):
@@ -112,10 +112,12 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
         if not texts:
             continue
         tokenizer = tokenizer or _find_tokenizer(model)
-        batch = batch_of(tokenizer, texts, MAX_LENGTH, inner)
-        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-            batch["decoder_input_ids"] = batch["input_ids"]
-        yield {key: value.to(device) for key, value in batch.items()}
+        texts.sort(key=len)  # texts of like length share a batch, or most of its positions would be padding
+        for start in range(0, len(texts), TOGETHER):
+            batch = batch_of(tokenizer, texts[start : start + TOGETHER], MAX_LENGTH, inner)
+            if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+                batch["decoder_input_ids"] = batch["input_ids"]
+            yield {key: value.to(device) for key, value in batch.items()}
 
 
 def _is_sample(sample: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from nogemm.heads import HeadConfig, HeadReport, HireHead, check_head, head_of, 
 from nogemm.layers._base import is_quantised
 from nogemm.models.inner import inner_model
 
-MAX_STATES = 65_536
+STATES, STATES_PER_WIDTH = 8192, 8  # that codes are fitted to: so many, and so many for each coordinate
 CHUNK = 8192  # states whose moment is taken at once
 SAMPLE = 2048  # states that the rows of "high_recall" are chosen on
 
@@ -43,7 +43,8 @@ def convert_head(
         ConfigError: the model has no vocabulary head, it is no plain linear layer or has hooks, it is converted
             already, a weight or a bias of it is not finite (the message names its row), mode "high_recall" has no data,
             or the model cannot run on `data`. The model is then unchanged.
-    Cost: forward passes until 65,536 tokens are seen. The codes are made at the first use, see `make_codes`.
+    Cost: forward passes, without the head's product, until 8,192 tokens are seen, or eight times the head's width.
+    The codes are made at the first use, see `make_codes`.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"convert_head: expected a model, got {model!r}; load it first")
@@ -142,23 +143,33 @@ def dense_head(inner: nn.Module) -> nn.Linear:
     return found
 
 
+class _HeadReached(Exception):
+    """Leaves a model's forward pass where its head begins."""
+
+
 def head_states(
     model: nn.Module, head: nn.Module, data: Iterable[Sample], tokenizer: Any = None
 ) -> Generator[Tensor, None, None]:
     """Run a model over samples, in evaluation mode, and yield what its head sees: [tokens, D], padding left out.
 
-    Close it when it is left early: the model is then as it was.
+    Close it when it is left early: the model is then as it was. The head's own product, most of the work where the
+    vocabulary is large, is not computed.
     """
     inner = inner_model(model)
     seen: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+
+    def stop(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].detach())
+        raise _HeadReached
+
+    hook = head.register_forward_pre_hook(stop)
     was_training = inner.training
     inner.eval()
     try:
         for batch in batches_of(model, data, tokenizer):
             seen.clear()
             try:
-                with torch.no_grad():
+                with torch.no_grad(), suppress(_HeadReached):
                     inner(**batch)
             except (ValueError, TypeError, IndexError, RuntimeError) as error:
                 raise ConfigError(f"convert_head: the model cannot run on the data: {error}") from error
@@ -172,14 +183,15 @@ def head_states(
 def _moment(model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return the second moment of the states that a model's head sees, float32, and some of them."""
     total, count = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
+    wanted = max(STATES, STATES_PER_WIDTH * dense.in_features)
     sample: list[Tensor] = []
     with closing(head_states(model, dense, data, tokenizer)) as seen:
         for states in seen:
-            for part in states[: MAX_STATES - count].split(CHUNK):
+            for part in states[: wanted - count].split(CHUNK):
                 total += second_moment(part) * len(part)
                 count += len(part)
                 sample.append(part[torch.randperm(len(part), generator=torch.Generator().manual_seed(count))[:SAMPLE]])
-            if count >= MAX_STATES:
+            if count >= wanted:
                 break
     if not count:
         raise ConfigError("convert_head: the data gave no token to the head; is it empty?")

@@ -28,21 +28,25 @@ class Chooser:
         sampling: None: greedy.
         scaling: what the model does to the head's logits.
         processors: what is done to them then.
+        proves: whether each token is proven as it is chosen; else it is searched for.
     Attributes:
         rows: of the head, computed exactly for each state so far.
         dense: states so far whose logits were all computed.
     """
 
-    def __init__(self, head: HireHead, sampling: Sampling | None, scaling: Scaling, processors: Processors) -> None:
+    def __init__(
+        self, head: HireHead, sampling: Sampling | None, scaling: Scaling, processors: Processors, *, proves: bool
+    ) -> None:
         self.head, self.sampling, self.scaling, self.processors = head, sampling, scaling, processors
+        self.proves = proves
         self.needs_all = bool(processors) or (sampling is not None and (not sampling.plain or scaling.cap is not None))
         self.rows: list[int] = []
         self.dense = 0
 
     def first(self, x_ND: Tensor, place: int) -> Tensor:
-        """Choose a token for each sequence, at one place of the text: proven in mode "exact", else searched for."""
+        """Choose a token for each sequence, at one place of the text: proven or searched for."""
         places, sequences = [place] * len(x_ND), list(range(len(x_ND)))
-        if self.head.config.mode == "exact":
+        if self.proves:
             return self.proven(x_ND, places, sequences)
         if self.needs_all:
             self.rows += [self.head.searched_rows] * len(x_ND)

@@ -107,6 +107,11 @@ def generate(
         return Windows(steps, ending, input_ids, mask, max_new_tokens, draft_streamer, report).all(streamer)
 
 
+DEFERRED_SEQUENCES = 2
+"""Up to which mode "deferred" defers: a proof of one state each of more sequences costs less than a search of each and
+its share of a proof (`nogemm bench head --batch 1,2,3,4`)."""
+
+
 class _ModelSteps:
     """Steps of a torch model with a converted head, see `Steps`."""
 
@@ -114,12 +119,14 @@ class _ModelSteps:
         self, model: Any, head: HireHead, ids_BL: Tensor, cache: Any, ending: Ending, processors: Processors
     ) -> None:
         self.decoder = decoder = Decoder(model, head, ids_BL, cache)
-        self.chooser = chooser = Chooser(head, processors.sampling, decoder.scaling, processors)
-        if not chooser.needs_all or (head.config.mode != "exact" and not processors):
+        mode = head.config.mode
+        self.deferred = mode == "deferred" and not processors and len(ids_BL) <= DEFERRED_SEQUENCES
+        proves = not self.deferred and not head.config.approximate
+        self.chooser = chooser = Chooser(head, processors.sampling, decoder.scaling, processors, proves=proves)
+        if not chooser.needs_all or (not proves and not processors):
             head.refresh()
         self.processors, self.ending = processors, ending
         self.ids = ids_BL[:, : min(self.held, ids_BL.shape[1] - 1)].long()  # what the cache holds
-        self.deferred = head.config.mode == "deferred" and not processors
         self.window = 1
         if self.deferred:
             most = decoder.longest_rewind
