@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -131,6 +132,22 @@ class Rounds:
                 os.system(f"rm -rf '{place}' '{place}.log'")
         return self.found
 
+    def together(self) -> Found:
+        """Let two processes do the job in one place at once: one may be refused, and says why."""
+        place = self.fresh("together")
+        logs = [self.base / f"together-{n}.log" for n in (1, 2)]
+        children = [start(lambda: self.job.work(self.inputs, place), log) for log in logs]
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        for code, log in zip(codes, logs, strict=True):
+            said = log.read_text(errors="replace")
+            if code and not re.search("another (run|process|study)", said):
+                self.found.faults.append(f"{self.name}, two at once: one ended with {code}\n{said[-2000:]}")
+        if 0 not in codes:
+            self.found.faults.append(f"{self.name}, two at once: neither came to its end")
+        self.check(place, f"{self.name}, two at once")
+        self.resume(place)
+        return self.found
+
     def kill(self, place: Path) -> None:
         number = self.random.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         at = self.random.randint(1, self.events) if self.random.random() < 0.6 else None
@@ -182,6 +199,7 @@ def main() -> int:
     read.add_argument("--rounds", type=int, default=5, help="kills of each job")
     read.add_argument("--only", default=",".join(JOBS), help=f"jobs, with commas: {', '.join(JOBS)}")
     read.add_argument("--seed", type=int, default=0)
+    read.add_argument("--together", action="store_true", help="first let two processes do each job in one folder")
     args = read.parse_args()
     torch.set_num_threads(1)
     faults = 0
@@ -196,6 +214,8 @@ def main() -> int:
             if name not in JOBS:
                 raise SystemExit(f"--only: no job {name!r}; there are {', '.join(JOBS)}")
             rounds = Rounds(name, JOBS[name], inputs, Path(scratch) / name, args.seed)
+            if args.together:
+                rounds.together()
             found = rounds.run(args.rounds)
             faults += len(found.faults)
             print(f"{name}: {found.rounds} kills, resumed {found.resumed} times, {len(found.faults)} faults "

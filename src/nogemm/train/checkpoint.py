@@ -152,7 +152,7 @@ def latest(directory: Path) -> Path | None:
         return None
     try:
         path = directory / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error}") from error
     return path
 
@@ -175,7 +175,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path} was written by another version of nogemm (format {state.get('version')})")
