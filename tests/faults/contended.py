@@ -20,13 +20,15 @@ import time
 WAYS = {
     "default": {},
     "passive": {"OMP_WAIT_POLICY": "passive", "KMP_BLOCKTIME": "0"},
-    "short spin": {"GOMP_SPINCOUNT": "1000"},
+    "1000 spins": {"GOMP_SPINCOUNT": "1000"},
+    "10000 spins": {"GOMP_SPINCOUNT": "10000"},
     "one thread fewer": {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) - 1))},
 }
+COUNT = "import os\nos.nice(19)\nwhile True: pass"
 CHOSEN = ("OMP_WAIT_POLICY", "KMP_BLOCKTIME", "GOMP_SPINCOUNT", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
-def train(seconds: float) -> None:
+def train(seconds: float, width: int, layers: int) -> None:
     """Print {"alone", "beside"}: tokens a second."""
     import torch
     from transformers import BertConfig, BertModel
@@ -34,8 +36,8 @@ def train(seconds: float) -> None:
     import nogemm
 
     torch.manual_seed(0)
-    settings = {"hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 1024}
-    model = BertModel(BertConfig(vocab_size=1000, **settings), add_pooling_layer=False)
+    settings = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
+    model = BertModel(BertConfig(vocab_size=1000, num_attention_heads=4, **settings), add_pooling_layer=False)
     nogemm.convert(model, nogemm.LookupConfig(tables=32, bits=6))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(0, 1000, (8, 64))
@@ -54,7 +56,9 @@ def train(seconds: float) -> None:
         return steps * ids.numel() / (time.monotonic() - begun)
 
     found = {"threads": torch.get_num_threads(), "alone": rate()}
-    contender = subprocess.Popen([sys.executable, "-c", "import os\nos.nice(19)\nwhile True: pass"])
+    contender = subprocess.Popen(
+        [sys.executable, "-c", "import os\nos.nice(19)\nwhile True: pass"], start_new_session=True
+    )
     try:
         found["beside"] = rate()
     finally:
@@ -67,17 +71,20 @@ def main() -> None:
     read = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     read.add_argument("--seconds", type=float, default=5.0, help="of a measurement")
     read.add_argument("--rounds", type=int, default=1)
+    read.add_argument("--width", type=int, default=256, help="of the encoder")
+    read.add_argument("--layers", type=int, default=2)
     read.add_argument("--only", default=",".join(WAYS))
     read.add_argument("--train", action="store_true", help="measure in this process")
     args = read.parse_args()
     if args.train:
-        train(args.seconds)
+        train(args.seconds, args.width, args.layers)
         return
     clean = {name: value for name, value in os.environ.items() if name not in CHOSEN}
     found: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.rounds):
         for way in args.only.split(","):
-            words = [sys.executable, __file__, "--train", "--seconds", str(args.seconds)]
+            words = [sys.executable, __file__, "--train"]
+            words += [f"--{name}={getattr(args, name)}" for name in ("seconds", "width", "layers")]
             done = subprocess.run(words, env=clean | WAYS[way], stdout=subprocess.PIPE, text=True, check=True)
             found.setdefault(way, []).append(json.loads(done.stdout.splitlines()[-1]))
     print("| threads wait | threads | alone, tokens/s | beside a process at nice 19 | times slower |")

@@ -29,11 +29,10 @@ def disk(folder: Path, kilobytes: int) -> Iterator[Path]:
 
 def fill(folder: Path, leave: int) -> None:
     """Fill a disk but for so many kilobytes."""
-    with (folder / "filler").open("wb") as file:
+    with (folder / "filler").open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
             pass
     size = (folder / "filler").stat().st_size
