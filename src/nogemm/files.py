@@ -2,31 +2,80 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import glob
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Write `data` to a temporary sibling of `path`, then rename it over `path`.
 
     Folders on the way are made. On any error, a full disk included, the sibling is removed and `path` keeps what
-    it had.
+    it had. What writers that were killed left beside `path` is removed, too. Threads of one process take turns.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.new")
-    try:
-        with sibling.open("wb") as file:
+    with _held(sibling) as file:
+        try:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        sibling.replace(path)
-    finally:
-        sibling.unlink(missing_ok=True)
+            sibling.replace(path)
+        except BaseException:
+            sibling.unlink(missing_ok=True)
+            raise
+    _remove_abandoned(path)
 
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Say whether an error is that a disk is full, or follows from one; also where a library says so in its words."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _held(sibling: Path) -> Iterator[BinaryIO]:
+    """Open a sibling, empty, and hold its lock, which the system releases when the process dies."""
+    while True:
+        handle = os.open(sibling, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with os.fdopen(handle, "r+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            if not _is(sibling, handle):
+                continue  # another thread renamed it, or somebody removed it, between open and lock
+            file.truncate()
+            yield file
+            return
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove siblings whose writers are dead: nobody holds their locks."""
+    for name in glob.glob(f".{glob.escape(path.name)}.*.new", root_dir=path.parent, include_hidden=True):
+        with contextlib.suppress(OSError), (path.parent / name).open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is(path.parent / name, file.fileno()):
+                (path.parent / name).unlink(missing_ok=True)
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Say whether a path still names the file that was opened."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(handle))
+    except FileNotFoundError:
+        return False

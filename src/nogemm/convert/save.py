@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -177,7 +178,7 @@ def _check_space(needed: int, folder: Path, caller: str) -> None:
         raise CheckpointError(
             f"{caller}: the model needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free. "
             "What was there before is untouched"
-        )
+        ) from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _write(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -55,24 +55,37 @@ class Load:
         return "; ".join(parts)
 
 
+class Others:
+    """How much other processes work from now on."""
+
+    def __init__(self) -> None:
+        self._begun, self._busy, self._own = time.monotonic(), _busy_seconds(), time.process_time()
+
+    def cores(self) -> float | None:
+        """Return the cores' worth of time that other processes have used since; None: not known."""
+        busy = _busy_seconds()
+        if busy is None or self._busy is None:
+            return None
+        own, wall = time.process_time() - self._own, max(time.monotonic() - self._begun, 1e-9)
+        return max(0.0, (busy - self._busy - own) / wall)
+
+
 def look(seconds: float = 1.0) -> Load:
     """Multiply matrices on torch's threads for about `seconds` and see who else runs."""
     a = torch.ones(_SIZE, _SIZE)
     torch.mm(a, a)  # starts the threads
     threads = torch.get_num_threads()
-    before, busy, used = time.monotonic(), _busy_seconds(), time.process_time()
+    before, used, others = time.monotonic(), time.process_time(), Others()
     processes = _process_seconds()
     while time.monotonic() - before < seconds:
         torch.mm(a, a)
     own, wall = time.process_time() - used, time.monotonic() - before
-    ended = _busy_seconds()
-    others = None if busy is None or ended is None else max(0.0, (ended - busy - own) / wall)
     try:
         average = os.getloadavg()[0]
     except OSError:
         average = None
     got = min(1.0, own / (wall * min(threads, usable_cores())))
-    return Load(cores=usable_cores(), got=got, others=others, busiest=_busiest(processes), average=average)
+    return Load(cores=usable_cores(), got=got, others=others.cores(), busiest=_busiest(processes), average=average)
 
 
 def _busy_seconds() -> float | None:

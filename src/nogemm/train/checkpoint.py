@@ -15,7 +15,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
+from nogemm.files import disk_is_full
 from nogemm.train.errors import TrainingError
 
 VERSION = 1
@@ -72,20 +74,56 @@ class Lock:
 
 
 def write_checkpoint(directory: Path, step: int, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, make it the latest, remove the others; return its directory."""
+    """Write a checkpoint, make it the latest, remove the others; return its directory.
+
+    Raises:
+        TrainingError: it cannot be written; the last good checkpoint stays.
+    """
     final = _free_name(directory / f"step-{step:08d}")
-    write_folder(final, checkpoint)
-    pointer = directory / f"latest.json.tmp-{os.getpid()}"
-    _write_json(pointer, {"checkpoint": final.name})
-    _sync(pointer)
-    os.replace(pointer, directory / "latest.json")
-    _sync(directory)
+    try:
+        write_folder(final, checkpoint)
+        pointer = directory / f"latest.json.tmp-{os.getpid()}"
+        _write_json(pointer, {"checkpoint": final.name})
+        _sync(pointer)
+        os.replace(pointer, directory / "latest.json")
+        _sync(directory)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
+        raise unwritten(directory, f"no checkpoint of step {step}", error) from error
     for old in directory.glob("step-*"):
         if old != final:
             shutil.rmtree(old, ignore_errors=True)
     for leftover in directory.glob("latest.json.tmp-*"):
         leftover.unlink(missing_ok=True)
     return final
+
+
+def unwritten(directory: Path, what: str, error: Exception) -> TrainingError:
+    """Return an error that says what could not be written, what was kept, and how to go on."""
+    return TrainingError(
+        f"{what} could be written to {directory}: {error}. {kept(directory)} Make room there, and go on with "
+        "resume=True (--resume on the command line)"
+    )
+
+
+def kept(directory: Path) -> str:
+    """Say in a sentence which checkpoint there is."""
+    found = latest(directory)
+    return f"The last good checkpoint is {found}." if found else "No checkpoint was kept before."
+
+
+@contextmanager
+def room_is_told(directory: Path, caller: str) -> Iterator[None]:
+    """Let an error that follows from a full disk say where that is, what was kept, and how to go on.
+
+    Raises:
+        TrainingError: the disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if not disk_is_full(error):
+            raise
+        raise unwritten(directory, f"{caller}: not all", error) from error
 
 
 def write_folder(final: Path, checkpoint: Checkpoint) -> None:
@@ -114,7 +152,7 @@ def latest(directory: Path) -> Path | None:
         return None
     try:
         path = directory / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error}") from error
     return path
 
@@ -137,7 +175,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path} was written by another version of nogemm (format {state.get('version')})")

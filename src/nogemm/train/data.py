@@ -62,14 +62,18 @@ class TokenFile:
     """Tokenised texts in memory-mapped files: all tokens in a row, where each text starts, perhaps token types."""
 
     def __init__(self, directory: Path) -> None:
-        info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
         self.directory = directory
-        self.key: dict[str, Any] = info["key"]
-        self.offsets = np.memmap(directory / "offsets.bin", dtype=np.int64, mode="r")
-        self.tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
-        self.types = np.memmap(directory / "types.bin", dtype=np.int8, mode="r") if info.get("types") else None
-        counts = {len(part) for part in (self.tokens, self.types) if part is not None}
-        if len(self.offsets) != info["texts"] + 1 or counts != {info["tokens"]}:
+        try:
+            info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
+            self.key: dict[str, Any] = info["key"]
+            self.offsets = np.memmap(directory / "offsets.bin", dtype=np.int64, mode="r")
+            self.tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")
+            self.types = np.memmap(directory / "types.bin", dtype=np.int8, mode="r") if info.get("types") else None
+            counts = {len(part) for part in (self.tokens, self.types) if part is not None}
+            whole = len(self.offsets) == info["texts"] + 1 and counts == {info["tokens"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{directory} is damaged ({error}): delete it and start again") from error
+        if not whole:
             raise DataError(f"{directory} is damaged: delete it and start again")
 
     def __len__(self) -> int:

@@ -87,7 +87,8 @@ def distil(
     directory = Path(output_dir) if output_dir is not None else scratch
     assert directory is not None
     try:
-        with ckpt.Lock(directory), evaluation_mode(model, teacher), keep_freed_memory():
+        told = ckpt.room_is_told(directory, "distil")
+        with ckpt.Lock(directory), told, evaluation_mode(model, teacher), keep_freed_memory():
             if not resume:
                 ckpt.refuse_earlier_run(directory)
             pooling = pooling_of(teacher, model)

@@ -7,6 +7,11 @@ import sys
 import time
 from types import TracebackType
 
+import torch
+
+from nogemm.hardware.load import BUSY, Others
+from nogemm.hardware.waiting import advice
+
 logger = logging.getLogger("nogemm.train")
 
 
@@ -23,6 +28,7 @@ class Progress:
         self._task = None
         self._last = time.monotonic()
         self._start = (time.monotonic(), 0.0, 0)
+        self._others: Others | None = None
 
     def __enter__(self) -> Progress:
         if self._bar is not None:
@@ -39,6 +45,7 @@ class Progress:
     def begin(self, fraction: float, tokens: int) -> None:
         """Note where this session starts: speed and time left are measured from here."""
         self._start = (time.monotonic(), fraction, tokens)
+        self._others = Others()
 
     def update(self, stage: str, fraction: float, tokens: int, loss: float, extra: str = "") -> None:
         """Show the state after a step; `fraction` is the part of the whole budget that is used up."""
@@ -47,6 +54,8 @@ class Progress:
         elapsed = max(now - start, 1e-6)
         speed = (tokens - before) / elapsed
         left = elapsed * (1.0 - fraction) / max(fraction - first, 1e-6)
+        if self._others is not None and elapsed >= self.seconds:
+            self._warn_once(self._others)
         if self._bar is not None and self._task is not None:
             self._bar.update(
                 self._task,
@@ -62,6 +71,13 @@ class Progress:
                 "%s: %.0f%% loss %.4f, %s tokens, %.0f tokens/s, %s left%s",
                 stage, 100 * fraction, loss, f"{tokens:,}", speed, clock(left), extra,
             )  # fmt: skip
+
+    def _warn_once(self, others: Others) -> None:
+        """Say what helps where other processes work beside threads that spin while they wait."""
+        self._others = None
+        used, said = others.cores(), advice()
+        if said and used is not None and used > BUSY and torch.get_num_threads() > 1:
+            logger.warning("other processes use %.1f cores. %s", used, said)
 
 
 def clock(seconds: float) -> str:

@@ -6,7 +6,6 @@ Reading order: `tune`, `_searched`; the stages are in `stages.py`, `training.py`
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 
 from nogemm.bench.engine.result import origin
 from nogemm.errors import ConfigError, NogemmError
+from nogemm.files import disk_is_full
 from nogemm.models.directory import model_directory, transformer_directory
 from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.models.pooling import pooling_of
@@ -268,16 +268,6 @@ def _told(folder: Path, kept: bool) -> Any:
         kind = Terminated if isinstance(stop, Terminated) else TrainingInterrupted
         raise kind(f"tune was interrupted; {how}") from stop
     except (OSError, SafetensorError, NogemmError) as error:
-        if not _disk_is_full(error):
+        if not disk_is_full(error):
             raise
         raise TrainingError(f"tune: no room to write: {error}; {how}, once there is room") from error
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Tell a full disk, also one that a library tells in its own words."""
-    found: BaseException | None = error
-    while found is not None:
-        if getattr(found, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(found):
-            return True
-        found = found.__cause__
-    return "MB free" in str(error)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nogemm.errors import NogemmError
@@ -186,17 +185,7 @@ class Run:
             **self.extra_state(),
         }
         parts = {"model": model.state_dict(), "optimiser": optimiser_tensors(optimiser)}
-        try:
-            ckpt.write_checkpoint(self.directory, self.step, ckpt.Checkpoint(parts, state))
-        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
-            raise self.unwritten(f"no checkpoint of step {self.step}", error) from error
-
-    def unwritten(self, what: str, error: Exception) -> TrainingError:
-        """Return an error that says what could not be written, what was kept, and how to go on."""
-        return TrainingError(
-            f"{what} could be written to {self.directory}: {error}. "
-            f"{self._kept()} Make room there, and go on with resume=True (--resume on the command line)"
-        )
+        ckpt.write_checkpoint(self.directory, self.step, ckpt.Checkpoint(parts, state))
 
     def read(self) -> None:
         """Read the counters of the last checkpoint, if there is one.
@@ -244,8 +233,7 @@ class Run:
         return TrainingError(f"stopped after {self.tokens:,} tokens: {error}. {self._kept()}".rstrip())
 
     def _kept(self) -> str:
-        kept = ckpt.latest(self.directory) if self.keep else None
-        return f"The last good checkpoint is {kept}." if kept else "No checkpoint was kept before."
+        return ckpt.kept(self.directory) if self.keep else "No checkpoint was kept before."
 
     def _how_to_resume(self) -> str:
         if not self.keep:

@@ -73,7 +73,7 @@ def session(output_dir: str | Path | None, caller: str) -> Iterator[tuple[Path, 
     first = int(os.environ.get("RANK", "0")) == 0
     was_initialised = dist.is_available() and dist.is_initialized()
     try:
-        with own_randomness(), keep_freed_memory(), _locked(directory, first):
+        with own_randomness(), keep_freed_memory(), _locked(directory, first), ckpt.room_is_told(directory, caller):
             yield directory, first
     finally:
         if scratch is not None:

@@ -111,7 +111,7 @@ class FinetuneRun(Run):
                 shutil.rmtree(folder, ignore_errors=True)
                 ckpt.write_folder(folder, ckpt.Checkpoint({"model": dict(model.state_dict())}, {"value": value}))
             except (OSError, SafetensorError) as error:
-                raise self.unwritten(f"no best state of step {self.step}", error) from error
+                raise ckpt.unwritten(self.directory, f"no best state of step {self.step}", error) from error
 
     @torch.no_grad()
     def take_best(self, model: nn.Module) -> None:
