@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,23 +100,29 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
         raise ConfigError(f"convert: data must be texts or mappings of tensors, got {data!r}") from None
     inner = inner_model(model)
     device = next(inner.parameters()).device
-    while chunk := list(itertools.islice(items, WINDOW)):
-        texts = [sample for sample in chunk if isinstance(sample, str)]
-        for sample in chunk:
-            if not _is_sample(sample):
-                raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {sample!r:.60}")
-        for sample in chunk:
-            if not isinstance(sample, str):
-                yield {key: value.to(device) for key, value in sample.items()}
-        if not texts:
-            continue
-        tokenizer = tokenizer or _find_tokenizer(model)
-        texts.sort(key=len)  # texts of like length share a batch, or most of its positions would be padding
-        for start in range(0, len(texts), TOGETHER):
-            batch = batch_of(tokenizer, texts[start : start + TOGETHER], MAX_LENGTH, inner)
-            if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
-                batch["decoder_input_ids"] = batch["input_ids"]
-            yield {key: value.to(device) for key, value in batch.items()}
+    waiting: list[str] = []
+    for sample in items:
+        if not _is_sample(sample):
+            raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {sample!r:.60}")
+        if isinstance(sample, str):
+            tokenizer = tokenizer or _find_tokenizer(model)
+            waiting.append(sample)
+        else:
+            yield {key: value.to(device) for key, value in sample.items()}
+        if len(waiting) == WINDOW:
+            yield from _text_batches(inner, waiting, tokenizer, device)
+            waiting = []
+    yield from _text_batches(inner, waiting, tokenizer, device)
+
+
+def _text_batches(inner: Any, texts: list[str], tokenizer: Any, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Yield batches of texts of like length: otherwise most of their positions would be padding."""
+    texts = sorted(texts, key=len)
+    for start in range(0, len(texts), TOGETHER):
+        batch = batch_of(tokenizer, texts[start : start + TOGETHER], MAX_LENGTH, inner)
+        if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            batch["decoder_input_ids"] = batch["input_ids"]
+        yield {key: value.to(device) for key, value in batch.items()}
 
 
 def _is_sample(sample: object) -> bool:
