@@ -23,6 +23,7 @@ from nogemm.cli import (
     info,
     models,
     profile,
+    serve,
     study,
     train,
     tune,
@@ -69,6 +70,7 @@ app.command("tune")(tune.tune)
 app.command("eval")(models.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 bench.app.command("decoder")(bench_decoder.decoder)
 bench.app.command("generate")(bench_generate.generate)
 bench.app.command("topk")(bench_ops.topk)
