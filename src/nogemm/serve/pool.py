@@ -75,6 +75,7 @@ class Pool:
         options: of the server.
         metrics: are counted here.
     Attributes:
+        command: what a worker is started by.
         waiting: jobs that no worker has taken yet.
         facts: what the first worker says of its model.
         ready: workers that have a model.
@@ -83,6 +84,7 @@ class Pool:
     def __init__(self, kind: Kind, options: ServeOptions, metrics: Metrics) -> None:
         self.kind, self.options, self.metrics = kind, options, metrics
         self.waiting = Waiting(options.batch_texts, options.batch_tokens)
+        self.command = [sys.executable, "-m", "nogemm.serve.worker"]
         self.facts: dict[str, Any] = {}
         self.threads = options.threads or max(1, usable_cores() // options.workers)
         self.workers: dict[int, _Worker] = {}
@@ -143,7 +145,7 @@ class Pool:
     async def _begin(self) -> _Worker:
         """Start one process and load the model in it."""
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "nogemm.serve.worker"),
+            *self.command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             env=_environment(self.threads),
