@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from served import Served, events, wait_until
 from transformers import AutoTokenizer
 
@@ -17,7 +16,9 @@ import people
 from nogemm.models.loading import load_model
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
-TEMPLATE = "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}{{ m.content }} {% endfor %}the"
+TEMPLATE = (
+    "{% for m in messages %}{{ raise_exception('no system') if m.role == 'system' }}{{ m.content }} {% endfor %}the"
+)
 
 
 @pytest.fixture(scope="module")

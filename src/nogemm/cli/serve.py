@@ -19,7 +19,8 @@ KEY = "NOGEMM_API_KEY"
 def serve(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Directory, converted or not; an export; GGUF file; name in the cache.")
+        str,
+        typer.Argument(metavar="MODEL", help="Directory, converted or not; an export; GGUF file; name in the cache."),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own needs an API key.")] = (
         "127.0.0.1"

@@ -74,9 +74,10 @@ def export(
     """Write a converted model as a directory that OpenVINO runs, FFNs by our kernels, the rest by its own.
 
     The directory holds openvino_model.xml and .bin, the extension library that the operator needs, the model's config,
-    the tokenizer, sentence-transformers' description of the pooling, nogemm_export.json and a README. Batch and length stay dynamic, inputs are what the tokenizer makes,
-    outputs are float32, whatever the model's dtype. Weights are portable: the packed layers are laid out alike for
-    every instruction set, the library picks the kernels when it is loaded, and int8 products overflow on no processor.
+    the tokenizer, sentence-transformers' description of the pooling, nogemm_export.json and a README. Batch and length
+    stay dynamic, inputs are what the tokenizer makes, outputs are float32, whatever the model's dtype. Weights are
+    portable: the packed layers are laid out alike for every instruction set, the library picks the kernels when it is
+    loaded, and int8 products overflow on no processor.
     The file is run once, pairs of texts included, and compared with the packed torch model before it takes its place;
     an export of the same path is replaced in one step.
 

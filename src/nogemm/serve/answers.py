@@ -32,7 +32,9 @@ async def body_of(request: Request, options: ServeOptions) -> bytes:
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, "The request must have the header Content-Type: application/json.", "unsupported_media_type")
+        raise ApiError(
+            415, "The request must have the header Content-Type: application/json.", "unsupported_media_type"
+        )
     large = ApiError(413, f"The body has more than {options.body_bytes} bytes.", "body_too_large")
     told = request.headers.get("content-length", "")
     announced = int(told) if told.isdecimal() and len(told) < 20 else 0
@@ -65,9 +67,7 @@ async def within(request: Request, options: ServeOptions, work: Coroutine[Any, A
     """
     task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
-        done, _ = await asyncio.wait(
-            {task, gone}, timeout=options.request_seconds, return_when=asyncio.FIRST_COMPLETED
-        )
+        done, _ = await asyncio.wait({task, gone}, timeout=options.request_seconds, return_when=asyncio.FIRST_COMPLETED)
         if task in done:
             return task.result()
         task.cancel()

@@ -19,10 +19,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from nogemm.errors import NogemmError
+from nogemm.serve.answers import json_response
 from nogemm.serve.completions import Completions
 from nogemm.serve.errors import ApiError
 from nogemm.serve.options import ServeOptions, is_loopback
-from nogemm.serve.answers import json_response
 from nogemm.serve.page import page
 from nogemm.serve.service import Service
 from nogemm.serve.texts import Texts
@@ -112,10 +112,15 @@ class ServeApp:
                 raise ApiError(401, "This server needs its API key: Authorization: Bearer KEY.", "invalid_api_key")
         elif not is_loopback(_host(request.headers.get("host", ""))):
             # A page of a foreign site, whose name leads here, must not read what a server without a key answers.
-            raise ApiError(403, "Without an API key this server answers to 127.0.0.1 and localhost alone.", "foreign_host")
+            raise ApiError(
+                403, "Without an API key this server answers to 127.0.0.1 and localhost alone.", "foreign_host"
+            )
         if self.service.active > options.requests:
             raise ApiError(
-                503, f"More than {options.requests} requests are at work; try again in a moment.", "too_busy", retry=True
+                503,
+                f"More than {options.requests} requests are at work; try again in a moment.",
+                "too_busy",
+                retry=True,
             )
 
     @asynccontextmanager

@@ -38,9 +38,7 @@ class Completions:
 
     async def _answer(self, request: Request, *, chat: bool) -> Response:
         service, options = self.service, self.service.options
-        asked = completion_request(
-            await body_of(request, options), service.name, options.request_texts, chat=chat
-        )
+        asked = completion_request(await body_of(request, options), service.name, options.request_texts, chat=chat)
         form = _Form(service.name, chat)
         if not asked.stream:
             return json_response(await within(request, options, self._whole(asked, form)))
@@ -63,7 +61,9 @@ class Completions:
         else:
             prompts = [await tokens.prompt(text) for text in asked.prompts]
         if asked.top_p is not None and asked.temperature and "top_p" not in facts["samples"]:
-            raise ApiError(400, "top_p is not offered by an exported decoder; leave it out.", "not_offered", param="top_p")
+            raise ApiError(
+                400, "top_p is not offered by an exported decoder; leave it out.", "not_offered", param="top_p"
+            )
         if sum(map(len, prompts)) > options.request_tokens:
             raise ApiError(
                 400,
@@ -81,7 +81,9 @@ class Completions:
         if room < 1:
             raise invalid(f"{field} has {len(ids)} tokens, and the model has {places} positions.", field)
         if asked.new_tokens is not None and asked.new_tokens > room:
-            why = f"{most} are allowed" if room == most else f"behind {len(ids)} of {field} the model has room for {room}"
+            why = (
+                f"{most} are allowed" if room == most else f"behind {len(ids)} of {field} the model has room for {room}"
+            )
             raise invalid(f"max_tokens is {asked.new_tokens}, and {why}.", "max_tokens")
         work = Asked(
             ids=ids,

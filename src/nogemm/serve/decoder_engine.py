@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -101,10 +102,8 @@ class DecoderEngine:
             if pieces.ended:
                 raise _Enough
 
-        try:
+        with contextlib.suppress(_Enough):
             self._generate(torch.tensor([asked.ids]), asked.new_tokens, streamer=put, **self._settings(asked))
-        except _Enough:
-            pass
         if rest := pieces.end():
             say(rest, 0)
         return "stop" if pieces.ended else ended

@@ -12,10 +12,8 @@ from nogemm.errors import ConfigError
 TASKS = ("auto", "embed", "rerank", "generate")
 DTYPES = ("fp32", "bf16", "int8")
 BODIES = (None, "int8")
-_WHOLE = (
-    "workers threads max_length body_bytes request_texts request_tokens queue_texts requests connections "
-    "batch_texts batch_tokens new_tokens"
-).split()
+_QUEUES = ("queue_texts", "requests", "connections", "batch_texts", "batch_tokens")
+_WHOLE = ("workers", "threads", "max_length", "body_bytes", "request_texts", "request_tokens", "new_tokens", *_QUEUES)
 _SECONDS = ("request_seconds", "receive_seconds", "start_seconds")
 
 
@@ -78,7 +76,9 @@ class ServeOptions:
     def __post_init__(self) -> None:
         for name, known in (("task", TASKS), ("dtype", DTYPES), ("body", BODIES)):
             if getattr(self, name) not in known:
-                raise ConfigError(f"serve: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}")
+                raise ConfigError(
+                    f"serve: {name} must be one of {', '.join(map(str, known))}, got {getattr(self, name)!r}"
+                )
         for name in _WHOLE:
             value = getattr(self, name)
             if value is None and name == "max_length":

@@ -13,7 +13,9 @@ from importlib.resources import files
 def page() -> tuple[str, str]:
     """Return the page, and the policy that lets a browser run its own script and speak to this server alone."""
     html = files("nogemm.serve").joinpath("page.html").read_text(encoding="utf-8")
-    hashes = {kind: [_hash(text) for text in re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL)] for kind in _KINDS}
+    hashes = {
+        kind: [_hash(text) for text in re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL)] for kind in _KINDS
+    }
     allowed = "; ".join(f"{kind}-src {' '.join(hashes[kind])}" for kind in _KINDS)
     more = "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     return html, f"default-src 'none'; {allowed}; {more}"

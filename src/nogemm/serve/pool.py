@@ -129,7 +129,10 @@ class Pool:
         most = self.options.queue_texts
         if len(self.waiting) + len(jobs) > most:
             raise ApiError(
-                503, f"More than {most} texts are waiting for this server; try again in a moment.", "queue_full", retry=True
+                503,
+                f"More than {most} texts are waiting for this server; try again in a moment.",
+                "queue_full",
+                retry=True,
             )
         for job in jobs:
             self.waiting.add(job)
@@ -230,7 +233,10 @@ class Pool:
             return
         job.tries, job.alone = job.tries + 1, True
         if job.tries >= TRIES or job.started:
-            fail(job, ApiError(500, "The worker that computed this has ended; the request was not answered.", "worker_died"))
+            fail(
+                job,
+                ApiError(500, "The worker that computed this has ended; the request was not answered.", "worker_died"),
+            )
         else:
             self.waiting.add(job, first=True)
 

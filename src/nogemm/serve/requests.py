@@ -111,7 +111,9 @@ def rerank_request(body: bytes, model: str, texts: int) -> RerankRequest:
     given = _Fields(read_json(body), model)
     documents = given.take("documents")
     if isinstance(documents, list):  # Cohere's form, too: objects with a text
-        given.put("documents", [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in documents])
+        given.put(
+            "documents", [one["text"] if isinstance(one, dict) and set(one) == {"text"} else one for one in documents]
+        )
     else:
         given.put("documents", documents)
     found = RerankRequest(
@@ -202,7 +204,12 @@ class _Fields:
         value = self.take(name)
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int)
+            or value < least
+            or (most is not None and value > most)
+        ):
             raise invalid(f"{name} must be a whole number of at least {least}.", name)
         return value
 

@@ -135,7 +135,11 @@ def _connection(options: ServeOptions) -> type[H11Protocol]:
         def send_400_response(self, msg: str) -> None:
             error = ApiError(400, "This is no HTTP request that the server can read.", "invalid_http")
             body = orjson.dumps(error.body)
-            headers = [("content-type", "application/json"), ("connection", "close"), ("content-length", str(len(body)))]
+            headers = [
+                ("content-type", "application/json"),
+                ("connection", "close"),
+                ("content-length", str(len(body))),
+            ]
             events = (h11.Response(status_code=400, headers=headers), h11.Data(data=body), h11.EndOfMessage())
             if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
                 self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))

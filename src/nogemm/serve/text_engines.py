@@ -31,8 +31,8 @@ _SIGMOID, _IDENTITY = "Sigmoid", "Identity"
 class TextEngine:
     """Answer tokenised texts with a row of numbers each.
 
-    An encoder's row is its embedding, pooled as the model's directory says and of length one. A reranker's is one score:
-    its logit behind the activation that sentence-transformers' settings in config.json name, by default a sigmoid.
+    An encoder's row is its embedding, pooled as the model's directory says and of length one. A reranker's is one
+    score: its logit behind the activation that sentence-transformers' settings in config.json name, by default a sigmoid.
 
     Args:
         kind: what is loaded.
@@ -41,8 +41,8 @@ class TextEngine:
         threads: of the engine.
         max_length: None: what tokenizer, model and pooling allow.
     Raises:
-        ConfigError: a reranker with more than one logit, an activation that is none of the two, a pooling that cannot be
-            followed.
+        ConfigError: a reranker with more than one logit, an activation that is none of the two, a pooling that cannot
+            be followed.
 
     Attributes:
         max_length: tokens that a text may have.
@@ -77,7 +77,9 @@ class TextEngine:
             if self._activation is None:
                 return pooled(found, inputs["attention_mask"], self.pooling).numpy()
             if found.dim() != 2 or found.shape[1] != 1:
-                raise ConfigError(f"serve: a reranker has one logit for a pair of texts, this model has {found.shape[-1]}")
+                raise ConfigError(
+                    f"serve: a reranker has one logit for a pair of texts, this model has {found.shape[-1]}"
+                )
             return self._activation(found).numpy()
 
 
@@ -85,7 +87,7 @@ _MOST = 8192  # tokens of a text where neither tokenizer nor model says
 
 
 def packed_for_serving(model: nn.Module, dtype: str, body: str | None) -> nn.Module:
-    """Pack what can be packed. Here packed layouts that workers share would come in: one copy, mapped by all of them."""
+    """Pack what can be packed. Layouts that workers share would come in here: one copy, mapped by all of them."""
     if body is not None or installed(model) or find_head(model) is not None:
         pack(model, dtype, body=body)
     return model
@@ -121,7 +123,7 @@ def _config(folder: str) -> Any:
 
 
 def _positions(kind: Kind, config: Any) -> list[int]:
-    """Return how many positions an export's model has; an old record does not say, and some families begin behind one."""
+    """Return an export's positions, if it has them; an old record does not say, and some families skip the first."""
     if "positions" in kind.record:
         return [kind.record["positions"]] if kind.record["positions"] else []
     rows = getattr(config, "max_position_embeddings", None)

@@ -81,7 +81,10 @@ class Tokens:
         total = sum(len(row["input_ids"]) for row in rows)
         if total > self.max_tokens:
             raise ApiError(
-                400, f"The request has {total} tokens, and {self.max_tokens} are allowed.", "too_many_tokens", param=field
+                400,
+                f"The request has {total} tokens, and {self.max_tokens} are allowed.",
+                "too_many_tokens",
+                param=field,
             )
         return rows
 

@@ -1,7 +1,7 @@
 """Texts that wait for a worker, and which of them go together.
 
-A batch holds the text that has waited longest, so none waits for ever, and those next to it in length, so that little is
-padded. A worker that is free takes what is there: nothing waits for a batch to fill.
+A batch holds the text that has waited longest, so none waits for ever, and those next to it in length, so that little
+is padded. A worker that is free takes what is there: nothing waits for a batch to fill.
 """
 
 from __future__ import annotations
