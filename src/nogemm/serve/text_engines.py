@@ -32,7 +32,7 @@ class TextEngine:
     """Answer tokenised texts with a row of numbers each.
 
     An encoder's row is its embedding, pooled as the model's directory says and of length one. A reranker's is one
-    score: its logit behind the activation that sentence-transformers' settings in config.json name, by default a sigmoid.
+    score: its logit behind the activation that sentence-transformers' settings in config.json name, else a sigmoid.
 
     Args:
         kind: what is loaded.
