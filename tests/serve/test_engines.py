@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import transformers as tf
 
 import nogemm
 import people
 from nogemm.errors import CheckpointError, ConfigError
-from nogemm.models.loading import load_both, load_model, load_tokenizer
+from nogemm.models.loading import load_both, load_tokenizer
 from nogemm.serve.decoder_engine import Asked, DecoderEngine
 from nogemm.serve.kind import Kind, kind_of
 from nogemm.serve.text_engines import TextEngine
@@ -69,11 +68,7 @@ def test_a_live_sentence_transformer_keeps_it_too(encoder: Path, tmp_path: Path)
 def test_a_reranker_scores_as_its_cross_encoder(tmp_path: Path, activation: str | None) -> None:
     from sentence_transformers import CrossEncoder
 
-    folder = people.bert(tmp_path / "reranker", "BertForSequenceClassification")
-    people.edit(folder / "config.json", id2label={"0": "L"}, label2id={"L": 0})
-    torch.manual_seed(0)
-    config = load_model(folder, "search").config
-    tf.BertForSequenceClassification(config).save_pretrained(folder)
+    folder = people.reranker(tmp_path / "reranker")
     if activation is not None:
         people.edit(folder / "config.json", sentence_transformers={"activation_fn": activation})
     queries = ["fast search"] * len(people.TEXTS)

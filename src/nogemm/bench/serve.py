@@ -181,10 +181,8 @@ class _Models:
     def __init__(self, args: ServeBenchArgs, folder: Path) -> None:
         self.args, self.folder = args, folder
         tokenizer = load_tokenizer(args.model)
-        cut = tokenizer(sample_texts(_TEXTS), truncation=True, max_length=args.tokens, add_special_tokens=False)[
-            "input_ids"
-        ]
-        self.texts = list(dict.fromkeys(tokenizer.decode(ids) for ids in cut))
+        cut = tokenizer(sample_texts(_TEXTS), truncation=True, max_length=args.tokens, add_special_tokens=False)
+        self.texts = list(dict.fromkeys(tokenizer.decode(ids) for ids in cut["input_ids"]))
         self.tokenizer = tokenizer
         self._answers: dict[str, NDArray[np.float32]] = {}
 

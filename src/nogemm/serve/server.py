@@ -18,6 +18,8 @@ from nogemm.serve.app import create_app
 from nogemm.serve.errors import ApiError
 from nogemm.serve.options import ServeOptions
 
+_LAST_WORDS = 0.2  # seconds
+
 
 def run_server(options: ServeOptions, ready: Callable[[str], None] | None = None) -> None:
     """Serve a model until SIGTERM or Ctrl-C, then answer what was taken, refuse what is new, and return.
@@ -69,6 +71,12 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         if self._ready is not None and self.started:
             self._ready(self._url)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for server in self.servers:
+            server.close()
+        await asyncio.sleep(_LAST_WORDS)  # requests that have come and were not read yet are still taken
+        await super().shutdown(sockets)
 
 
 def _listen(options: ServeOptions) -> socket.socket:
