@@ -35,6 +35,14 @@ class Served:
         self.lines: list[str] = []
         self.port = self._port()
 
+    def __enter__(self) -> Served:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.ended()
+
     def _port(self) -> int:
         assert self.process.stderr is not None
         with selectors.DefaultSelector() as selector:

@@ -25,7 +25,11 @@ EMBED = "/v1/embeddings"
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_is_stopped_answers_what_it_took(encoder: Path, number: int) -> None:
-    server = Served(encoder, "--batch-texts", 1)
+    with Served(encoder, "--batch-texts", 1) as server:
+        stop_under_load(server, number)
+
+
+def stop_under_load(server: Served, number: int) -> None:
     chance = random.Random(0)
     bodies = [{"input": chance.choices(people.TEXTS, k=200)} for _ in range(8)]
     answers: list[Any] = []
@@ -47,7 +51,11 @@ def test_a_server_that_is_stopped_answers_what_it_took(encoder: Path, number: in
 
 
 def test_workers_that_are_killed_under_load_lose_nothing(encoder: Path) -> None:
-    server = Served(encoder, "--workers", 2, "--batch-texts", 4)
+    with Served(encoder, "--workers", 2, "--batch-texts", 4) as server:
+        kill_under_load(server, encoder)
+
+
+def kill_under_load(server: Served, encoder: Path) -> None:
     chance = random.Random(0)
     bodies = [{"input": chance.choices(people.TEXTS, k=3)} for _ in range(300)]
     done = threading.Event()
