@@ -182,5 +182,9 @@ def test_wrong_models_end_the_command(encoder: Path, tmp_path: Path, capsys: pyt
     broken = people.bert(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"nothing")
     assert "nogemm: " in said(broken, "--port", 0)
+    people.edit(people.bert(tmp_path / "own") / "config.json", auto_map={"AutoConfig": "own.C"}, model_type="own")
+    assert "runs code of its own directory, which a server does not" in said(tmp_path / "own", "--port", 0)
+    (tmp_path / "nogemm_export.json").write_text("{}")
+    assert "--dtype does not go with an export" in said(tmp_path, "--dtype", "fp32")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert "cannot listen on 127.0.0.1" in said(encoder, "--port", taken.getsockname()[1])

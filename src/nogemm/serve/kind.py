@@ -6,6 +6,8 @@ Reading order: `Kind`, `kind_of`.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,17 @@ def _kind(model: str, task: str) -> Kind:
     else:
         found = "generate" if names[0].endswith(_DECODERS) else "embed"
     return Kind(task=found, engine="torch", folder=root, record={})
+
+
+@contextmanager
+def own_code_refused(model: str) -> Iterator[None]:
+    """Say of a model that brings its own code that a server does not run it, whatever other commands allow."""
+    try:
+        yield
+    except ConfigError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(f"{model}: the model runs code of its own directory, which a server does not") from error
 
 
 def _exported(model: str) -> Kind:

@@ -17,7 +17,7 @@ def page() -> tuple[str, str]:
         kind: [_hash(text) for text in re.findall(rf"<{kind}>(.*?)</{kind}>", html, re.DOTALL)] for kind in _KINDS
     }
     allowed = "; ".join(f"{kind}-src {' '.join(hashes[kind])}" for kind in _KINDS)
-    more = "connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
+    more = "img-src data:; connect-src 'self'; form-action 'none'; base-uri 'none'; frame-ancestors 'none'"
     return html, f"default-src 'none'; {allowed}; {more}"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from nogemm.models.loading import load_tokenizer
-from nogemm.serve.kind import kind_of
+from nogemm.serve.kind import kind_of, own_code_refused
 from nogemm.serve.metrics import Metrics
 from nogemm.serve.options import ServeOptions
 from nogemm.serve.pool import Pool
@@ -38,7 +38,8 @@ class Service:
         self.kind = kind_of(options.model, options.task)
         self.name = options.served_name
         self.metrics = Metrics()
-        self.tokens = Tokens(load_tokenizer(self.kind.folder), options.request_tokens)
+        with own_code_refused(options.model):
+            self.tokens = Tokens(load_tokenizer(self.kind.folder), options.request_tokens)
         self.active = 0
         self.created = int(time.time())
         self.pool: Any = None

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nogemm.serve.decoder_engine import Asked, DecoderEngine
 from nogemm.serve.frames import pack_frame, read_frame
-from nogemm.serve.kind import Kind
+from nogemm.serve.kind import Kind, own_code_refused
 from nogemm.serve.text_engines import TextEngine
 
 Write = Callable[..., None]
@@ -58,6 +58,11 @@ def main() -> int:
 
 def _load(first: dict[str, Any]) -> tuple[TextEngine | DecoderEngine, dict[str, Any]]:
     kind = Kind(**first["kind"])
+    with own_code_refused(kind.folder):
+        return _engine(kind, first)
+
+
+def _engine(kind: Kind, first: dict[str, Any]) -> tuple[TextEngine | DecoderEngine, dict[str, Any]]:
     if kind.task == "generate":
         decoder = DecoderEngine(kind, first["dtype"], first["body"], first["threads"])
         return decoder, {"positions": decoder.positions, "samples": decoder.samples, "vocabulary": decoder.vocabulary}
