@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import sys
 from dataclasses import asdict
@@ -26,6 +27,7 @@ from nogemm.serve.metrics import Metrics
 from nogemm.serve.options import ServeOptions
 from nogemm.serve.waiting import Job, Waiting
 
+_log = logging.getLogger("nogemm.serve")
 TRIES = 2
 _GRACE, _LONGEST_PAUSE = 10.0, 30.0
 
@@ -198,9 +200,11 @@ class Pool:
             while True:
                 await asyncio.sleep(pause)
                 pause = min(_LONGEST_PAUSE, 2 * pause or 0.5)
-                with contextlib.suppress(NogemmError):
+                try:
                     worker = await self._begin()
                     break
+                except (NogemmError, OSError) as error:
+                    _log.error("a worker did not start again: %s", error)
 
     async def _one(self, worker: _Worker) -> None:
         """Let a worker compute the next batch."""
@@ -222,10 +226,14 @@ class Pool:
         try:
             async with asyncio.timeout(self.options.request_seconds + _GRACE):
                 await (self._stream(worker, batch[0]) if batch[0].pieces is not None else self._texts(worker, batch))
-        except (WorkerDied, TimeoutError, asyncio.CancelledError) as error:
+        except BaseException as error:
             for job in batch:
                 self._again(job)
-            raise error if isinstance(error, asyncio.CancelledError) else WorkerDied from error
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            if not isinstance(error, (WorkerDied, TimeoutError)):
+                _log.exception("a worker's answer could not be read")
+            raise WorkerDied from error
 
     def _again(self, job: Job) -> None:
         """Let a job wait anew whose worker has died, or say so."""
