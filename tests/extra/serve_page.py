@@ -24,7 +24,7 @@ from served import Served
 
 import people
 
-PATIENCE = 120.0
+PATIENCE = 1500.0
 
 
 class Page:
@@ -148,23 +148,22 @@ def main() -> None:
             "decoder": people.gpt2(folder / "decoder"),
         }
         for kind, model in models.items():
-            server = Served(model)
-            page = Page(browser, folder / f"profile-{kind}")
-            for width in (1200, 400):
-                look(page, server, width)
-                if kind == "decoder":
-                    press(page, "a fast")
-                    answer = server.ask("/v1/completions", {"prompt": "a fast", "max_tokens": 20})[1]
-                    wanted = "a fast" + answer["choices"][0]["text"]
-                    fail_unless(page.value("part('text').textContent") == wanted, "the page continues otherwise")
-                else:
-                    search(page, server, reranks=kind == "reranker")
-            own = f"http://127.0.0.1:{server.port}/"
-            foreign = [url for url in page.requests if not url.startswith((own, "data:,"))]
-            fail_unless(not foreign, f"the page asks for {foreign}")
-            fail_unless(not page.errors, f"the browser says {page.errors}")
-            page.close()
-            server.stop()
+            with Served(model) as server:
+                page = Page(browser, folder / f"profile-{kind}")
+                for width in (1200, 400):
+                    look(page, server, width)
+                    if kind == "decoder":
+                        press(page, "a fast")
+                        answer = server.ask("/v1/completions", {"prompt": "a fast", "max_tokens": 20})[1]
+                        wanted = "a fast" + answer["choices"][0]["text"]
+                        fail_unless(page.value("part('text').textContent") == wanted, "the page continues otherwise")
+                    else:
+                        search(page, server, reranks=kind == "reranker")
+                own = f"http://127.0.0.1:{server.port}/"
+                foreign = [url for url in page.requests if not url.startswith((own, "data:,"))]
+                fail_unless(not foreign, f"the page asks for {foreign}")
+                fail_unless(not page.errors, f"the browser says {page.errors}")
+                page.close()
     print("serve_page: searched with an encoder and a reranker, continued with a decoder, wide and narrow")
 
 

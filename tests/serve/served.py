@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-PATIENCE = 300.0  # seconds: a machine may stand still; nothing here measures time
+PATIENCE = 1500.0  # seconds: a machine may stand still; nothing here measures time
 HEADERS = {"Content-Type": "application/json"}
 Answer = tuple[int, Any]
 
