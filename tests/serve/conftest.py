@@ -22,7 +22,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def server(encoder: Path) -> Iterator[Served]:
     """Two workers, small limits."""
-    limits = {"workers": 2, "body-bytes": 20_000, "request-texts": 40, "request-tokens": 500, "receive-seconds": 1}
-    found = Served(encoder, *(word for name, value in limits.items() for word in (f"--{name}", value)))
+    limits = {"body_bytes": 20_000, "request_texts": 40, "request_tokens": 500, "receive_seconds": 1}
+    found = Served(encoder, "--workers", 2, *(f"--limit={name}={value}" for name, value in limits.items()))
     yield found
     found.stop()

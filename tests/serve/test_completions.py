@@ -32,7 +32,7 @@ def decoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(decoder: Path) -> Iterator[Served]:
-    found = Served(decoder, "--new-tokens", 30, "--name", "small")
+    found = Served(decoder, "--limit", "new_tokens=30", "--name", "small")
     yield found
     found.stop()
 

@@ -21,7 +21,7 @@ BOUND = 8 << 20  # bytes that a process may grow by behind its first round, what
 def test_memory_is_flat(encoder: Path) -> None:
     """Ten rounds of 400 requests, good and bad ones, and of 100 dropped connections; more while SECONDS last."""
     chance = random.Random(0)
-    with Served(encoder, "--body-bytes", 20_000) as server:
+    with Served(encoder, "--limit", "body_bytes=20000") as server:
         processes = [psutil.Process(server.process.pid), *server.workers()]
         sizes: list[list[int]] = []
         end = time.monotonic() + SECONDS

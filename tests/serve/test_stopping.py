@@ -25,7 +25,7 @@ EMBED = "/v1/embeddings"
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_server_that_is_stopped_answers_what_it_took(encoder: Path, number: int) -> None:
-    with Served(encoder, "--batch-texts", 1) as server:
+    with Served(encoder, "--limit", "batch_texts=1") as server:
         stop_under_load(server, number)
 
 
@@ -51,7 +51,7 @@ def stop_under_load(server: Served, number: int) -> None:
 
 
 def test_workers_that_are_killed_under_load_lose_nothing(encoder: Path) -> None:
-    with Served(encoder, "--workers", 2, "--batch-texts", 4) as server:
+    with Served(encoder, "--workers", 2, "--limit", "batch_texts=4") as server:
         kill_under_load(server, encoder)
 
 
@@ -177,6 +177,8 @@ def test_wrong_models_end_the_command(encoder: Path, tmp_path: Path, capsys: pyt
     assert "config.json is missing" in said(tmp_path)
     assert "is a model to embed" in said(encoder, "--task", "rerank")
     assert "there is no API key" in said(encoder, "--host", "0.0.0.0")
+    assert "a server has no such limit; it has: body_bytes" in said(encoder, "--limit", "texts=1")
+    assert "body_bytes must be a whole number" in said(encoder, "--limit", "body_bytes=0")
     (tmp_path / "key").write_text("\n")
     assert "the first line is empty" in said(encoder, "--api-key-file", tmp_path / "key")
     broken = people.bert(tmp_path / "broken")

@@ -6,10 +6,12 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from nogemm.cli.common import Json, finish
+from nogemm.cli.models import parse_choice
 from nogemm.cli.options import refuse
 from nogemm.errors import ConfigError
 
@@ -36,21 +38,15 @@ def serve(
     dtype: Annotated[str, typer.Option(help="Rows of converted FFNs in torch: fp32, bf16 or int8.")] = "int8",
     body: Annotated[str | None, typer.Option(help="int8: round torch's other linear layers.")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens of a text [what the model allows].")] = None,
-    new_tokens: Annotated[int, typer.Option(help="Tokens of a completion, at most.")] = 1024,
-    body_bytes: Annotated[int, typer.Option(help="Of a request's body, at most.")] = 1 << 20,
-    request_texts: Annotated[int, typer.Option(help="Texts of a request, at most.")] = 256,
-    request_tokens: Annotated[int, typer.Option(help="Tokens of a request, at most.")] = 1 << 16,
-    queue_texts: Annotated[int, typer.Option(help="Texts that may wait for a worker.")] = 2048,
-    requests: Annotated[int, typer.Option(help="Requests at work at a time, at most.")] = 256,
-    connections: Annotated[int, typer.Option(help="Open at a time, at most.")] = 4096,
-    batch_texts: Annotated[int, typer.Option(help="Texts of a batch, at most.")] = 64,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens of a batch, at most, padding included.")] = 8192,
-    request_seconds: Annotated[float, typer.Option(help="A request may take, once it has come.")] = 60.0,
-    receive_seconds: Annotated[float, typer.Option(help="A sender or a reader may stand still.")] = 10.0,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Another limit, such as request_texts=64; the guide lists them."),
+    ] = None,
+    json: Json = None,
 ) -> None:
     """Serve embeddings, reranking scores or completions of MODEL over HTTP, by OpenAI's paths.
 
-    SIGTERM and Ctrl-C end it once everything that it took is answered.
+    SIGTERM and Ctrl-C end it once everything that it took is answered. --json is written when it listens.
     """
     for package in ("starlette", "uvicorn", "prometheus_client", "orjson"):
         if importlib.util.find_spec(package) is None:
@@ -59,14 +55,26 @@ def serve(
     from nogemm.serve import ServeOptions, run_server
 
     given = {field: value for field, value in locals().items() if field in ServeOptions.__dataclass_fields__}
-    options = ServeOptions(**given, api_key=_key(api_key_file))
+    options = ServeOptions(**given, **_limits(limit or []), api_key=_key(api_key_file))
     if (Path(model) / RECORD).is_file():
         refuse(context, ["dtype", "body"], "does not go with an export, which has its own precision")
 
     def ready(url: str) -> None:
         print(f"{options.served_name} at {url}, {options.workers} worker{'s' * (options.workers > 1)}", file=sys.stderr)
+        finish({"url": url, "model": options.served_name, "limits": options.limits()}, json)
 
     run_server(options, ready)
+
+
+def _limits(words: list[str]) -> dict[str, Any]:
+    """Read NAME=VALUE of every --limit."""
+    from nogemm.serve.options import LIMITS
+
+    found = dict(parse_choice(word, "--limit") for word in words)
+    for name in found:
+        if name not in LIMITS:
+            raise ConfigError(f"--limit {name}: a server has no such limit; it has: {', '.join(LIMITS)}")
+    return found
 
 
 def _key(file: Path | None) -> str | None:

@@ -12,9 +12,10 @@ from nogemm.errors import ConfigError
 TASKS = ("auto", "embed", "rerank", "generate")
 DTYPES = ("fp32", "bf16", "int8")
 BODIES = (None, "int8")
-_QUEUES = ("queue_texts", "requests", "connections", "batch_texts", "batch_tokens")
-_WHOLE = ("workers", "threads", "max_length", "body_bytes", "request_texts", "request_tokens", "new_tokens", *_QUEUES)
+_WHOLE_LIMITS = ("body_bytes", "request_texts", "request_tokens", "new_tokens", "queue_texts", "requests")
+_WHOLE = ("workers", "threads", "max_length", *_WHOLE_LIMITS, "connections", "batch_texts", "batch_tokens")
 _SECONDS = ("request_seconds", "receive_seconds", "start_seconds")
+LIMITS = (*_WHOLE[3:], *_SECONDS)
 
 
 @dataclass(frozen=True, kw_only=True)
