@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "serve"))
 
 from browser import FLAGS
-from served import Served
 
 import people
+from served import Served
 
 PATIENCE = 1500.0
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -315,11 +315,11 @@ class _Server:
         return list(await asyncio.gather(*(client() for _ in range(clients))))
 
 
-Ask = Callable[[Sequence[str]], Any]
+Ask = Callable[[Sequence[str]], Awaitable[list[NDArray[np.float32]]]]
 
 
 @contextlib.asynccontextmanager
-async def _client(port: int) -> Any:
+async def _client(port: int) -> AsyncIterator[Ask]:
     """Yield a function that asks for embeddings over one connection, at little cost beside the server's."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hmac
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -124,7 +124,7 @@ class ServeApp:
             )
 
     @asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> Any:
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
         try:
             await self.service.start()
         except NogemmError as error:
@@ -149,9 +149,8 @@ def _routes(service: Service) -> list[Route]:
         Route("/metrics", paths.metrics, methods=["GET"]),
         Route("/v1/models", paths.models, methods=["GET"]),
     ]
-    posted: dict[str, Callable[[Request], Awaitable[Response]]]
     texts, completions = Texts(service), Completions(service)
-    tasks = {
+    tasks: dict[str, dict[str, Callable[[Request], Awaitable[Response]]]] = {
         "embed": {"/v1/embeddings": texts.embeddings},
         "rerank": {"/v1/rerank": texts.rerank, "/rerank": texts.rerank},
         "generate": {"/v1/completions": completions.text, "/v1/chat/completions": completions.chat},
