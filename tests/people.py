@@ -54,6 +54,14 @@ def bert(folder: Path, cls: str = "BertModel", **kwargs: Any) -> Path:
     return folder
 
 
+def reranker(folder: Path) -> Path:
+    """Save a small cross-encoder: BERT with one logit."""
+    torch.manual_seed(0)
+    tf.BertForSequenceClassification(tf.BertConfig(**SMALL, num_labels=1)).save_pretrained(folder)
+    tokenizer(folder).save_pretrained(folder)
+    return folder
+
+
 def gpt2(folder: Path, cls: str = "GPT2LMHeadModel") -> Path:
     """Save a small GPT-2 with a tokenizer that has no padding token."""
     from tokenizers import Tokenizer, models, pre_tokenizers

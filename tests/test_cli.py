@@ -16,53 +16,13 @@ from safetensors.torch import load_file
 from transformers import AutoModel, BertConfig, BertModel, BertTokenizer
 
 import nogemm
+from cli_flags import FLAGS
 from nogemm import cli, ops
 from nogemm.config import layer_kinds
 from nogemm.hardware import machine
 from nogemm.hardware.held import held_to
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fast", "slow", "table", "search", "text", "of", "a", "the"]
-FLAGS = {  # and --json, which every command takes
-    "env": "--processor",
-    "info": "--trust-remote-code",
-    "convert": "--method --set --layers --keep --data --tables --faster-at --speed --head --head-data "
-    "--trust-remote-code",
-    "distil": "--teacher --data --field --pair --validation --run --resume --tokens --max-seconds --seed --optimizer "
-    "--set --trust-remote-code",
-    "finetune": "--data --validation --test --task --text --text2 --label --metric --epochs --tokens --steps "
-    "--max-seconds --batch --max-length --lr --optimizer --option --device --seed --run --resume --trust-remote-code",
-    "train": "--data --model --preset --task --arch --layers --width --d --heads --hidden --method --set --tokenizer "
-    "--vocabulary --field --validation --tokens --steps --max-seconds --context --batch --lr --optimizer --option "
-    "--device --seed --run --resume --trust-remote-code",
-    "study": "--output -o --data --only --redo --retry --list --max-seconds",
-    "tune": "--data --quality --latency --memory --engine --shape --offers --tokens --max-seconds --seed --run "
-    "--resume --option",
-    "eval": "--teacher --task --data --split --limit --pack --max-length --seed --trust-remote-code",
-    "export": "--to --dtype --int8 --rest --data --generate --body --rows --head --mode --trust-remote-code",
-    "generate": "--prompt --max-new-tokens --chat --mode --stop --sample --temperature --top-k --top-p --seed "
-    "--data --dtype --trust-remote-code",
-    "bench layer": "--method --set --d --hidden --activation --gated --dtype --path --batch --against --cache "
-    "--threads --rounds --seconds --checkpoint --site --seed",
-    "bench model": "--dense --model --method --set --dtype --shape --against --ceiling --layers --peer --exported "
-    "--threads --rounds --seconds --seed",
-    "bench methods": "--d --hidden --activation --method --dtype --batch --against --threads --rounds --seconds --seed",
-    "bench projections": "--d --matrices --evaluations --restarts --seed",
-    "bench lsh": "--model --site --bits --tables --learned-tables --top --tokens --draws --steps --seed",
-    "bench train-step": "--method --set --d --hidden --activation --tokens --codes --threads --rounds --checkpoint "
-    "--site --seed",
-    "bench recall": "--checkpoint --tokens",
-    "bench decoder": "--d --hidden --layers --heads --vocabulary --active --sketch --prompt --against --threads "
-    "--rounds --seconds --seed",
-    "bench head": "--model --data --dtype --leading --sketch --rows --positions --batch --against --threads --rounds "
-    "--seconds",
-    "bench generate": "--model --data --prompt --new-tokens --text --against --folder --threads --rounds --seconds",
-    "bench topk": "--n --k --batch --threads --pattern --dtype --recall --rounds --seconds --seed",
-    "bench flips": "--tokens --batch --seed",
-    "profile": "--method --set --d --hidden --activation --gated --dtype --batch --against --counters --counts "
-    "--project --threads --rounds --seconds --checkpoint --site --seed --sparsity --data --keep --tokens "
-    "--layerwise --trust-remote-code",
-    "report": "--output -o --title",
-}
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ ORDER = [
     {"distributed"},
     {"decoding"},
     {"export"},
+    {"serve"},
     {"train", "bench"},
     {"study", "tune"},
     {"cli", "demo"},

@@ -54,6 +54,12 @@ def test_convert_distil_and_search(tiny: Path):
     assert scores == sorted(scores, reverse=True)
 
 
+@pytest.mark.slow  # two servers to start; what they do is tested in tests/serve
+def test_two_replicas_lose_no_answer_when_one_stops(tiny: Path):
+    said = run("serve_replicas.py", tiny / "dense", "--port", 0).splitlines()
+    assert said[1:] == ["80 of 80 embeddings, one replica stopped meanwhile", "1 of 1 by the other one"]
+
+
 def test_a_small_model_is_trained(tmp_path: Path):
     said = run("train.py", "--steps", 2, "--save", tmp_path / "model")
     assert [line.split()[0] for line in said.splitlines()] == ["dense", "lookup", "saved"]

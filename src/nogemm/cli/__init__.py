@@ -17,12 +17,14 @@ from nogemm.cli import (
     bench_decoder,
     bench_generate,
     bench_ops,
+    bench_serve,
     export,
     finetune,
     generate,
     info,
     models,
     profile,
+    serve,
     study,
     train,
     tune,
@@ -69,8 +71,10 @@ app.command("tune")(tune.tune)
 app.command("eval")(models.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("serve")(serve.serve)
 bench.app.command("decoder")(bench_decoder.decoder)
 bench.app.command("generate")(bench_generate.generate)
+bench.app.command("serve")(bench_serve.serve)
 bench.app.command("topk")(bench_ops.topk)
 app.add_typer(bench.app, name="bench")
 app.command("profile")(profile.profile)

@@ -17,12 +17,12 @@ from nogemm.errors import ConfigError
 from nogemm.export import openvino_host as host
 from nogemm.export.agreement import Agreement, check_agreement
 from nogemm.export.extension import LIBRARY, extension_path
-from nogemm.export.folder import MODEL, check_target, describe
+from nogemm.export.folder import MODEL, check_target, describe, describe_pooling
 from nogemm.export.rest import Rest, choose_rest
 from nogemm.export.samples import graph_inputs, random_batch, text_batches
 from nogemm.export.traced import HostModel, check_exportable, host_model
 from nogemm.models.inner import inner_model
-from nogemm.models.texts import prepare_tokenizer
+from nogemm.models.texts import positions, prepare_tokenizer
 
 HOSTS = ("openvino",)
 
@@ -38,6 +38,7 @@ class ExportReport:
         reason: why it does, or does not.
         layers: names of the sites that run our operator.
         inputs, output: names of the model's tensors.
+        positions: tokens that a text may have; None: the model does not say.
         cosine: mean agreement of the file's outputs with the packed torch model's, on calibration texts and pairs of
             them or on random tokens: their cosine, for vectors of one length (`nogemm.export.agreement`).
         worst: that of the text which agrees least.
@@ -52,6 +53,7 @@ class ExportReport:
     layers: tuple[str, ...]
     inputs: tuple[str, ...]
     output: str
+    positions: int | None
     cosine: float
     worst: float
     weight_bytes: int
@@ -72,9 +74,10 @@ def export(
     """Write a converted model as a directory that OpenVINO runs, FFNs by our kernels, the rest by its own.
 
     The directory holds openvino_model.xml and .bin, the extension library that the operator needs, the model's config,
-    the tokenizer, nogemm_export.json and a README. Batch and length stay dynamic, inputs are what the tokenizer makes,
-    outputs are float32, whatever the model's dtype. Weights are portable: the packed layers are laid out alike for
-    every instruction set, the library picks the kernels when it is loaded, and int8 products overflow on no processor.
+    the tokenizer, sentence-transformers' description of the pooling, nogemm_export.json and a README. Batch and length
+    stay dynamic, inputs are what the tokenizer makes, outputs are float32, whatever the model's dtype. Weights are
+    portable: the packed layers are laid out alike for every instruction set, the library picks the kernels when it is
+    loaded, and int8 products overflow on no processor.
     The file is run once, pairs of texts included, and compared with the packed torch model before it takes its place;
     an export of the same path is replaced in one step.
 
@@ -127,6 +130,8 @@ def export(
         check_agreement(found, chosen.precision, dtype)
         report = _report(to, dtype, chosen, layers, traced, found, folder)
         describe(traced.model, tokenizer, report, folder)
+        if report.output == "last_hidden_state":
+            describe_pooling(model, folder)
         reports.append(report)
 
     needed = sum(value.numel() * value.element_size() for value in traced.state_dict().values())
@@ -146,6 +151,7 @@ def _report(
         layers=tuple(layers),
         inputs=traced.input_names,
         output=traced.output_name,
+        positions=positions(traced.model),
         cosine=found.mean,
         worst=found.worst,
         weight_bytes=(folder / MODEL).with_suffix(".bin").stat().st_size,

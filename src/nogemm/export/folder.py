@@ -11,6 +11,8 @@ from torch import nn
 from nogemm.errors import CheckpointError
 from nogemm.export.extension import LIBRARY
 from nogemm.files import write_json
+from nogemm.models.directory import MODULES, copy_modules, find_directory, root_directory, sentence_modules
+from nogemm.models.inner import inner_model
 
 if TYPE_CHECKING:
     from nogemm.export.export import ExportReport
@@ -23,6 +25,32 @@ def check_target(path: Path) -> None:
     """Refuse a directory that holds something else than an export."""
     if path.is_dir() and any(path.iterdir()) and not (path / RECORD).exists():
         raise CheckpointError(f"export: {path} holds something that is no export; give a new directory")
+
+
+def describe_pooling(model: nn.Module, folder: Path) -> None:
+    """Write how hidden states become an embedding, where sentence-transformers' files or the model itself say so.
+
+    Args:
+        model: as the caller gave it: a SentenceTransformer, or a transformers model, which remembers its directory.
+    """
+    inner = inner_model(model)
+    if inner is model:
+        source = find_directory(str(getattr(inner.config, "_name_or_path", "") or "."))
+        if source is not None and sentence_modules(root := root_directory(source)):
+            copy_modules(root, folder)
+        return
+    listed = []
+    for index, (name, module) in enumerate(model.named_children()):
+        place = f"{index}_{type(module).__name__}" if index else ""
+        kind = f"{type(module).__module__}.{type(module).__name__}"
+        listed.append({"idx": index, "name": name, "path": place, "type": kind})
+        if index:
+            (folder / place).mkdir()
+            module.save(str(folder / place))  # type: ignore[operator]
+    write_json(folder / MODULES, listed)
+    limit = getattr(model, "max_seq_length", None)
+    if isinstance(limit, int):
+        write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit})
 
 
 def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:

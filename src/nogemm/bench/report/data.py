@@ -28,6 +28,7 @@ from nogemm.bench.report.tables import (
     methods_table,
     operator_table,
     projections_table,
+    serve_table,
     table5_table,
     topk_table,
 )
@@ -335,6 +336,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], TextTable]] = {
     "lsh": lsh_table,
     "operator-host": operator_table,
     "table5": table5_table,
+    "serve": serve_table,
     "topk": topk_table,
 }
 

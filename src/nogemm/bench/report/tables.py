@@ -163,6 +163,28 @@ def generate_table(result: Mapping[str, Any]) -> TextTable:
     )
 
 
+def serve_table(result: Mapping[str, Any]) -> TextTable:
+    """Lay out what `nogemm bench serve` measured."""
+    rows = []
+    for row in result["rows"]:
+        line = [row["contender"], str(row["clients"])]
+        if row["us_median"] is None:
+            rows.append([*line, why_not(row) or "not run", "", "", "", ""])
+            continue
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        times = [f"{row[name] / 1000:.2f}" for name in ("us_median", "us_p99")]
+        rows.append([*line, f"{row['texts_per_second']:.0f}", ratio, *times, f"{row['cosine']:.4f}"])
+    settings = result["settings"]
+    return TextTable(
+        title="Serving",
+        head=["server", "clients", "texts a second", "ratio", "ms", "p99 ms", "agreement"],
+        rows=rows,
+        hint=f"Requests of {settings['texts']} texts of at most {settings['tokens']} tokens, {settings['workers']} "
+        f"workers of {settings['threads']} threads. Ratio: texts a second of the first line / its own. Agreement: with "
+        "the torch model of the same weights.",
+    )
+
+
 def distributed_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out what `benchmarks/distributed.py` measured of heads on several ranks."""
     rows = []
