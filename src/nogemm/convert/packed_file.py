@@ -118,7 +118,7 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor]) -> None:
     ).encode()
     header += b" " * (_up(8 + len(header), PAGE) - 8 - len(header))
     with ExitStack() as stack:
-        with _alone_in(path.parent):  # between its making and its lock a file would look left over
+        with _alone_in(path.parent):  # a file that is not locked yet, or no longer, looks left over
             discard_leftovers(path.parent)
             file = stack.enter_context(replacing(path))
             _hold(file.fileno())
@@ -126,6 +126,8 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for part in _parts(tensors):
             file.write(part)
+        with _alone_in(path.parent):
+            stack.close()
 
 
 def discard_leftovers(folder: Path) -> None:
