@@ -17,12 +17,22 @@ if TYPE_CHECKING:
 
 MODEL = "openvino_model.xml"
 RECORD = "nogemm_export.json"
+FORMAT = 1  # of the record and what it describes; a record without one has 1
 
 
 def check_target(path: Path) -> None:
     """Refuse a directory that holds something else than an export."""
     if path.is_dir() and any(path.iterdir()) and not (path / RECORD).exists():
         raise CheckpointError(f"export: {path} holds something that is no export; give a new directory")
+
+
+def check_format(folder: Path, record: Any) -> None:
+    """Raise CheckpointError for an export that a later release has written."""
+    number = record.get("format", FORMAT) if isinstance(record, dict) else FORMAT
+    if isinstance(number, int) and number > FORMAT:
+        raise CheckpointError(
+            f"the export in {folder} has format {number}, this nogemm reads up to {FORMAT}: upgrade nogemm to run it"
+        )
 
 
 def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:
@@ -32,7 +42,7 @@ def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Pat
         config.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    write_json(folder / RECORD, asdict(report) | {"model": MODEL, "extension": LIBRARY})
+    write_json(folder / RECORD, asdict(report) | {"format": FORMAT, "model": MODEL, "extension": LIBRARY})
     text = _README.format(
         count=len(report.layers),
         dtype=report.dtype,
