@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -213,6 +214,18 @@ def test_where_nothing_can_be_written_the_model_stays_in_memory(tmp_path: Path) 
     with pytest.warns(UserWarning, match="cannot be shared, and stays in this process's own memory"):
         model = nogemm.pack(model_of(), cache=tmp_path / "file" / "folder")
     check_equal("answers", BERT.output(model), expected)
+
+
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    expected = answer(None)
+    monkeypatch.setattr("nogemm.files.os.fsync", full)
+    with pytest.warns(UserWarning, match="in this process's own memory: .*No space left on device"):
+        model = nogemm.pack(model_of(), cache=tmp_path)
+    check_equal("answers", BERT.output(model), expected)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_packed_tensors_follow_from_is_in_the_name(tmp_path: Path) -> None:
