@@ -90,7 +90,7 @@ def test_the_check_of_dangers_can_fail(code: str) -> None:
 
 
 def test_converted_weights_in_a_pickle_are_refused(tmp_path: Path) -> None:
-    sizes = {"vocab_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes: dict[str, Any] = {"vocab_size": 8, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     model = BertModel(BertConfig(**sizes, num_hidden_layers=1))
     nogemm.convert(model, nogemm.DenseConfig())
     nogemm.save(model, tmp_path)

@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "build" / "wheels"
 EPOCH = "1767225600"  # any fixed moment: zip files carry times
+FOLDERS = ("a", "another-folder")
 EXTRAS = ("hf", "cli")
 
 # What a user does first; transformers and our format have to get along with one another.
@@ -74,15 +75,19 @@ def call(*words: object, **environment: str) -> str:
     return done.stdout
 
 
-def build(name: str) -> Path:
-    """Build the tracked files, as they are now, in a folder of this name; return the wheel."""
+def copy_sources(name: str) -> None:
+    """Copy the tracked files, as they are now, into a folder of this name."""
     source = WORK / name / "source"
     shutil.rmtree(WORK / name, ignore_errors=True)
     for line in call("git", "-C", ROOT, "ls-files").splitlines():
         if (ROOT / line).is_file():
             (source / line).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / line, source / line)
-    out = WORK / name / "out"
+
+
+def build(name: str) -> Path:
+    """Build what was copied into a folder of this name; return the wheel."""
+    source, out = WORK / name / "source", WORK / name / "out"
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--disable-pip-version-check", "--no-deps")
     call(*pip, "--no-build-isolation", "--wheel-dir", out, source, SOURCE_DATE_EPOCH=EPOCH)
     (wheel,) = out.glob("*.whl")
@@ -102,7 +107,9 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def same() -> None:
-    first, second = build("a"), build("another-folder")
+    for name in FOLDERS:  # both, before minutes of building in which somebody may change a file
+        copy_sources(name)
+    first, second = map(build, FOLDERS)
     if different := differences(first, second):
         raise SystemExit(f"wheels: two builds differ in {', '.join(different)}")
     changed = WORK / "changed.whl"
@@ -142,7 +149,9 @@ def main(words: list[str]) -> None:
     if words == ["same"]:
         same()
     elif words[:1] in (["oldest"], ["newest"]) and len(words) <= 2:
-        environment(words[0], Path(words[1]) if len(words) == 2 else build("a"))
+        if len(words) == 1:
+            copy_sources(FOLDERS[0])
+        environment(words[0], Path(words[1]) if len(words) == 2 else build(FOLDERS[0]))
     else:
         raise SystemExit(__doc__)
 
