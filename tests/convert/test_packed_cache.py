@@ -100,10 +100,10 @@ def test_without_kernels_the_file_serves_as_well(tmp_path: Path) -> None:
     assert done.stdout == "True True\n", done.stderr
 
 
-def test_all_large_tensors_lie_in_the_file(tmp_path: Path) -> None:
+def test_all_tensors_lie_in_the_file(tmp_path: Path) -> None:
     for _ in range(2):
         model = nogemm.pack(model_of(), cache=tmp_path)
-        large = [t for t in (*model.parameters(), *model.buffers()) if t.nbytes >= 4096 and t.is_contiguous()]
+        large = [t for t in (*model.parameters(), *model.buffers()) if t.nbytes and t.is_contiguous()]
         packed = next(part for part in model.modules() if isinstance(part, PackedFFN)).get_buffer("packed")
         assert any(t is packed for t in large)
         assert mapped_bytes(model, file_in(tmp_path)) >= sum(t.nbytes for t in large)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nogemm.convert.packed_file import FORMAT, PAGE, PackedFile, as_bytes, write_packed
+from nogemm.convert.packed_file import FORMAT, PackedFile, as_bytes, write_packed
 from nogemm.convert.sites import converted
 from nogemm.errors import CheckpointError, ConfigError, PackedError
 from nogemm.files import cache_folder
@@ -91,7 +91,7 @@ class PackedCache:
             self._head.take_codes(HeadCodes(**codes))  # last: they belong to the weights where these lie now
 
     def _named(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-        """List each tensor of the model that is worth sharing once, by the name that it has in the file."""
+        """List each tensor of the model that can be shared once, by the name that it has in the file."""
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             if id(tensor) in self._made:
                 yield self._made[id(tensor)]
@@ -174,9 +174,12 @@ def digest(model: nn.Module, dtype: str, body: str | None, head: HireHead | None
 
 
 def _is_shared(tensor: Tensor) -> bool:
-    """Tell whether a tensor is worth a page, and of a kind that a file can stand in for."""
+    """Tell whether a tensor is of a kind that a file can stand in for.
+
+    Small ones, too: a single view would keep the whole checkpoint mapped.
+    """
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_quantized
-    return plain and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes >= PAGE
+    return plain and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.nbytes > 0
 
 
 def _tensors_of(codes: HeadCodes) -> dict[str, Any]:

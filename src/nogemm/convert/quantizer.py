@@ -213,8 +213,7 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
             f"config.json names FFNs that {type(model).__name__} does not have: {', '.join(missing)}. It has: "
             f"{', '.join(open_sites) or 'none that nogemm lists'}.{_register_which(model, missing)}"
         )
-    known = model._keys_to_ignore_on_load_unexpected
-    ignore: set[str] = set(known or ())
+    ignore: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
     for name, site in open_sites.items():
         if name not in stored:
             continue
@@ -226,8 +225,7 @@ def _install_skeleton(model: Any, stored: dict[str, Any]) -> None:
         ignore.update(_sentinel_patterns(model, site, name, layer.site))  # type: ignore[arg-type]
     if "head" in described:
         ignore.update(_install_head(model, described["head"]))
-    # The first releases of transformers 5 add a list to it, later ones a set.
-    model._keys_to_ignore_on_load_unexpected = ignore if isinstance(known, set) else sorted(ignore)
+    model._keys_to_ignore_on_load_unexpected = ignore
 
 
 def _install_head(model: Any, stored: Any) -> list[str]:
