@@ -270,7 +270,7 @@ def tracked_texts() -> list[tuple[str, str]]:
     texts = []
     for name in listed:
         path = ROOT / name
-        if name and path.is_file() and path.suffix not in (".gz", ".png", ".safetensors"):
+        if name and path.is_file() and path.suffix not in (".bin", ".gz", ".png", ".safetensors"):
             texts.append((name, path.read_text(encoding="utf-8")))
     return texts
 

@@ -14,18 +14,30 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 
-def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a temporary sibling of `path`, then rename it over `path`.
+def cache_folder() -> Path:
+    """Return the folder for files that can be made again: $NOGEMM_CACHE, else nogemm's in the user's cache.
+
+    It need not exist.
+    """
+    if chosen := os.environ.get("NOGEMM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nogemm"
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """Yield a temporary sibling of `path`, open for writing; it is renamed over `path` when the block ends well.
 
     Folders on the way are made. On any error, a full disk included, the sibling is removed and `path` keeps what
-    it had. What writers that were killed left beside `path` is removed, too. Threads of one process take turns.
+    it had. What writers that were killed left beside `path` is removed, too. Threads of one process take turns; of two
+    processes the last to end wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.new")
     with _held(sibling) as file:
         try:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             sibling.replace(path)
@@ -33,6 +45,12 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             sibling.unlink(missing_ok=True)
             raise
     _remove_abandoned(path)
+
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to a temporary sibling of `path`, then rename it over `path`; see `replacing`."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:

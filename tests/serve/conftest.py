@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from served import Served
 
 import people
+from served import Served
 
 
 @pytest.fixture(scope="module")

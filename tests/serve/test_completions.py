@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import Served, events, wait_until
 from transformers import AutoTokenizer
 
 import nogemm
 import people
 from nogemm.models.loading import load_model
+from served import Served, events, wait_until
 
 TEXT, CHAT = "/v1/completions", "/v1/chat/completions"
 TEMPLATE = (

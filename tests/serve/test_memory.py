@@ -9,8 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from served import Served
 from test_server import drop_connections, texts_of
+
+from served import Served
 
 EMBED = "/v1/embeddings"
 SECONDS = float(os.environ.get("NOGEMM_SERVE_SECONDS", "0"))  # 3600: an hour

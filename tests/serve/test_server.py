@@ -11,11 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Served, received, wait_until
 
 import people
 from nogemm.models.embed import embed
 from nogemm.models.loading import load_encoder, load_tokenizer
+from served import Served, received, wait_until
 
 BOUND = 1e-5  # of a number of an embedding: padding and the order of sums
 EMBED = "/v1/embeddings"

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from served import Served, wait_until
 
 import people
 from nogemm.errors import ConfigError
 from nogemm.models.embed import embed
 from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.serve import ServeOptions, create_app
+from served import Served, wait_until
 
 EMBED = "/v1/embeddings"
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import overload
 
 from torch import nn
 
 from nogemm.convert.body import restore_body, round_body, rounded_parts
 from nogemm.convert.fitted import warn_if_random
+from nogemm.convert.packed_cache import PackedCache, check_cache
 from nogemm.convert.sites import converted, installed
 from nogemm.errors import ConfigError, PackedError
 from nogemm.heads import head_of
 from nogemm.layers import FFN, PackedFFN
 from nogemm.layers._base import check_packing
 from nogemm.models.inner import inner_model
+from nogemm.ops._packing import buffers_from
 
 BODIES = (None, "int8")
 
@@ -23,10 +26,20 @@ BODIES = (None, "int8")
 def pack(target: FFN, dtype: str = "fp32", keep: bool = False, path: str = "auto") -> PackedFFN: ...
 @overload
 def pack(
-    target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto", body: str | None = None
+    target: nn.Module,
+    dtype: str = "fp32",
+    keep: bool = False,
+    path: str = "auto",
+    body: str | None = None,
+    cache: str | Path | bool | None = None,
 ) -> nn.Module: ...
 def pack(
-    target: nn.Module, dtype: str = "fp32", keep: bool = False, path: str = "auto", body: str | None = None
+    target: nn.Module,
+    dtype: str = "fp32",
+    keep: bool = False,
+    path: str = "auto",
+    body: str | None = None,
+    cache: str | Path | bool | None = None,
 ) -> nn.Module:
     """Lay weights out for the native kernels: one call per FFN, for evaluation only.
 
@@ -42,22 +55,40 @@ def pack(
             a second). The neurons are the same; sums are rounded in another order.
         body: of a model, "int8": its other linear layers, attention's above all, are rounded to int8 with a scale per
             row and computed by torch's int8 products. None leaves them. The vocabulary head stays as it is.
+        cache: of a model, a folder, or True for nogemm's cache folder: the packed model's tensors lie in a file there,
+            which all processes that pack the same model map, so that the machine holds them once. The first one
+            writes it. A file that is damaged is made anew, and where none can be written the model stays in this
+            process's memory, both with a warning. None: no file.
     Raises:
         PackedError: training mode, or packed already.
-        ConfigError: unknown dtype, path or body, or the model has no converted FFN.
+        ConfigError: unknown dtype, path or body, the model has no converted FFN, or cache together with keep.
     """
     if body not in BODIES:
         raise ConfigError(f'pack: body must be None or "int8", got body={body!r}')
     if isinstance(target, FFN):
-        if body is not None:
-            raise ConfigError("pack: body is of a model; a layer alone has none")
+        if body is not None or cache:
+            raise ConfigError("pack: body and cache are of a model; a layer alone has none")
         packed = target.pack(dtype, path)
         if keep:
             packed.keep(target)
         return packed
+    check_cache(cache or False, keep)
     _check_model(target, dtype, path)
     warn_if_random(target, "pack")
     model = inner_model(target)
+    head = head_of(model)
+    shared = PackedCache(cache, target, dtype, body, head) if cache else None
+    with buffers_from(None if shared is None else shared.buffer):
+        _pack_parts(model, dtype, keep, path, body)
+    if shared is not None:
+        shared.share(target)
+    if head is not None:
+        head.codes()  # now, not at the first token
+    _tell_quantizers(model, packed=bool(installed(model)) or body is not None)
+    return target
+
+
+def _pack_parts(model: nn.Module, dtype: str, keep: bool, path: str, body: str | None) -> None:
     for place in _paths(model):
         layer = model.get_submodule(place)  # one at a time: no list keeps the unpacked weights alive
         assert isinstance(layer, FFN)
@@ -68,11 +99,6 @@ def pack(
         del layer
     if body == "int8":
         round_body(model, keep)
-    head = head_of(model)
-    if head is not None:
-        head.codes()  # now, not at the first token
-    _tell_quantizers(model, packed=bool(installed(model)) or body is not None)
-    return target
 
 
 def unpack(model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ import subprocess
 from pathlib import Path
 
 from nogemm.errors import NativeError
+from nogemm.files import cache_folder
 
 LIBRARY = "libnogemm_openvino.so"
 _SOURCE, _KERNELS = "extension.cpp", "libnogemm_kernels.a"
@@ -48,17 +49,10 @@ def extension_path() -> Path:
     content = hashlib.sha256("\0".join((compiler, *_FLAGS, *(path.name for path in libraries), _BUILD)).encode())
     for path in sources:
         content.update(path.read_bytes())
-    target = cache_directory() / f"openvino-{content.hexdigest()[:16]}" / LIBRARY
+    target = cache_folder() / f"openvino-{content.hexdigest()[:16]}" / LIBRARY
     if not target.exists():
         _build(compiler, parts, include, libraries, target)
     return target
-
-
-def cache_directory() -> Path:
-    """Return the folder for files that can be made again: $NOGEMM_CACHE, else nogemm's in the user's cache."""
-    if chosen := os.environ.get("NOGEMM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nogemm"
 
 
 def host_parts() -> Path:

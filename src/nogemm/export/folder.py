@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL = "openvino_model.xml"
 RECORD = "nogemm_export.json"
+FORMAT = 1  # of the record and what it describes; a record without one has 1
 
 
 def check_target(path: Path) -> None:
@@ -53,6 +54,15 @@ def describe_pooling(model: nn.Module, folder: Path) -> None:
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit})
 
 
+def check_format(folder: Path, record: Any) -> None:
+    """Raise CheckpointError for an export that a later release has written."""
+    number = record.get("format", FORMAT) if isinstance(record, dict) else FORMAT
+    if isinstance(number, int) and number > FORMAT:
+        raise CheckpointError(
+            f"the export in {folder} has format {number}, this nogemm reads up to {FORMAT}: upgrade nogemm to run it"
+        )
+
+
 def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:
     """Write config, tokenizer, record and README."""
     config = getattr(model, "config", None)
@@ -60,7 +70,7 @@ def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Pat
         config.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    write_json(folder / RECORD, asdict(report) | {"model": MODEL, "extension": LIBRARY})
+    write_json(folder / RECORD, asdict(report) | {"format": FORMAT, "model": MODEL, "extension": LIBRARY})
     text = _README.format(
         count=len(report.layers),
         dtype=report.dtype,

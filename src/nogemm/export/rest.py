@@ -25,9 +25,8 @@ import numpy as np
 
 from nogemm.errors import ConfigError
 from nogemm.export.openvino_host import computes_bf16, shared_core
-from nogemm.files import write_json
+from nogemm.files import cache_folder, write_json
 from nogemm.hardware.cpu import machine, usable_cores
-from nogemm.hardware.speeds import cache_folder
 
 RESTS = ("auto", "float", "int8")
 FORMAT = 1

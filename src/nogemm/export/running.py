@@ -20,7 +20,7 @@ from nogemm.decoding.windows import GenerationReport, Windows
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export import decoder_graph as dg
 from nogemm.export import openvino_host as host
-from nogemm.export.folder import RECORD
+from nogemm.export.folder import RECORD, check_format
 from nogemm.export.memory import Memory
 from nogemm.export.steps import HostHead, HostSteps
 
@@ -188,8 +188,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        check_format(folder, record)
         names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
         needed = {key: record[key] for key in ("head", "vocabulary", "positions", "ends")}
+        if elsewhere := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"its record names {', '.join(elsewhere)}, outside of the folder")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: no decoder that nogemm.export_decoder has written ({error})") from error
     if absent := [name for name in names if not (folder / name).is_file()]:

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from nogemm import ops
-from nogemm.files import write_json
+from nogemm.files import cache_folder, write_json
 from nogemm.hardware.cpu import machine, usable_cores
 from nogemm.hardware.held import held_to
 from nogemm.ops._packing import PACK_MODES, quantise_rows
@@ -156,14 +155,6 @@ def cache_file(isa: str) -> Path:
         told.append(held_to())  # torch's products, too, are slower then
     name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
     return cache_folder() / f"speeds-{name}.json"
-
-
-def cache_folder() -> Path:
-    """Return the user's cache folder for nogemm; it need not exist."""
-    if own := os.environ.get("NOGEMM_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "nogemm"
 
 
 @torch.no_grad()

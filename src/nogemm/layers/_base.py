@@ -20,6 +20,7 @@ from nogemm.config import LayerConfig, check_choice
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError, PackedError
 from nogemm.layers._tokens import flatten_tokens
+from nogemm.ops._packing import buffers_from
 from nogemm.ops._threads import in_passing
 from nogemm.shape import FFNShape
 
@@ -278,7 +279,8 @@ class FFN(nn.Module, ABC):
         self.before_packing()
         twin = next(_PACKED[cls] for cls in type(self).__mro__ if cls in _PACKED)
         packed = twin(self, dtype)
-        packed.fix_path(path)
+        with buffers_from(None):  # a machine's first choice of a path measures, on layers that it packs for that
+            packed.fix_path(path)
         return packed
 
     def before_packing(self) -> None:

@@ -7,6 +7,7 @@ extension only adds CPU kernels, which then win over the reference. `native_avai
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -73,6 +74,15 @@ def native() -> ctypes.CDLL:
     if _NATIVE is None:
         raise NativeError("the native extension is not loaded; was it built, and is NOGEMM_DISABLE_NATIVE unset?")
     return _NATIVE
+
+
+@cache
+def native_digest() -> str | None:
+    """Return a digest of the extension's file, which tells one build from another; None without the extension."""
+    if _NATIVE is None:
+        return None
+    with open(_NATIVE._name, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def isa() -> str:

@@ -5,6 +5,12 @@ Legend: D width of a row.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import ParamSpec
+
 import torch
 from torch import Tensor
 
@@ -12,6 +18,34 @@ from nogemm.ops._library import LIBRARY
 
 PACK_MODES = {"fp32": 0, "bf16": 1, "int8": 2}
 ALIGNMENT = 64  # bytes; what the kernels need
+
+ArgumentsP = ParamSpec("ArgumentsP")
+Maker = Callable[[], Tensor]
+_SOURCE: ContextVar[Callable[[Maker], Tensor] | None] = ContextVar("source", default=None)
+
+
+@contextmanager
+def buffers_from(source: Callable[[Maker], Tensor] | None) -> Iterator[None]:
+    """Within the block, packed buffers come from `source`, called with what would make the next one; None: make them.
+
+    Packing is deterministic: the same model in the same precision asks for the same buffers in the same order.
+    """
+    before = _SOURCE.set(source)
+    try:
+        yield
+    finally:
+        _SOURCE.reset(before)
+
+
+def sourced(pack: Callable[ArgumentsP, Tensor]) -> Callable[ArgumentsP, Tensor]:
+    """Let a function that lays a layer out ask `buffers_from` first (decorator)."""
+
+    @functools.wraps(pack)
+    def asked(*args: ArgumentsP.args, **kwargs: ArgumentsP.kwargs) -> Tensor:
+        source = _SOURCE.get()
+        return pack(*args, **kwargs) if source is None else source(lambda: pack(*args, **kwargs))
+
+    return asked
 
 
 def quantise_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:

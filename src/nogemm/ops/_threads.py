@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 import time
@@ -16,7 +17,7 @@ ResultT = TypeVar("ResultT")
 
 
 def in_passing(work: Callable[[], ResultT]) -> ResultT:
-    """Do the work in a thread of its own, and return what it returns or raise what it raises.
+    """Do the work in a thread of its own, in the caller's context, and return what it returns or raise what it raises.
 
     torch computes in parallel by workers that belong to the thread that first asked for them, and keeps them. A process
     that forks afterwards, as gunicorn with --preload and DataLoader do, gives the child a thread that waits for workers
@@ -33,7 +34,7 @@ def in_passing(work: Callable[[], ResultT]) -> ResultT:
             passing.update(_threads() - before)
 
     with ThreadPoolExecutor(1, thread_name_prefix="nogemm") as pool:
-        result = pool.submit(alike)
+        result = pool.submit(contextvars.copy_context().run, alike)
     # Python calls a thread ended a little before it is, and workers go after it. MKL takes a thread out of its lists of
     # memory as it goes: a fork amid that gives the child broken lists, in which it turns for ever. (A caller's library
     # may have started a thread of its own meanwhile, so there is an end to waiting.)

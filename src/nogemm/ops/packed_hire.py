@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nogemm.activations import NUMBERS, activation
 from nogemm.ops._library import LIBRARY, native
-from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows
+from nogemm.ops._packing import ALIGNMENT, PACK_MODES, aligned_buffer, define_packed, quantise_rows, sourced
 from nogemm.ops.sketch_and_select import KEYS
 
 _MAGIC, _VERSION = 0x4552494847474E01, 3
@@ -144,6 +144,7 @@ def _padded(values: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(values.detach().float(), (0, count - values.numel()))
 
 
+@sourced
 def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     """Lay one layer's weights out for `packed_hire`.
 
@@ -206,6 +207,7 @@ def pack_hire(w: HireWeights, dtype: str) -> Tensor:
     return _written(values, layout, torch.cat(rows, dim=1))
 
 
+@sourced
 def pack_linear(codes_FD: Tensor, scale_F: Tensor, bias_F: Tensor | None) -> Tensor:
     """Lay a dense linear layer out so that `packed_hire` answers it by `sketch_scores`: y = x W^T + b, W ~ scale codes.
 

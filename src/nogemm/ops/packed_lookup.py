@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nogemm.errors import ConfigError
 from nogemm.ops._library import native
-from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows, sourced
 from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
 
 _SCORES = ("gelu", "sigmoid", "constant")
@@ -71,6 +71,7 @@ def has_packed_kernel(neighbours: int) -> bool:
     return neighbours in NATIVE_NEIGHBOURS
 
 
+@sourced
 def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
     """Lay one layer's weights out for `packed_lookup`.
 

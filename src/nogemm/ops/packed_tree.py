@@ -17,7 +17,7 @@ from torch import Tensor
 from nogemm.activations import NUMBERS, activation
 from nogemm.errors import ConfigError
 from nogemm.ops._library import native
-from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows
+from nogemm.ops._packing import PACK_MODES, Addresses, aligned_buffer, define_packed, define_rows, sourced
 from nogemm.ops.tree_descend import levels_of
 
 
@@ -54,6 +54,7 @@ class _Spec(ctypes.Structure):
     )
 
 
+@sourced
 def pack_tree(weights: TreeWeights, dtype: str) -> Tensor:
     """Lay one layer's weights out for `packed_tree`: a record per node, its in-row and out-row side by side.
 

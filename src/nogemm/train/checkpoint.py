@@ -174,12 +174,23 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        _check_version(path, state)
         parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
-    if state.get("version") != VERSION:
-        raise CheckpointError(f"{path} was written by another version of nogemm (format {state.get('version')})")
     return Checkpoint(parts, state)
+
+
+def _check_version(path: Path, state: Any) -> None:
+    """Refuse what another release wrote, before its parts are looked for: they may be others."""
+    version = state.get("version") if isinstance(state, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(
+            f"the training checkpoint {path} has format {version}, this nogemm reads up to {VERSION}: upgrade nogemm "
+            "to resume it"
+        )
+    if version != VERSION:
+        raise CheckpointError(f"the training checkpoint {path} is damaged: its format is {version!r}, not {VERSION}")
 
 
 def flatten(groups: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:

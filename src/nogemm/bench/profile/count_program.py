@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from nogemm.errors import NativeError
-from nogemm.export.extension import cache_directory, host_parts
+from nogemm.export.extension import host_parts
+from nogemm.files import cache_folder
 
 _SOURCE, _KERNELS = "count_calls.cpp", "libnogemm_kernels.a"
 _HEADERS = ("packed/host/phases.h", "packed/host/host.h")
@@ -34,7 +35,7 @@ def count_program() -> Path:
     content = hashlib.sha256("\0".join((compiler, *_FLAGS)).encode())
     for name in (_SOURCE, _KERNELS, *_HEADERS):
         content.update((parts / name).read_bytes())
-    target = cache_directory() / f"profile-{content.hexdigest()[:16]}" / "count_calls"
+    target = cache_folder() / f"profile-{content.hexdigest()[:16]}" / "count_calls"
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
