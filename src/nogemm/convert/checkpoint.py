@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import sys
 import uuid
 import zlib
@@ -34,6 +33,7 @@ from nogemm.convert._reading import is_module
 from nogemm.convert.fitted import fitted_state
 from nogemm.convert.sites import Installed, converted, installed, remember, survey
 from nogemm.errors import CheckpointError
+from nogemm.files import parse_json
 from nogemm.heads import head_of
 from nogemm.layers import FFN
 
@@ -239,7 +239,7 @@ def attached_by(attach_to: Callable[[Any], None]) -> None:
 def is_checkpoint(path: str | Path) -> bool:
     """Tell whether `path` is a directory that holds a converted model."""
     try:
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = parse_json((Path(path) / "config.json").read_text())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD

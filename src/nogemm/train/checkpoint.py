@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
+from nogemm.files import parse_json
 from nogemm.train.errors import TrainingError
 
 VERSION = 1
@@ -113,8 +114,8 @@ def latest(directory: Path) -> Path | None:
     if not pointer.is_file():
         return None
     try:
-        path = directory / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        path = directory / parse_json(pointer.read_text(encoding="utf-8"))["checkpoint"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error}") from error
     return path
 
@@ -135,9 +136,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, truncated, or of a newer version.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((path / "state.json").read_text(encoding="utf-8"))
         parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise CheckpointError(f"the training checkpoint {path} is damaged: {error}") from error
     if state.get("version") != VERSION:
         raise CheckpointError(f"{path} was written by another version of nogemm (format {state.get('version')})")

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nogemm.files import parse_json
 from nogemm.train.errors import DataError
 
 TEXTS_AT_ONCE = 1000
@@ -62,7 +63,7 @@ class TokenFile:
     """Tokenised texts in memory-mapped files: all tokens in a row, where each text starts, perhaps token types."""
 
     def __init__(self, directory: Path) -> None:
-        info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
+        info = parse_json((directory / "info.json").read_text(encoding="utf-8"))
         self.directory = directory
         self.key: dict[str, Any] = info["key"]
         self.offsets = np.memmap(directory / "offsets.bin", dtype=np.int64, mode="r")
