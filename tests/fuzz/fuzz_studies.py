@@ -57,6 +57,6 @@ def seeds() -> list[bytes]:
 
 
 WORDS = ("rows:", "grid:", "common:", "search:", "rates", "factors", "seeds:", "&a", "*a", "preset", "measure:",
-         "latency", "options:", "{depth}", "1e999", ".nan", ".inf", "null", "keep", "fit", "layers", "model:", "set:", "title",
-         "!!int", "!!binary", "!!timestamp", "!!set", "<<:", "- {name: ")  # fmt: skip
+         "latency", "options:", "{depth}", "1e999", ".nan", ".inf", "null", "keep", "fit", "layers", "model:", "set:",
+         "title", "!!int", "!!binary", "!!timestamp", "!!set", "<<:", "- {name: ")  # fmt: skip
 TARGET = Target("studies", run, seeds, [*KINDS, *DenseConfig.__dataclass_fields__, *WORDS])
