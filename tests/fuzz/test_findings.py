@@ -10,12 +10,13 @@ import fuzz_checkpoints
 import pytest
 import torch
 
-from nogemm import HireConfig, LookupConfig, TreeConfig, ops
+from nogemm import BHConfig, HireConfig, LookupConfig, TreeConfig
 from nogemm.bench.report.write import write_report
 from nogemm.config import LayerConfig
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.files import parse_json
 from nogemm.models.loading import load_model
+from nogemm.ops.packed_hire import _fields, packed_hire
 from nogemm.study.plan import read_study
 from nogemm.study.reading import MOST_ROWS, read_yaml
 from nogemm.train import sources
@@ -23,6 +24,7 @@ from nogemm.train.errors import DataError
 from sample_results import demo_result, layer_result
 
 DEEP = "[" * 100_000
+BOMB = "a0: &a0 [1, 2]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
 
 
 def test_json_that_is_nested_too_deeply(tmp_path: Path) -> None:
@@ -51,8 +53,7 @@ def study(tmp_path: Path, text: str) -> Path:
         (f"seeds: [{'9' * 5000}]", "not YAML"),
         ("[" * 5000, "not YAML"),
         ("rows: &a [*a]", "more than 100,000 values"),
-        ("a: &a [1, 2]\n" + "\n".join(f"{chr(98 + i)}: &{chr(98 + i)} [{', '.join([f'*{chr(97 + i)}'] * 9)}]" for i in range(9)),
-         "more than 100,000 values"),
+        (BOMB, "more than 100,000 values"),
         ("rows: [{name: " + 201 * "a" + "}]", "200 at most"),
     ],
 )  # fmt: skip
@@ -114,6 +115,7 @@ def test_results_that_cannot_be_drawn_are_named(tmp_path: Path, bad: dict[str, A
         (["quantization_config", "checksums", "encoder.layer.0"], [1]),
         (["quantization_config", "fitted"], "trained"),
         (["quantization_config", "head"], 3),
+        (["quantization_config", "holders"], {"encoder.layer.0": 1}),
     ],
 )
 def test_damaged_config_json_is_named(tmp_path: Path, path: list[Any], value: Any) -> None:
@@ -127,7 +129,7 @@ def test_damaged_config_json_is_named(tmp_path: Path, path: list[Any], value: An
 
 
 LAYERS: dict[str, LayerConfig] = {
-    "packed_lookup": LookupConfig(tables=4, bits=3),
+    "packed_lookup": LookupConfig(tables=4, bits=3, projection=BHConfig(block=8)),
     "packed_tree": TreeConfig(depth=3),
     "packed_hire": HireConfig(keep=0.2, static=3),
 }
@@ -157,10 +159,8 @@ def test_every_word_of_a_packed_header_is_checked(op: str) -> None:
 def test_neurons_that_are_not_there_are_refused() -> None:
     layer = LAYERS["packed_hire"].build(24, 20, hidden=40).eval().pack("fp32", "rows")
     packed = layer.get_buffer("packed").clone()
-    assert ops.packed_hire(torch.randn(1, 24), packed, 20).shape == (1, 20)
-    from nogemm.ops.packed_hire import _fields
-
+    assert packed_hire(torch.randn(1, 24), packed, 20).shape == (1, 20)
     at = int(packed[8 * list(_fields()).index("always") :][:8].view(torch.int64))
     packed[at : at + 4] = torch.tensor([10**6], dtype=torch.int32).view(torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match="neurons that are not there"):
-        ops.packed_hire(torch.randn(1, 24), packed, 20)
+        packed_hire(torch.randn(1, 24), packed, 20)
