@@ -207,6 +207,7 @@ void hire(Choices& c) {
   h.groups = (h.hidden + h.group - 1) / h.group;
   const bool sketched = h.select == kScores || c.coin();
   h.candidates = sketched ? c.below(h.groups + 1) : h.groups, h.kept = c.below(h.candidates + 1);
+  h.width = h.d;
   h.keep_z = static_cast<double>(c.below(5)) - 2, h.wide_z = h.keep_z - 1;
   Layout layout{round_up(static_cast<int64_t>(sizeof h), 64)};
   const int64_t padded = round_up(h.hidden, kSketchRows), item = h.mode == kHireF32 ? 4 : h.mode == kHireBF16 ? 2 : 1;

@@ -241,10 +241,12 @@ bool is_layer(const HireHeader& h) {
 void need_sketch(const HireHeader& h, Sections& sections) {
   const int64_t padded = round_up(h.hidden, kSketchRows);
   sections.need(h.gate_bias, {padded, 4});
+  const bool whole = h.reduce == 0;
+  sections.inside = sections.inside && (whole ? h.width == h.d : h.sketch != 0);  // scratch is made of it, too
   if (h.sketch == 0) return;
   const int64_t columns = h.nibbles != 0 ? 8 : 4;
   sections.inside = sections.inside && within(h.width, 1, (int64_t{1} << 31) - columns) &&
-                    h.steps == (h.width + columns - 1) / columns && (h.reduce != 0 || h.width == h.d);
+                    h.steps == (h.width + columns - 1) / columns;
   sections.need(h.sketch, {padded, h.steps, 4});
   sections.need(h.sketch_scale, {padded, 4});
   sections.may_have(h.reduce, {h.width, h.d, 4});
