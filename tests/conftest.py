@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from nogemm import ops
 from nogemm.bench import peers
@@ -18,6 +19,13 @@ from nogemm.hardware.speeds import Speeds, use_speeds
 # A run that a shell starts in the background inherits that Ctrl-C is ignored; tests send it to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same few examples in every run, or many new ones: `pytest --hypothesis-profile=many`. A machine may be busy, so no
+# example has a time to keep; fixtures set what is the same for all examples.
+_ALL = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("few", max_examples=4, derandomize=True, **_ALL)
+settings.register_profile("many", max_examples=100, print_blob=True, **_ALL)
+settings.load_profile("few")
 
 # What a test measures about the machine is not kept for the user who runs it.
 _CACHE = tempfile.TemporaryDirectory(prefix="nogemm-tests-")

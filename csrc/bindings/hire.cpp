@@ -22,6 +22,7 @@ constexpr int64_t kTokens = 16;  // tokens that share a pass over the codes
 
 const char* check_buffer(const void* packed, int64_t bytes, int64_t* d, int64_t* d_out) {
   if (const char* error = hire_check(packed, bytes)) return error;
+  if (const char* error = hire_check_body(packed)) return error;
   *d = static_cast<const HireHeader*>(packed)->d;
   *d_out = static_cast<const HireHeader*>(packed)->d_out;
   return nullptr;

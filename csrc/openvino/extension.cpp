@@ -28,14 +28,15 @@ namespace {
 // What a kind of packed layer answers to; see packed/lookup/pack.h. A buffer is tried with each until one knows its header.
 struct Kind {
   const char* (*check)(const void* packed, int64_t bytes, int64_t* d, int64_t* d_out);
+  const char* (*check_body)(const void* packed);  // null: nothing behind the header can lead astray
   int64_t (*workspace)(const void* packed, int64_t tokens, int64_t threads);
   void (*forward)(const void* packed, const void* x, int64_t x_dtype, int64_t x_stride, void* y, int64_t tokens,
                   void* workspace, const NogemmHost* host);
 };
 constexpr Kind kKinds[] = {
-    {nogemm_lookup_check, nogemm_lookup_workspace, nogemm_lookup_forward},
-    {nogemm_tree_check, nogemm_tree_workspace, nogemm_tree_forward},
-    {nogemm_hire_check, nogemm_hire_workspace, nogemm_hire_forward},
+    {nogemm_lookup_check, nullptr, nogemm_lookup_workspace, nogemm_lookup_forward},
+    {nogemm_tree_check, nullptr, nogemm_tree_workspace, nogemm_tree_forward},
+    {nogemm_hire_check, nogemm_hire_check_body, nogemm_hire_workspace, nogemm_hire_forward},
 };
 
 class PackedFFN : public ov::op::Op {
@@ -78,6 +79,8 @@ class PackedFFN : public ov::op::Op {
     const char* packed = weights_.at(inputs[1].data(), static_cast<int64_t>(inputs[1].get_byte_size()));
     int64_t d = 0;
     const Kind& kind = kind_of(packed, static_cast<int64_t>(inputs[1].get_byte_size()), d);
+    const char* error = kind.check_body == nullptr ? nullptr : kind.check_body(packed);
+    OPENVINO_ASSERT(error == nullptr, "nogemm: this library cannot run the packed layer: ", error);
     ov::Shape shape = x.get_shape();
     OPENVINO_ASSERT(!shape.empty(), "nogemm: x must have a width, got a scalar");
     check_width(static_cast<int64_t>(shape.back()), d);

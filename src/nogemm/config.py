@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from nogemm.errors import ConfigError
+from nogemm.files import parse_json
 from nogemm.shape import FFNShape
 
 if TYPE_CHECKING:
@@ -37,6 +38,24 @@ class Config(ABC):
 
     kind: ClassVar[str]
     family: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Check what a field's annotation alone tells; a config with more to check calls this first.
+
+        Raises:
+            ConfigError: a word that is none of a Literal's, a bool that is none, or a float that is no finite number.
+        """
+        check_choices(self)
+        owner = type(self).__name__
+        for name, kinds in _plain_kinds(type(self)).items():
+            value = getattr(self, name)
+            if value is None and type(None) in kinds:
+                continue
+            if bool in kinds and not isinstance(value, bool):
+                raise ConfigError(f"{owner}: {name} must be true or false, got {name}={value!r}")
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+            if float in kinds and not number:
+                raise ConfigError(f"{owner}: {name} must be a finite number, got {name}={value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Return {"kind": ..., field: value, ...}; nested configs likewise, JSON values only."""
@@ -206,8 +225,8 @@ def _plain(value: Any) -> Any:
 
 def _read_value(text: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError:
+        return parse_json(text)
+    except ValueError:  # no JSON, or a number of more digits than Python reads
         return text
 
 
@@ -280,6 +299,16 @@ def _choices(cls: type[Config]) -> dict[str, tuple[str | None, ...]]:
     hints = typing.get_type_hints(cls)
     found = {field.name: _words(hints[field.name]) for field in dataclasses.fields(cls)}
     return {name: words for name, words in found.items() if any(word is not None for word in words)}
+
+
+@functools.cache
+def _plain_kinds(cls: type[Config]) -> dict[str, tuple[Any, ...]]:
+    """Return {field: what its value may be} of the fields that are a bool or a float, or None instead."""
+    hints = typing.get_type_hints(cls)
+    kinds = {
+        field.name: typing.get_args(hints[field.name]) or (hints[field.name],) for field in dataclasses.fields(cls)
+    }
+    return {name: own for name, own in kinds.items() if own[0] in (bool, float) and set(own[1:]) <= {type(None)}}
 
 
 def _words(hint: Any) -> tuple[str | None, ...]:

@@ -53,6 +53,18 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         file.write(data)
 
 
+def parse_json(text: str) -> Any:
+    """Read a JSON text, as `json.loads` does.
+
+    Raises:
+        ValueError: it is no JSON, or nests deeper than Python's stack, where `json.loads` raises a RecursionError.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("lists or objects in it are nested too deeply") from None
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     write_atomically(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())

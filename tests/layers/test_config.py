@@ -7,7 +7,7 @@ import pytest
 import nogemm
 from nogemm.config import layer_config, parse_set
 from nogemm.errors import ConfigError
-from nogemm.testing.cases import LOOKUP_CASES
+from nogemm.testing.cases import KINDS, LOOKUP_CASES
 
 
 @pytest.mark.parametrize("config", [c.config for c in LOOKUP_CASES] + [nogemm.DenseConfig(hidden=5)])
@@ -37,6 +37,9 @@ def test_set_words() -> None:
         ({"score": "softmax"}, "gelu, sigmoid.*score='softmax'"),
         ({"storage": "int4"}, "storage='int4'"),
         ({"norm_eps": -1e-5}, "norm_eps"),
+        ({"norm_eps": float("inf")}, "norm_eps must be a finite number, got norm_eps=inf"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan"),
+        ({"norm": 1}, "norm must be true or false, got norm=1"),
         ({"projection": 3}, "projection.* 3$"),
     ],
 )
@@ -73,3 +76,22 @@ def test_block_must_be_a_power_of_two(block: int) -> None:
 def test_block_must_divide_the_padded_width() -> None:
     with pytest.raises(ConfigError, match=r"block=64.* 32 \(d_in=20"):
         nogemm.LookupConfig(tables=2, bits=2).build(20)
+
+
+def test_numbers_and_switches_of_every_kind_are_checked() -> None:
+    for kind, config in KINDS.items():
+        for name, value in config.to_dict().items():
+            if isinstance(value, float):
+                with pytest.raises(ConfigError, match=f"{name}="):
+                    layer_config({**config.to_dict(), name: float("nan")})
+            elif isinstance(value, bool):
+                with pytest.raises(ConfigError, match=f"{name}='yes'"):
+                    layer_config({**config.to_dict(), name: "yes"})
+        assert layer_config(config.to_dict()).kind == kind
+
+
+def test_a_number_of_too_many_digits_is_a_word() -> None:
+    with pytest.raises(ConfigError, match="tables must be an integer"):
+        parse_set(nogemm.LookupConfig, ["tables=" + "9" * 5000])
+    with pytest.raises(ConfigError, match="tables must be an integer"):
+        parse_set(nogemm.LookupConfig, ["tables=" + "[" * 100_000])

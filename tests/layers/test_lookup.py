@@ -218,3 +218,18 @@ def test_not_finite_tokens_stay_alone() -> None:
         assert y[1].isnan().all(), case.name
         assert y[2].isnan().all(), case.name
         torch.testing.assert_close(y[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("storage", ["bf16", "int8"])
+def test_a_layer_built_with_compressed_tables_has_no_stray_memory(storage: str) -> None:
+    """Its tables start at zero, and what stands around them as in any other layer: never what lay in memory before."""
+    config = nogemm.LookupConfig(tables=4, bits=3, storage=storage, projection=nogemm.BHConfig(block=8))
+    layers = []
+    for value in (1e30, float("nan")):
+        before = [torch.full((size,), value) for size in range(1, 600)]
+        del before
+        torch.manual_seed(0)
+        layers.append(config.build(16, 12).eval())
+    first, second = layers
+    check_same_tensors(storage, second, first)
+    assert not first(torch.randn(5, 16)).any()

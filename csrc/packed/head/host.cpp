@@ -8,6 +8,7 @@
 #include "dispatch.h"
 #include "packed/head/format.h"
 #include "packed/head/run.h"
+#include "packed/host/sections.h"
 #include "packed/neurons/state.h"
 
 namespace nogemm {
@@ -105,20 +106,22 @@ extern "C" const char* nogemm_head_check(const void* packed, int64_t packed_byte
   if (h->version != kHeadVersion) return "codes of another version; export the model again";
   constexpr const char* kDamaged = "damaged codes; export the model again";
   const auto most = std::numeric_limits<int32_t>::max() - kSketchRows;
-  if (h->bytes != packed_bytes || h->d < 1 || h->rows < 1 || h->rows >= most || h->dtype < 0 ||
+  if (h->bytes != packed_bytes || h->d < 1 || h->d > (1 << 20) || h->rows < 1 || h->rows >= most || h->dtype < 0 ||
       h->dtype > NOGEMM_X_FP16)
     return kDamaged;
   const int64_t groups = (h->rows + kSketchRows - 1) / kSketchRows;
   if (h->width8 < 0 || h->width4 < 0 || h->width8 > h->d || h->width4 > h->d - h->width8) return kDamaged;
   const int64_t width_rest = h->d - h->width8 - h->width4, step = groups * 4 * kSketchRows;
-  const auto inside = [&](int64_t offset, int64_t bytes) {
-    return offset >= 0 && offset <= packed_bytes && bytes <= packed_bytes - offset;
-  };
-  if (!inside(h->eight, (h->width8 + 3) / 4 * step) || !inside(h->four, (h->width4 + 7) / 8 * step) ||
-      !inside(h->rest, (width_rest + 7) / 8 * step) || !inside(h->numbers, groups * kHeadNumbers * kSketchRows * 2) ||
-      !inside(h->project, h->d * h->d * 4) || !inside(h->mean, h->d * 4) || !inside(h->limits, 6 * 4) ||
-      !inside(h->bias, h->bias == 0 ? 0 : h->rows * 4))
-    return kDamaged;
+  Sections sections{packed_bytes, static_cast<int64_t>(sizeof(HeadHeader))};
+  sections.need(h->eight, {(h->width8 + 3) / 4, step});
+  sections.need(h->four, {(h->width4 + 7) / 8, step});
+  sections.need(h->rest, {(width_rest + 7) / 8, step});
+  sections.need(h->numbers, {groups, kHeadNumbers * kSketchRows * 2});
+  sections.need(h->project, {h->d, h->d, 4});
+  sections.need(h->mean, {h->d, 4});
+  sections.need(h->limits, {6, 4});
+  sections.may_have(h->bias, {h->rows, 4});
+  if (!sections.inside) return kDamaged;
   *d = h->d, *rows = h->rows, *row_bytes = h->d * (h->dtype == NOGEMM_X_FP32 ? 4 : 2);
   return nullptr;
 }

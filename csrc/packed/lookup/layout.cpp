@@ -12,6 +12,8 @@
 namespace nogemm {
 namespace {
 
+constexpr double kMostBytes = 1152921504606846976.0;  // 2^60
+
 bool power_of_two(int64_t n) { return n > 0 && (n & (n - 1)) == 0; }
 
 // Of each repeat.
@@ -48,7 +50,41 @@ const char* check_bh(const NogemmLookupSpec& s) {
   if (s.repeats < 1 || s.repeats != needed)
     return lookup_say("repeats = %lld: %lld columns, %lld from each, need %lld", (long long)s.repeats,
                       (long long)(s.tables * s.bits), (long long)taken, (long long)needed);
+  // Bytes of the weights, in floating point, where too many are not undefined.
+  const double products = static_cast<double>(s.repeats) * static_cast<double>(s.rounds) *
+                          static_cast<double>(std::max<int64_t>(s.width, 16));
+  if (products * static_cast<double>(std::max<int64_t>(s.block, 16)) * 4 > kMostBytes)
+    return "the weights of the projection would fill more than 2^60 bytes";
   return nullptr;
+}
+
+// The specification that a header describes, if its projection is of this kind; pointers are not to be followed.
+NogemmLookupSpec described(const LookupHeader& h, int64_t projection) {
+  static const float there = 0;
+  NogemmLookupSpec s{};
+  s.mode = h.mode, s.d = h.d, s.d_out = h.d_out, s.tables = h.tables, s.bits = h.bits;
+  s.neighbours = h.neighbours, s.score = h.score, s.projection = projection;
+  s.eps = static_cast<double>(h.eps), s.mix = 1.0;
+  s.gamma = h.norm != 0 ? &there : nullptr;
+  s.weight = &there, s.table_rows = &there;
+  if (projection == NOGEMM_LOOKUP_DENSE) return s;
+  s.rounds = h.rounds, s.repeats = h.repeats, s.block = h.block_in, s.columns = h.columns;
+  s.width = h.in_width();  // of a narrower map, which fills one block of 16, too: it has fewer columns
+  if (h.residual != 0) s.mix = 1.0 - static_cast<double>(h.keep);
+  return s;
+}
+
+// Whether nogemm_lookup_pack would write this header: a checksum is no proof, since anybody can compute it.
+bool is_packed(const LookupHeader& h) {
+  for (const int64_t projection : {NOGEMM_LOOKUP_DENSE, NOGEMM_LOOKUP_BH}) {
+    const NogemmLookupSpec s = described(h, projection);
+    if (lookup_check_spec(s) != nullptr) continue;
+    LookupHeader own = lookup_layout(s);
+    if (own.residual != 0) own.keep = h.keep;  // the last bit of 1 - (1 - keep)
+    own.checksum = h.checksum;
+    if (std::memcmp(&own, &h, sizeof h) == 0) return true;
+  }
+  return false;
 }
 
 }  // namespace
@@ -170,7 +206,8 @@ extern "C" const char* nogemm_lookup_check(const void* packed, int64_t packed_by
   if (h.magic != kLookupMagic) return "not a packed LookupFFN";
   if (h.version != kLookupVersion)
     return lookup_say("packed by version %u of the format, this is version %u: pack again", h.version, kLookupVersion);
-  if (h.checksum != header_checksum(h) || h.bytes > packed_bytes) return "the packed LookupFFN is damaged: pack again";
+  if (h.checksum != header_checksum(h) || h.bytes > packed_bytes || !is_packed(h))
+    return "the packed LookupFFN is damaged: pack again";
   *d = h.d;
   *d_out = h.d_out;
   return nullptr;

@@ -26,6 +26,8 @@ extern "C" const char* nogemm_hire_check(const void* packed, int64_t packed_byte
   return nullptr;
 }
 
+extern "C" const char* nogemm_hire_check_body(const void* packed) { return hire_check_body(packed); }
+
 extern "C" int64_t nogemm_hire_workspace(const void* packed, int64_t tokens, int64_t threads) {
   return hire_workspace(*static_cast<const HireHeader*>(packed), tokens, threads);
 }

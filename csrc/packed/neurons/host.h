@@ -17,6 +17,9 @@ NOGEMM_API void nogemm_hire_prepare(void* memory, int64_t bytes);
 // alone.
 NOGEMM_API const char* nogemm_hire_check(const void* packed, int64_t packed_bytes, int64_t* d, int64_t* d_out);
 
+// Null if the numbers of neurons behind a header that passed nogemm_hire_check may be followed. Looks at the whole buffer.
+NOGEMM_API const char* nogemm_hire_check_body(const void* packed);
+
 // Scratch bytes that nogemm_hire_forward needs for `tokens` tokens on `threads` threads.
 NOGEMM_API int64_t nogemm_hire_workspace(const void* packed, int64_t tokens, int64_t threads);
 

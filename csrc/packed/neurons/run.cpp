@@ -3,6 +3,8 @@
 #include <cstring>
 #include <limits>
 
+#include "packed/host/activations.h"
+#include "packed/host/sections.h"
 #include "packed/neurons/pick.h"
 
 namespace nogemm {
@@ -216,6 +218,58 @@ void run_own(int64_t worker, void* arg) {
   }
 }
 
+bool within(int64_t value, int64_t low, int64_t high) { return low <= value && value <= high; }
+
+// What a header says of the layer, whatever lies where.
+bool is_layer(const HireHeader& h) {
+  constexpr int64_t most = (int64_t{1} << 31) - 2 * kSketchRows;
+  if (!within(h.d, 1, most) || !within(h.d_out, 1, most) || !within(h.hidden, 1, most)) return false;
+  if (!within(h.mode, kHireF32, kHireI8) || !within(h.gated, 0, 1) || !within(h.act, 0, NOGEMM_ACTIVATIONS - 1) ||
+      !within(h.key, kKeySigned, NOGEMM_ACTIVATIONS - 1) || !within(h.select, kTopK, kScores) ||
+      !within(h.nibbles, 0, 1))
+    return false;
+  if (!within(h.group, 1, h.hidden) || h.groups != (h.hidden + h.group - 1) / h.group) return false;
+  if (!within(h.kept, 0, h.groups) || !within(h.candidates, h.kept, h.groups) ||
+      !within(h.always_count, 0, h.always == 0 ? 0 : h.groups))
+    return false;
+  if ((h.moments != 0) != (h.select == kGaussian) || (h.margin_error != 0) != (h.margin_size != 0)) return false;
+  if (h.select == kScores) return h.sketch != 0 && h.reduce == 0 && h.d_out == h.hidden;
+  // All neurons are candidates of a layer without a sketch.
+  return h.sketch != 0 || h.select != kTopK || h.candidates == h.groups;
+}
+
+void need_sketch(const HireHeader& h, Sections& sections) {
+  const int64_t padded = round_up(h.hidden, kSketchRows);
+  sections.need(h.gate_bias, {padded, 4});
+  const bool whole = h.reduce == 0;
+  sections.inside = sections.inside && (whole ? h.width == h.d : h.sketch != 0);  // scratch is made of it, too
+  if (h.sketch == 0) return;
+  const int64_t columns = h.nibbles != 0 ? 8 : 4;
+  sections.inside = sections.inside && within(h.width, 1, (int64_t{1} << 31) - columns) &&
+                    h.steps == (h.width + columns - 1) / columns;
+  sections.need(h.sketch, {padded, h.steps, 4});
+  sections.need(h.sketch_scale, {padded, 4});
+  sections.may_have(h.reduce, {h.width, h.d, 4});
+}
+
+void need_rows(const HireHeader& h, Sections& sections) {
+  const int64_t item = h.mode == kHireF32 ? 4 : h.mode == kHireBF16 ? 2 : 1;
+  const int64_t in = round_up(h.d * item, 64), out = round_up(h.d_out * item, 64);
+  sections.inside = sections.inside && h.up_at == (h.gated != 0 ? in : 0) && h.down_at == h.up_at + in &&
+                    h.bundle_bytes == h.down_at + out;
+  sections.need(h.bundles, {h.hidden, h.bundle_bytes});
+  sections.may_have(h.up_bias, {h.hidden, 4});
+  sections.may_have(h.out_bias, {h.d_out, 4});
+  if (h.mode == kHireI8) sections.need(h.scales, {3, h.hidden, 4});
+  sections.inside = sections.inside && (h.mode == kHireI8 || h.scales == 0);
+  sections.may_have(h.always, {h.always_count, 4});
+  sections.may_have(h.margin_error, {h.hidden, 4});
+  sections.may_have(h.margin_size, {h.hidden, 4});
+  if (h.moments == 0) return;
+  sections.inside = sections.inside && h.moments_stride == round_up(h.d + 1, 16) * 4;
+  sections.need(h.moments, {h.d + 2, h.moments_stride});
+}
+
 Chunk whole_call(const KernelTable& table, const void* packed, const void* x, Dtype x_dtype) {
   Chunk whole{};
   whole.layer = {static_cast<const HireHeader*>(packed), static_cast<const char*>(packed), &table.hire};
@@ -272,19 +326,23 @@ void hire_choose(const KernelTable& table, const void* packed, const void* x, Dt
 }
 
 const char* hire_check(const void* packed, int64_t bytes) {
+  constexpr const char* kDamaged = "a damaged buffer; pack the layer again";
   const auto* h = static_cast<const HireHeader*>(packed);
   if (bytes < static_cast<int64_t>(sizeof(HireHeader)) || h->magic != kHireMagic) return "not a packed HireFFN";
   if (h->version != kHireVersion) return "a buffer of another version; pack the layer again";
-  if (h->bytes != bytes || h->d < 1 || h->d_out < 1 || h->hidden < 1 || h->mode < 0 || h->mode > 2)
-    return "a damaged buffer; pack the layer again";
-  const int64_t bundles = h->bundles + h->hidden * h->bundle_bytes;
-  const int64_t sketch = h->sketch + round_up(h->hidden, kSketchRows) * h->steps * 4;
-  const int64_t moments = h->moments + (h->moments == 0 ? 0 : (h->d + 2) * h->moments_stride);
-  if (h->select == kScores && (h->sketch == 0 || h->reduce != 0 || h->d_out != h->hidden))
-    return "a damaged buffer; pack the layer again";
-  if (bundles > bytes || sketch > bytes || moments > bytes || (h->moments != 0) != (h->select == kGaussian) ||
-      h->group < 1 || h->kept > h->groups || h->candidates > h->groups)
-    return "a damaged buffer; pack the layer again";
+  if (h->bytes != bytes || !is_layer(*h)) return kDamaged;
+  Sections sections{bytes, static_cast<int64_t>(sizeof(HireHeader))};
+  need_sketch(*h, sections);
+  if (h->select != kScores) need_rows(*h, sections);
+  return sections.inside ? nullptr : kDamaged;
+}
+
+const char* hire_check_body(const void* packed) {
+  const auto* h = static_cast<const HireHeader*>(packed);
+  const Layer layer{h, static_cast<const char*>(packed), nullptr};
+  const int32_t* always = layer.at<int32_t>(h->always);
+  for (int64_t i = 0; i < h->always_count; ++i)
+    if (always[i] < 0 || always[i] >= h->groups) return "a damaged buffer: it names neurons that are not there";
   return nullptr;
 }
 

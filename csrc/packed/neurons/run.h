@@ -4,8 +4,12 @@
 
 namespace nogemm {
 
-// Null if `packed` is a whole buffer that the kernels may read, else what is wrong.
+// Null if `packed` begins with the header of a buffer of so many bytes that the kernels may read, else what is wrong.
+// Looks at the header alone.
 const char* hire_check(const void* packed, int64_t bytes);
+
+// Null if what hire_check does not look at, the numbers of neurons behind the header, may be followed.
+const char* hire_check_body(const void* packed);
 
 // Scratch that hire_forward needs for `tokens` tokens on `threads` threads.
 int64_t hire_workspace(const HireHeader& header, int64_t tokens, int64_t threads);

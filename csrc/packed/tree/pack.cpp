@@ -20,6 +20,12 @@ const char* check_spec(const NogemmTreeSpec& s) {
   if (s.activation < 0 || s.activation >= NOGEMM_ACTIVATIONS) return "unknown activation";
   if (s.d < 1 || s.d_out < 1 || s.trees < 1 || s.core < 0) return "widths and trees must be positive";
   if (s.levels < 1 || s.levels > 21) return "levels must be from 1 to 21";
+  // Bytes, in floating point, where too many are not undefined.
+  if (s.d > (1 << 20) || s.d_out > (1 << 20)) return "widths must be at most 2^20";
+  const double nodes = static_cast<double>(s.trees) * static_cast<double>(int64_t{1} << s.levels);
+  const double numbers = static_cast<double>(s.d) + static_cast<double>(s.d_out) + 64;
+  if (s.trees >= (int64_t{1} << 31) || (nodes + static_cast<double>(s.core)) * numbers > 1e17)
+    return "the nodes would fill more than 2^57 bytes";
   if (s.in_rows == nullptr || s.out_rows == nullptr || (s.core > 0 && (s.core_in == nullptr || s.core_out == nullptr)))
     return "rows are missing";
   return nullptr;
@@ -44,6 +50,18 @@ TreeHeader layout(const NogemmTreeSpec& s) {
   h.core_at = h.nodes_at + s.trees * ((int64_t{1} << s.levels) - 1) * h.record;
   h.bytes = h.core_at + s.core * h.record;
   return h;
+}
+
+// Whether nogemm_tree_pack would write this header.
+bool is_packed(const TreeHeader& h) {
+  static const float there = 0;
+  NogemmTreeSpec s{};
+  s.mode = h.mode, s.activation = h.activation, s.d = h.d, s.d_out = h.d_out;
+  s.trees = h.trees, s.levels = h.levels, s.core = h.core;
+  s.in_rows = s.out_rows = s.core_in = s.core_out = &there;  // not to be followed
+  if (check_spec(s) != nullptr) return false;
+  const TreeHeader own = layout(s);
+  return std::memcmp(&own, &h, sizeof h) == 0;
 }
 
 uint16_t narrow(float x) {
@@ -130,6 +148,7 @@ extern "C" const char* nogemm_tree_check(const void* packed, int64_t packed_byte
     return "not a packed TreeFFN";
   const auto* h = static_cast<const TreeHeader*>(packed);
   if (h->bytes != packed_bytes) return "not a packed TreeFFN: its size is wrong";
+  if (!is_packed(*h)) return "the packed TreeFFN is damaged: pack again";
   *d = h->d;
   *d_out = h->d_out;
   return nullptr;

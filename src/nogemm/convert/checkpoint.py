@@ -17,7 +17,6 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import json
 import sys
 import uuid
 import zlib
@@ -34,6 +33,7 @@ from nogemm.convert._reading import is_module
 from nogemm.convert.fitted import fitted_state
 from nogemm.convert.sites import Installed, converted, installed, remember, survey
 from nogemm.errors import CheckpointError
+from nogemm.files import parse_json
 from nogemm.heads import head_of
 from nogemm.layers import FFN
 
@@ -155,6 +155,12 @@ def check_format(stored: dict[str, Any]) -> None:
             "config.json: quantization_config is not a complete nogemm description (format and sites); restore it "
             "from the save, or save the model again"
         )
+    for name, kind in {"sites": dict, "fitted": str, "checksums": dict, "holders": dict}.items():
+        entries = stored.get(name, {})
+        if not isinstance(entries, dict) or not all(isinstance(entry, kind) for entry in entries.values()):
+            raise CheckpointError(f"config.json: {name} in quantization_config is damaged: restore it from the save")
+    if not isinstance(stored.get("head", {}), dict):
+        raise CheckpointError("config.json: head in quantization_config is damaged: restore it from the save")
 
 
 def check_files(stored: dict[str, Any], files: Sequence[str | Path] | None) -> None:
@@ -239,7 +245,7 @@ def attached_by(attach_to: Callable[[Any], None]) -> None:
 def is_checkpoint(path: str | Path) -> bool:
     """Tell whether `path` is a directory that holds a converted model."""
     try:
-        config = json.loads((Path(path) / "config.json").read_text())
+        config = parse_json((Path(path) / "config.json").read_text())
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == METHOD

@@ -25,7 +25,7 @@ import numpy as np
 
 from nogemm.errors import ConfigError
 from nogemm.export.openvino_host import computes_bf16, shared_core
-from nogemm.files import cache_folder, write_json
+from nogemm.files import cache_folder, parse_json, write_json
 from nogemm.hardware.cpu import machine, usable_cores
 
 RESTS = ("auto", "float", "int8")
@@ -95,7 +95,7 @@ def _gain_of(*forced: str) -> dict[int, float]:
 
 
 def _read(file: Path) -> dict[int, float]:
-    values = json.loads(file.read_text(encoding="utf-8"))
+    values = parse_json(file.read_text(encoding="utf-8"))
     found = {n: float(values[str(n)]) for n in TOKENS}
     if not all(math.isfinite(gain) and gain > 0 for gain in found.values()):
         raise ValueError(f"{file}: not positive numbers")

@@ -5,7 +5,6 @@ Legend: B sequences, L tokens of the prompt, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from nogemm.export import openvino_host as host
 from nogemm.export.folder import RECORD, check_format
 from nogemm.export.memory import Memory
 from nogemm.export.steps import HostHead, HostSteps
+from nogemm.files import parse_json
 
 MODES = ("exact", "deferred")
 _PRECISIONS = (None, "f32")
@@ -187,7 +187,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         CheckpointError: there is no exported decoder, or a file of it is missing.
     """
     try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
         check_format(folder, record)
         names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
         needed = {key: record[key] for key in ("head", "vocabulary", "positions", "ends")}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from nogemm import ops
-from nogemm.files import cache_folder, write_json
+from nogemm.files import cache_folder, parse_json, write_json
 from nogemm.hardware.cpu import machine, usable_cores
 from nogemm.hardware.held import held_to
 from nogemm.ops._packing import PACK_MODES, quantise_rows
@@ -139,7 +139,7 @@ def use_speeds(known: Speeds) -> Iterator[None]:
 def _speeds_of(isa: str) -> Speeds:
     file = cache_file(isa)
     try:
-        return Speeds.from_dict(json.loads(file.read_text(encoding="utf-8")))
+        return Speeds.from_dict(parse_json(file.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         found = measure_speeds()
     with contextlib.suppress(OSError):

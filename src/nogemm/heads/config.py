@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nogemm.config import Config, check_choices, check_int, register
+from nogemm.config import Config, check_int, register
 from nogemm.errors import ConfigError
 
 HeadMode = Literal["exact", "deferred", "high_recall", "fast"]
@@ -41,7 +41,7 @@ class HeadConfig(Config):
     sketch: int = 128
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("HeadConfig", "verify_every", self.verify_every, 1)
         if self.rows is not None:
             check_int("HeadConfig", "rows", self.rows, 1)

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nogemm.errors import ConfigError
+from nogemm.files import parse_json
 
 PACKAGED = "all-MiniLM-L6-v2"
 MODULES = "modules.json"
@@ -79,7 +80,7 @@ def sentence_modules(root: str | Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
     try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
+        modules = parse_json(file.read_text(encoding="utf-8"))
         listed = [{**module, "path": str(module["path"]), "type": str(module["type"])} for module in modules]
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{file}: not a list of modules, each with a type and a path") from error

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nogemm.errors import CheckpointError, ConfigError
+from nogemm.errors import CheckpointError, ConfigError, NogemmError
 from nogemm.models.directory import model_directory, transformer_directory
 from nogemm.models.texts import prepare_tokenizer
 
@@ -58,7 +58,7 @@ def load_model(
     root = model_directory(path)
     folder = transformer_directory(root)
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code}
-    with _quiet(), _named_trust(path):
+    with _quiet(), _named_trust(path), _refusing(path):
         import transformers
 
         config = transformers.AutoConfig.from_pretrained(folder, **common)
@@ -90,7 +90,7 @@ def has_classifier(path: str | Path, *, trust_remote_code: bool = False) -> bool
     import transformers
 
     folder = transformer_directory(model_directory(path))
-    with _named_trust(path):
+    with _named_trust(path), _refusing(path):
         config = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
@@ -113,7 +113,7 @@ def load_with_new_head(
 
     folder = transformer_directory(model_directory(path))
     common: dict[str, Any] = {"local_files_only": True, "trust_remote_code": trust_remote_code, "dtype": torch.float32}
-    with _quiet(), _named_trust(path):
+    with _quiet(), _named_trust(path), _refusing(path):
         try:
             model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, output_loading_info=True, ignore_mismatched_sizes=True, **common, **settings
@@ -158,7 +158,7 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     if is_gguf(path):
         return prepare_tokenizer(_load_gguf(path, "AutoTokenizer"))
     folder = transformer_directory(model_directory(path))
-    with _named_trust(path):
+    with _named_trust(path), _refusing(path):
         return prepare_tokenizer(
             transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=trust_remote_code
@@ -272,6 +272,23 @@ def _without_bar() -> Iterator[None]:
         yield
     finally:
         reader.tqdm = bar
+
+
+@contextmanager
+def _refusing(path: str | Path) -> Iterator[None]:
+    """Make what transformers' parts stumble over in a damaged file an error that says so.
+
+    Its own refusals, which are an OSError, a ValueError or an ImportError, stay as they are.
+    """
+    try:
+        yield
+    except (NogemmError, OSError, ValueError, ImportError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: transformers cannot load this model ({type(error).__name__}: {error}). Was config.json or a "
+            "weight file edited or damaged?"
+        ) from error
 
 
 @contextmanager

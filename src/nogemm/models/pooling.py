@@ -9,7 +9,6 @@ Legend: S texts, L tokens of the longest, D width, E width of the embedding.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nogemm.errors import ConfigError
+from nogemm.files import parse_json
 from nogemm.models.directory import find_directory, root_directory, sentence_modules
 from nogemm.models.inner import inner_model
 
@@ -139,7 +139,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
+        return dict(parse_json(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{file}: not a JSON object") from error
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nogemm.config import ProjectionConfig, check_choices, check_int, register
+from nogemm.config import ProjectionConfig, check_int, register
 from nogemm.cost import Cost
 from nogemm.errors import ConfigError
 from nogemm.ops import block_product, hadamard
@@ -46,7 +46,7 @@ class BHConfig(ProjectionConfig):
     pad: Pad = "power_of_two"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("BHConfig", "rounds", self.rounds, 1)
         check_int("BHConfig", "block", self.block, 1)
         if self.block & (self.block - 1):

@@ -29,6 +29,7 @@ class AcdcConfig(ProjectionConfig):
     bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("AcdcConfig", "depth", self.depth, 1)
 
     def build(self, d_in: int, d_out: int) -> DiagonalChain:
@@ -45,6 +46,7 @@ class HadamardChainConfig(ProjectionConfig):
     bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("HadamardChainConfig", "depth", self.depth, 1)
 
     def build(self, d_in: int, d_out: int) -> DiagonalChain:
@@ -65,6 +67,7 @@ class RandomHadamardConfig(ProjectionConfig):
     bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.learnable, bool):
             raise ConfigError(f"RandomHadamardConfig: learnable must be true or false, got learnable={self.learnable}")
 

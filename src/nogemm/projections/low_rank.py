@@ -27,6 +27,7 @@ class LowRankConfig(ProjectionConfig):
     bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("LowRankConfig", "rank", self.rank, 1)
 
     def build(self, d_in: int, d_out: int) -> LowRankProjection:

@@ -30,6 +30,7 @@ class ShuffleProjectionConfig(ProjectionConfig):
     bias: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("ShuffleProjectionConfig", "block", self.block, 1)
 
     def build(self, d_in: int, d_out: int) -> ShuffleProjection:

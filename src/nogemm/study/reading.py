@@ -10,6 +10,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,11 @@ _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$")
 _FLOAT = re.compile(r"^(?:[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$")
 _HOLE = re.compile(r"\{([^{}]+)\}")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,199}")
+MOST_NODES = 100_000
+"""Values in a study file, those behind an alias counted as often as it stands: nine lines of aliases make a billion."""
+MOST_ROWS = 10_000
+"""Rows of a grid entry."""
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -39,7 +44,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_loader())  # a SafeLoader: plain values only
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such study file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except Exception as error:  # a tag raises what its reader does: ValueError, KeyError, ...
         raise ConfigError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a study file is a mapping with rows, got {type(data).__name__}")
@@ -53,7 +58,23 @@ def _loader() -> Any:
     def refusal(words: str, node: Any) -> Exception:
         return yaml.constructor.ConstructorError(None, None, words, node.start_mark)
 
+    def values(node: Any, known: dict[int, int]) -> int:
+        if id(node) not in known:
+            known[id(node)] = (
+                MOST_NODES + 1
+            )  # what it is while it is counted: an anchor inside of itself is refused, too
+            parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+            inside = () if isinstance(node, yaml.ScalarNode) else parts
+            known[id(node)] = 1 + sum(values(part, known) for part in inside)
+        return known[id(node)]
+
     class Loader(yaml.SafeLoader):
+        def get_single_node(self) -> Any:
+            node = super().get_single_node()
+            if node is not None and values(node, {}) > MOST_NODES:
+                raise refusal(f"with its aliases written out it has more than {MOST_NODES:,} values", node)
+            return node
+
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
             seen: set[Any] = set()
             for key_node, _ in node.value:
@@ -113,8 +134,8 @@ def check_name(name: Any, where: str) -> str:
     """Return a row's name, or raise ConfigError: names are names of folders, too."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(
-            f"{where}: a row's name must be letters, digits and . _ + = - with a letter or a digit in front, "
-            f"got {name!r}"
+            f"{where}: a row's name must be letters, digits and . _ + = - with a letter or a digit in front, 200 at "
+            f"most, got {name!r}"
         )
     return name
 
@@ -172,6 +193,9 @@ def multiplied(entry: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]
     empty = [name for (_, name), values in axes.items() if not values]
     if empty:
         raise ConfigError(f"{where}: the list of {empty[0]} is empty")
+    count = math.prod(map(len, axes.values()))
+    if count > MOST_ROWS:
+        raise ConfigError(f"{where}: its lists make {count:,} rows, more than {MOST_ROWS:,}")
     for chosen in itertools.product(*axes.values()):
         values = dict(zip(axes, chosen, strict=True))
         row = {name: value for name, value in entry.items() if name not in ("set", "options")}

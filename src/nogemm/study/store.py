@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nogemm.files import write_json
+from nogemm.files import parse_json, write_json
 from nogemm.study.errors import StudyError
 from nogemm.study.kinds import Job
 from nogemm.study.plan import Row, Study
@@ -154,7 +154,7 @@ class Store:
         study = self.study
         metric = study.kind.metric
         try:
-            before = json.loads((self.folder / "study.json").read_text(encoding="utf-8"))
+            before = parse_json((self.folder / "study.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             before = {}
         names = {"study": study.name, "of": study.kind.name}
@@ -200,7 +200,7 @@ def read_result(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(file.read_text(encoding="utf-8"))
         ok = found["kind"] == RUN and found["status"] in (DONE, FAILED) and isinstance(found["key"], dict)
     except (ValueError, KeyError, TypeError):
         ok = False

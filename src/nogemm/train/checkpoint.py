@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
-from nogemm.files import disk_is_full
+from nogemm.files import disk_is_full, parse_json
 from nogemm.train.errors import TrainingError
 
 VERSION = 1
@@ -151,7 +151,7 @@ def latest(directory: Path) -> Path | None:
     if not pointer.is_file():
         return None
     try:
-        path = directory / json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"]
+        path = directory / parse_json(pointer.read_text(encoding="utf-8"))["checkpoint"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{pointer} is damaged: {error}") from error
     return path
@@ -173,7 +173,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
         CheckpointError: a file is missing, truncated, or of a newer version.
     """
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        state = parse_json((path / "state.json").read_text(encoding="utf-8"))
         _check_version(path, state)
         parts = {name: load_file(path / f"{name}.safetensors") for name in state.get("parts", PARTS)}
     except (OSError, ValueError, TypeError, AttributeError, SafetensorError) as error:

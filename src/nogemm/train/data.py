@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nogemm.files import parse_json
 from nogemm.train.errors import DataError
 
 TEXTS_AT_ONCE = 1000
@@ -64,7 +65,7 @@ class TokenFile:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         try:
-            info = json.loads((directory / "info.json").read_text(encoding="utf-8"))
+            info = parse_json((directory / "info.json").read_text(encoding="utf-8"))
             self.key: dict[str, Any] = info["key"]
             self.offsets = np.memmap(directory / "offsets.bin", dtype=np.int64, mode="r")
             self.tokens = np.memmap(directory / "tokens.bin", dtype=np.int32, mode="r")

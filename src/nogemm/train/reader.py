@@ -14,7 +14,6 @@ from __future__ import annotations
 import csv
 import gzip
 import io
-import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,6 +22,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, cast
 
+from nogemm.files import parse_json
 from nogemm.train.errors import DataError
 
 SAMPLE = "sample"
@@ -162,7 +162,7 @@ def _json_rows(file: Any, name: str) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:  # its own text counts lines from this one on
             reason = getattr(error, "msg", error)
             raise DataError(f"{name}: line {number} is not JSON ({reason}); expected one object a line") from error

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nogemm.files import write_json
+from nogemm.files import parse_json, write_json
 from nogemm.train.errors import TrainingError
 
 SETTINGS, CLOCK = "settings.json", "clock.json"
@@ -103,7 +103,7 @@ def begin(folder: Path, settings: dict[str, Any], resume: bool) -> None:
 def read_json(file: Path) -> Any:
     """Return what a file holds; None if it is absent or no JSON, so that the work is done again."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
 

@@ -30,6 +30,7 @@ from nogemm.bench.profile.job import FIRST, WHOLE
 from nogemm.bench.profile.rows import phase_rows, roofline_points
 from nogemm.bench.profile.simulate import geometry, why_no_simulator
 from nogemm.errors import ConfigError, NativeError
+from nogemm.files import parse_json
 from nogemm.hardware.counters import why_no_counters
 from nogemm.hardware.roofline import Roofline, measure_rooflines
 from nogemm.layers import PackedFFN
@@ -244,7 +245,7 @@ def _read_counts(path: Path, settings: Mapping[str, Any]) -> dict[Key, Counts]:
     Raises:
         ConfigError: not a profile, or of another layer; the message names the first setting that differs.
     """
-    data = json.loads(path.read_text())
+    data = parse_json(path.read_text())
     if data.get("kind") != "profile" or data["counting"]["source"] != "cachegrind":
         raise ConfigError(f"--counts {path}: not a profile with simulated counts")
     for name in ("method", "set", "d", "hidden", "activation", "gated", "dtype", "checkpoint", "site", "seed"):

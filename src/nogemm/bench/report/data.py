@@ -9,7 +9,6 @@ file. Reading order: rows, `Results`, `read_results`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +33,10 @@ from nogemm.bench.report.tables import (
 )
 from nogemm.bench.report.tune import NEEDED
 from nogemm.errors import ConfigError
+from nogemm.files import parse_json
 
+UNFIT = (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError)
+"""What reading or drawing a result raises that lacks a field, or has something else in it than was to be expected."""
 METRICS = {
     "mrr_at_10": "MRR@10",
     "recall_at_10": "recall@10",
@@ -132,24 +134,38 @@ def read_results(paths: Sequence[str | Path]) -> Results:
     """
     results = Results()
     for path in map(Path, paths):
-        data = read_runs(path) if path.is_dir() else _read_json(path)
-        kind = _kind(data, path)
         try:
-            _READERS[kind](data, results)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path}: not a complete {kind} result ({type(error).__name__}: {error})") from error
-        if data.get("partial"):
-            results.notes.append(f"{path.name} is partial: {data.get('reason', 'its command did not end')}.")
-        machine = data.get("machine_line") or data.get("machine", {}).get("line", "")
-        for line in (machine, *data.get("machine_lines", ())):
-            if line and line not in results.machines:
-                results.machines.append(line)
+            _read(path, results)
+        except ConfigError:
+            raise
+        except UNFIT as error:
+            raise unfit(path, error) from error
     return results
+
+
+def unfit(path: Path, error: Exception, kind: str = "") -> ConfigError:
+    """Return the error for a file that lacks a part of a result, or has something else in its place."""
+    return ConfigError(f"{path}: not a complete {kind + ' ' * bool(kind)}result ({type(error).__name__}: {error})")
+
+
+def _read(path: Path, results: Results) -> None:
+    data = read_runs(path) if path.is_dir() else _read_json(path)
+    kind = _kind(data, path)
+    try:
+        _READERS[kind](data, results)
+    except UNFIT as error:
+        raise unfit(path, error, kind) from error
+    if data.get("partial"):
+        results.notes.append(f"{path.name} is partial: {data.get('reason', 'its command did not end')}.")
+    machine = data.get("machine_line") or data.get("machine", {}).get("line", "")
+    for line in (machine, *data.get("machine_lines", ())):
+        if line and line not in results.machines:
+            results.machines.append(line)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not JSON ({error})") from error
     if not isinstance(data, dict):
@@ -161,7 +177,7 @@ def _kind(data: Mapping[str, Any], path: Path) -> str:
     kind = data.get("kind")
     if kind is None and data.get("rows"):
         kind = "layer" if "cache" in data["rows"][0] else None
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         raise ConfigError(f"{path}: not a result file of nogemm (kind {kind!r}; known: {', '.join(_READERS)})")
     return kind
 

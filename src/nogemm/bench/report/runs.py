@@ -6,7 +6,6 @@ table comes from result files alone. Reading order: `read_runs`, `runs_table`, `
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -16,6 +15,7 @@ from nogemm.bench.quality.seeds import front, paired_difference, seed_mean
 from nogemm.bench.report.svg import Interval, Point, legend, lines, number, scatter
 from nogemm.bench.report.tables import TextTable
 from nogemm.errors import ConfigError
+from nogemm.files import parse_json
 
 KIND = "study-table"
 _FIGURES = (
@@ -59,7 +59,7 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path.parent}: no results of a study: {path.name} is missing") from None
     except ValueError as error:

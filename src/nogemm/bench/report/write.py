@@ -13,7 +13,7 @@ from string import Template
 from typing import Any, TypeVar
 
 from nogemm.bench.profile.tables import energy_table, profile_table, projection_table, shape_line
-from nogemm.bench.report.data import METRICS, QualityRow, Results, SpeedRow, read_results
+from nogemm.bench.report.data import METRICS, UNFIT, QualityRow, Results, SpeedRow, read_results, unfit
 from nogemm.bench.report.page import PAGE
 from nogemm.bench.report.profile import profile_charts
 from nogemm.bench.report.runs import runs_charts, runs_table
@@ -38,8 +38,22 @@ def write_report(paths: Sequence[str | Path], output: str | Path, *, title: str 
     """
     results = read_results(paths)
     output = Path(output)
-    write_atomically(output, render(results, title=title).encode())
+    try:
+        page = render(results, title=title).encode()
+    except UNFIT:
+        _name_unfit(paths)
+        raise
+    write_atomically(output, page)
     return output
+
+
+def _name_unfit(paths: Sequence[str | Path]) -> None:
+    """Raise ConfigError for the first of the files that cannot be drawn."""
+    for path in map(Path, paths):
+        try:
+            render(read_results([path])).encode()
+        except UNFIT as error:
+            raise unfit(path, error) from error
 
 
 def render(results: Results, *, title: str | None = None) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from nogemm.activations import ActivationName
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 
 if TYPE_CHECKING:
     from nogemm.layers.dense.layer import DenseFFN  # noqa: F401
@@ -22,6 +22,6 @@ class DenseConfig(LayerConfig["DenseFFN"]):
     activation: ActivationName | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.hidden is not None:
             check_int("DenseConfig", "hidden", self.hidden, 1)

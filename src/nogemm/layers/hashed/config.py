@@ -11,7 +11,6 @@ from nogemm.config import (
     LayerConfig,
     LayerT,
     ProjectionConfig,
-    check_choices,
     check_int,
     check_projection,
 )
@@ -44,7 +43,7 @@ class HashedConfig(LayerConfig[LayerT]):
     learned: ClassVar[bool] = False  # whether the hashes are
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         owner = type(self).__name__
         check_int(owner, "bits", self.bits, 1, 16)
         check_int(owner, "tables", self.tables, 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nogemm.activations import ActivationName
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class HireConfig(LayerConfig["HireFFN"]):
     activation: ActivationName | Literal["drelu"] | None = None
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         for name, value, low in (("keep", self.keep, 0.0), ("oversample", self.oversample, 1.0)):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise ConfigError(f"HireConfig: {name} must be a number, got {name}={value!r}")

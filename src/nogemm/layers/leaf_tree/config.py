@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nogemm.activations import ActivationName
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class LeafTreeConfig(LayerConfig["LeafTreeFFN"]):
     master: int = 0
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("LeafTreeConfig", "depth", self.depth, 0, 16)
         check_int("LeafTreeConfig", "leaf_width", self.leaf_width, 1)
         check_int("LeafTreeConfig", "master", self.master, 0)

@@ -25,5 +25,6 @@ class LinearConfig(LayerConfig["LinearFFN"]):
     rank: int | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is not None:
             check_int("LinearConfig", "rank", self.rank, 1)

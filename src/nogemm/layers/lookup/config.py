@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.config import LayerConfig, ProjectionConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, ProjectionConfig, check_int, register
 from nogemm.errors import ConfigError
 from nogemm.projections import BHConfig
 
@@ -50,7 +50,7 @@ class LookupConfig(LayerConfig["LookupFFN"]):
     storage: Storage = "fp32"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("LookupConfig", "tables", self.tables, 1)
         check_int("LookupConfig", "bits", self.bits, 1, 16)
         check_int("LookupConfig", "neighbours", self.neighbours, 1, 2**self.bits)

@@ -66,18 +66,24 @@ class LookupFFN(FFN):
                 self.reset_parameters()
         else:
             self._store_compressed(torch.zeros(stored, dtype=_STORAGE[config.storage]), _unit_scale(config))
+            if not self.tables.is_meta:
+                self._reset_around_tables()
 
     def reset_parameters(self) -> None:
         """Draw fresh weights as `config.init` says."""
         config = self.config
-        self.projection.reset_parameters(config.init)
+        self._reset_around_tables()
         if config.init == "reference":
             nn.init.normal_(self.tables, std=0.02)
         else:
             energy = score_energy(config.bits, config.neighbours, config.score == "gelu")
             nn.init.normal_(self.tables, std=OUTPUT_STD / math.sqrt(config.tables * energy))
+
+    def _reset_around_tables(self) -> None:
+        """Draw what a layer of compressed tables, which start at zero, has in float as well."""
+        self.projection.reset_parameters(self.config.init)
         if self.bias is not None:
-            nn.init.normal_(self.bias, std=0.001 if config.init == "reference" else 0.0)
+            nn.init.normal_(self.bias, std=0.001 if self.config.init == "reference" else 0.0)
 
     def codes_and_scores(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows that each token reads and their weights, both [N, T, F]."""

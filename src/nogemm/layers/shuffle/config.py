@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from nogemm.activations import ActivationName
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 
 if TYPE_CHECKING:
     from nogemm.layers.shuffle.layer import ShuffleFFN  # noqa: F401
@@ -35,7 +35,7 @@ class ShuffleConfig(LayerConfig["ShuffleFFN"]):
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("ShuffleConfig", "block", self.block, 1)
         if self.hidden is not None:
             check_int("ShuffleConfig", "hidden", self.hidden, 1)

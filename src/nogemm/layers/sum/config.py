@@ -27,6 +27,7 @@ class SumConfig(LayerConfig["SumFFN"]):
     terms: tuple[LayerConfig, ...] = dataclasses.field(default=(), metadata=LAYERS)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.terms, (list, tuple)) or len(self.terms) < 2:
             raise ConfigError(f"SumConfig: terms must be two layer configs or more, got terms={self.terms!r}")
         for term in self.terms:

@@ -11,7 +11,6 @@ from nogemm.config import (
     OPTIONAL_PROJECTION,
     LayerConfig,
     ProjectionConfig,
-    check_choices,
     check_int,
     check_projection,
     register,
@@ -55,7 +54,7 @@ class SwitchConfig(LayerConfig["SwitchFFN"]):
     faithful: bool = False
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("SwitchConfig", "experts", self.experts, 1)
         if self.hidden is not None:
             check_int("SwitchConfig", "hidden", self.hidden, 1)

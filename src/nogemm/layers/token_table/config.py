@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class TokenTableConfig(LayerConfig["TokenTableFFN"]):
     bits: int = 8
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         if self.vocabulary is not None:
             check_int("TokenTableConfig", "vocabulary", self.vocabulary, 1)
         if isinstance(self.prior, bool) or not isinstance(self.prior, (int, float)) or not self.prior >= 0:

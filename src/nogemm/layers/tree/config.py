@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nogemm.activations import ActivationName
-from nogemm.config import LayerConfig, check_choices, check_int, register
+from nogemm.config import LayerConfig, check_int, register
 from nogemm.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class TreeConfig(LayerConfig["TreeFFN"]):
     init: Init = "scaled"
 
     def __post_init__(self) -> None:
-        check_choices(self)
+        super().__post_init__()
         check_int("TreeConfig", "trees", self.trees, 1)
         check_int("TreeConfig", "depth", self.depth, 0, 20)
         check_int("TreeConfig", "core", self.core, 0)

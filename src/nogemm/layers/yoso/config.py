@@ -50,6 +50,7 @@ class YosoConfig(LayerConfig["YosoFFN"]):
     faithful: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_int("YosoConfig", "hashes", self.hashes, 1)
         check_int("YosoConfig", "bits", self.bits, 1, 16)
         if self.hidden is not None:

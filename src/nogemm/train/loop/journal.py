@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nogemm.files import write_atomically
+from nogemm.files import parse_json, write_atomically
 
 COLUMNS: tuple[str, ...] = ("step", "tokens", "seconds", "loss", "gradient_norm", "rate")
 CSV, JSONL = "log.csv", "log.jsonl"
@@ -85,7 +85,7 @@ class Journal:
     def _row(self, line: str) -> dict[str, Any] | None:
         """Read a row back; None if a kill cut it short."""
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError:
             return None
         return row if isinstance(row, dict) and set(row) == set(self.columns) else None
