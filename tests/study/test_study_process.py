@@ -16,11 +16,12 @@ from small_study import TEXT, write
 
 import nogemm
 import people
+from nogemm.files import disk_is_full
 from nogemm.models.loading import load_model
 from nogemm.study.plan import read_study
 from nogemm.study.process import Stopped, last_line, run_process
 from nogemm.study.store import Store
-from nogemm.study.worker import finite, full
+from nogemm.study.worker import finite
 
 LOOKUP = "{name: lookup, method: lookup, set: {tables: 4, bits: 3, projection.block: 8}}"
 ONE = TEXT.replace("[0, 1]", "[0]")
@@ -92,13 +93,13 @@ def test_memory_that_runs_out_is_a_row(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_full_disk_is_told_from_other_errors() -> None:
-    assert full(OSError(28, "No space left on device"))
-    assert full(RuntimeError("I/O error: No space left on device (os error 28)"))
+    assert disk_is_full(OSError(28, "No space left on device"))
+    assert disk_is_full(RuntimeError("I/O error: No space left on device (os error 28)"))
     error = ValueError("no checkpoint")
-    assert not full(error)
+    assert not disk_is_full(error)
     error.__cause__ = OSError(28, "full")
-    assert full(error)
-    assert not full(OSError(2, "No such file"))
+    assert disk_is_full(error)
+    assert not disk_is_full(OSError(2, "No such file"))
     assert finite({"a": [1.0, float("inf")], "b": float("nan")}) == {"a": [1.0, None], "b": None}
 
 

@@ -28,6 +28,7 @@ from nogemm.convert.sites import installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
 from nogemm.layers._base import is_quantised
+from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 from nogemm.models.inner import inner_model
 
 try:
@@ -35,6 +36,8 @@ try:
 except ImportError:  # not on Windows: saving works there, without a lock against a second writer
     fcntl = None
 
+NO_ROOM = "MB free"
+"""Part of the message of a save that began with too little room on the disk."""
 _WEIGHTS = (
     "model*.safetensors",
     "model*.safetensors.index.json",
@@ -72,6 +75,13 @@ def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callabl
         extra(folder)
 
     replace_directory(path, write, caller="save", needed=needed)
+
+
+def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
+    """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
+    root = model_directory(source)
+    sentence_modules(root)  # refuses before anything is written
+    save_with(model, target, tokenizer, lambda folder: copy_modules(root, folder))
 
 
 def refuse_quantised(model: nn.Module, caller: str) -> None:
@@ -175,7 +185,7 @@ def _check_space(needed: int, folder: Path, caller: str) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"{caller}: the model needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} MB free. "
+            f"{caller}: the model needs {needed / 1e6:.1f} MB, {folder} has {free / 1e6:.1f} {NO_ROOM}. "
             "What was there before is untouched"
         )
 

@@ -7,7 +7,6 @@ gone, it stops by itself: the pipe that is its standard input then ends.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -20,12 +19,11 @@ from typing import Any
 from torch import nn
 
 from nogemm.convert.save import save
-from nogemm.files import write_json
+from nogemm.files import disk_is_full, write_json
 from nogemm.study.kinds import KINDS, Job
 
 STOPPED, NO_ROOM = 130, 28
 OUTCOME = "outcome.json"
-_NO_ROOM_WORDS = "No space left on device"
 
 
 def main(path: str) -> int:
@@ -40,7 +38,7 @@ def main(path: str) -> int:
     except KeyboardInterrupt:
         return STOPPED
     except Exception as error:
-        if full(error):
+        if disk_is_full(error):
             print(error, flush=True)
             return NO_ROOM
         logging.getLogger("nogemm.study").warning("failed", exc_info=True)
@@ -49,7 +47,7 @@ def main(path: str) -> int:
         write_json(Path(path).with_name(OUTCOME), outcome)
     except OSError as error:
         print(error, flush=True)
-        return NO_ROOM if full(error) else 1
+        return NO_ROOM if disk_is_full(error) else 1
     return 0
 
 
@@ -59,17 +57,6 @@ def _saver(job: Job) -> Any:
             save(model, job.save, tokenizer=tokenizer)
 
     return keep
-
-
-def full(error: BaseException | None) -> bool:
-    """Say whether an error is that a disk is full, or follows from one."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if _NO_ROOM_WORDS in str(error):  # as safetensors has it
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def finite(value: Any) -> Any:

@@ -6,7 +6,6 @@ Reading order: `tune`, `_searched`; the stages are in `stages.py`, `training.py`
 
 from __future__ import annotations
 
-import errno
 import importlib.util
 import shutil
 import tempfile
@@ -18,8 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 
 from nogemm.bench.engine.result import origin
+from nogemm.convert.save import NO_ROOM
 from nogemm.errors import ConfigError, NogemmError
-from nogemm.models.directory import model_directory, transformer_directory
+from nogemm.files import disk_is_full
+from nogemm.models.directory import model_directory
 from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.models.pooling import pooling_of
 from nogemm.models.texts import longest_text
@@ -27,7 +28,7 @@ from nogemm.running.partial import Terminated
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.guards import evaluation_mode
-from nogemm.train.identity import file_identity
+from nogemm.train.identity import model_identity
 from nogemm.train.sources import describe
 from nogemm.tune import stages, training
 from nogemm.tune.evidence import QualityModel, judge_of, stored_bytes
@@ -116,7 +117,7 @@ def _opened(folder: Path, dense: str, data: Any, options: TuneOptions, resume: b
     name, value = options.budget
     kept = {key: item for key, item in options.to_dict().items() if key not in FREE and item is not None}
     settings = {
-        "model": _model_identity(dense),
+        "model": model_identity(dense),
         "data": texts.to_dict(),
         "budget": {name: value},
         "options": {key: item for key, item in kept.items() if key != name},
@@ -155,12 +156,6 @@ def _for_fits(texts: Texts, options: TuneOptions) -> list[str]:
         if characters >= CHARACTERS * options.fit_tokens:
             break
     return found
-
-
-def _model_identity(dense: str) -> dict[str, Any]:
-    folder = Path(transformer_directory(dense))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    return {file.name: file_identity(file) for file in files if file.stat().st_size}
 
 
 def _searched(search: Search, model: str, data: str, keep: Callable[[dict[str, Any]], None]) -> Tuned:
@@ -268,16 +263,6 @@ def _told(folder: Path, kept: bool) -> Any:
         kind = Terminated if isinstance(stop, Terminated) else TrainingInterrupted
         raise kind(f"tune was interrupted; {how}") from stop
     except (OSError, SafetensorError, NogemmError) as error:
-        if not _disk_is_full(error):
+        if not disk_is_full(error) and NO_ROOM not in str(error):
             raise
         raise TrainingError(f"tune: no room to write: {error}; {how}, once there is room") from error
-
-
-def _disk_is_full(error: BaseException) -> bool:
-    """Tell a full disk, also one that a library tells in its own words."""
-    found: BaseException | None = error
-    while found is not None:
-        if getattr(found, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(found):
-            return True
-        found = found.__cause__
-    return "MB free" in str(error)
