@@ -19,6 +19,7 @@ from nogemm.bench.report.runs import read_runs, runs_charts, runs_table
 from nogemm.errors import ConfigError
 from nogemm.study.kinds import KINDS
 from nogemm.study.plan import read_study
+from nogemm.study.sources import WORK, kept_model
 from nogemm.study.store import Store
 
 TABLE4 = Path(__file__).resolve().parents[2] / "benchmarks" / "studies" / "table4.yaml"
@@ -131,8 +132,9 @@ def test_the_fourth_table_can_be_read(tmp_path: Path, monkeypatch: pytest.Monkey
     rows = ("dense", "dense-176", "lookup-64", "lookup-128", "hire-10")
     people.bert(tmp_path / "model")
     for name in rows:
-        (tmp_path / "runs/table1-long/work" / name / "seed-0").mkdir(parents=True)
-        (tmp_path / "runs/table1-long/work" / name / "seed-0" / "model").symlink_to(tmp_path / "model")
+        kept = kept_model(tmp_path / "runs" / "table1-long" / WORK, name, 0)
+        kept.parent.mkdir(parents=True)
+        kept.symlink_to(tmp_path / "model")
     for name in ("reviews", "pairs"):
         (tmp_path / f"{name}.jsonl").write_text("")
     monkeypatch.chdir(tmp_path)

@@ -21,7 +21,7 @@ from nogemm.shape import FFNShape
 from nogemm.study.kinds import KINDS, Kind, Metric, Site
 from nogemm.study.reading import check_keys, check_list, check_name, multiplied, nearest, read_layer, read_yaml
 from nogemm.study.search import rounded
-from nogemm.study.sources import Group, Source, place, read_groups
+from nogemm.study.sources import Group, Source, place, read_groups, read_model
 
 _STUDY = (
     "kind", "title", "data", "validation", "test", "tasks", "tokenizer", "model", "preset", "common", "rows", "grid",
@@ -232,7 +232,7 @@ class _RowReader:
             raise ConfigError(f"{where}: keep must list numbers of layers, got {keep!r}")
         if not kind.needs_model and (keep is not None or entry.get("fit") or "layers" in entry):
             raise ConfigError(f"{where}: layers, keep and fit are for kinds distil and finetune")
-        model = place(entry.get("model", self.shared.get("model")), self.path, f"{where}: model")
+        model = read_model(entry.get("model", self.shared.get("model")), self.path, f"{where}: model")
         if kind.needs_model and model is None:
             raise ConfigError(f"{where}: kind {kind.name} needs a model: its directory or name")
         options = _made(kind, self.preset, choices, layer, where)

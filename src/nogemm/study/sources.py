@@ -15,6 +15,7 @@ from nogemm.study.reading import check_keys, check_list, check_name, nearest
 from nogemm.train.reader import SAMPLE
 from nogemm.train.sources import SPLITS, is_hub_name
 
+WORK, MODEL = "work", "model"
 _TASK = ("name", "title", "data", "validation", "test", "options")
 
 
@@ -124,3 +125,23 @@ def place(given: Any, path: Path, where: str) -> str | None:
         raise ConfigError(f"{where} must be a file or a name, got {given!r}")
     beside = path.parent / given
     return str(beside) if not Path(given).exists() and beside.exists() else given
+
+
+def read_model(given: Any, path: Path, where: str) -> str | None:
+    """Return the model of a row: a directory or a name, or one that a study with `save: true` has kept.
+
+    Args:
+        given: None, a word, or {"study": its folder, "row": name, "seed": 0 by default}.
+    """
+    if not isinstance(given, Mapping):
+        return place(given, path, where)
+    given = check_keys(given, ("study", "row", "seed"), where)
+    folder, row, seed = place(given.get("study"), path, f"{where}: study"), given.get("row"), given.get("seed", 0)
+    if folder is None or not isinstance(row, str) or isinstance(seed, bool) or not isinstance(seed, int):
+        raise ConfigError(f"{where}: a kept model has a study, a row and a seed, got {dict(given)!r}")
+    return str(kept_model(Path(folder) / WORK, check_name(row, where), seed))
+
+
+def kept_model(work: Path, row: str, seed: int) -> Path:
+    """Return where the model of a final run lies, below a study's folder of work."""
+    return work / row / f"seed-{seed}" / MODEL

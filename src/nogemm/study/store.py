@@ -27,6 +27,7 @@ from nogemm.study.kinds import Job
 from nogemm.study.plan import Row, Study
 from nogemm.study.reading import flattened
 from nogemm.study.search import next_rate
+from nogemm.study.sources import WORK, kept_model
 from nogemm.train.identity import file_identity, model_identity
 from nogemm.train.reader import SAMPLE, sample_file
 
@@ -59,7 +60,7 @@ class Store:
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
-        self.work = folder / "work"
+        self.work = folder / WORK
 
     # -- runs
 
@@ -104,7 +105,7 @@ class Store:
             model=row.model,
             folder=str(task.work),
             shared=str(self.work / "shared"),
-            save=str(task.work / "model") if study.save and not task.trial else None,
+            save=str(kept_model(self.work, row.name, task.seed)) if study.save and not task.trial else None,
         )
 
     def key(self, task: Task) -> dict[str, Any]:

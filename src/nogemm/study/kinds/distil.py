@@ -26,7 +26,7 @@ class DistilKind:
     """Converted models that learn from the dense one."""
 
     name = "distil"
-    method = "dense"
+    method: str | None = "dense"
     needs_model = True
     tests = False
     free = frozenset(FREE)

@@ -31,7 +31,7 @@ class FinetuneKind:
     """Stored models that learn a task, from labels, numbers or pairs."""
 
     name = "finetune"
-    method = None
+    method: str | None = None
     needs_model = True
     tests = True
     free = FREE

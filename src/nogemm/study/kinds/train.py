@@ -32,7 +32,7 @@ class TrainKind:
     """Masked and causal language models from text."""
 
     name = "train"
-    method = "dense"
+    method: str | None = "dense"
     needs_model = False
     tests = False
     free = FREE
