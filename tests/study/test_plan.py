@@ -66,7 +66,7 @@ def test_a_study_is_read(tmp_path: Path) -> None:
         (TEXT + ROWS + "tasks: [{name: a, data: x.csv}]", "tasks and test are for kind finetune"),
         (TEXT + "rows: [{name: a, method: null, set: {tables: 4}}]", "set belongs to a method"),
         ("kind: finetune\nrows: [{name: a}]", "kind finetune needs a model"),
-        ("kind: finetune\nmodel: {study: s}\nrows: [{name: a}]", "row 1 'a': model: a kept model has a study, a row and"),
+        ("kind: finetune\nmodel: {study: s}\nrows: [{name: a}]", "row 1 'a': model: a kept model has a study, a row"),
         ("kind: finetune\nmodel: gone\nrows: [{name: a}]", "row 'a': gone: not a directory with a transformers model"),
         ("kind: finetune\ndata: sample\ntasks: [{name: t}]\nrows: [{name: a}]", "data belong to each of the tasks"),
         ("kind: finetune\ntasks: [{name: t}, {name: t}]\nrows: [{name: a}]", "the task 't' stands twice"),
