@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -12,16 +13,18 @@ import pytest
 from small_study import ROWS, RUN, TEXT, faked, outcome, write
 
 import nogemm
+import people
 from nogemm.bench.report.runs import read_runs
 from nogemm.config import parse_layer
 from nogemm.errors import ConfigError
 from nogemm.study.kinds import Job
 from nogemm.study.plan import read_study
 from nogemm.study.process import Stopped
-from nogemm.study.store import Store
+from nogemm.study.store import Store, folder_identity
 from nogemm.study.timed import words_of
 from nogemm.testing.cases import KINDS
 
+STORE = importlib.import_module("nogemm.study.store")
 SEARCH = "search: {rates: [5e-3, 1e-2], extend: 1, options: {steps: 2}}\n"
 
 
@@ -159,6 +162,62 @@ def test_a_changed_row_over_old_results_is_refused(tmp_path: Path, monkeypatch: 
         nogemm.study(changed, out, data=f"{tmp_path}/texts.txt")
 
 
+def test_a_changed_row_over_old_trials_is_refused_before_any_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def value(job: Job) -> dict[str, Any]:
+        if not job.trial:
+            raise Stopped
+        return outcome(1.0)
+
+    fake, out = faked(monkeypatch, value), tmp_path / "out"
+    nogemm.study(write(tmp_path, TEXT + ROWS + SEARCH), out)
+    before = len(fake.jobs)
+    with pytest.raises(nogemm.StudyError, match=r"'lookup' has changed since .*rate-0\.005\.json.*tables: 4, now 8"):
+        nogemm.study(write(tmp_path, (TEXT + ROWS + SEARCH).replace("tables: 4", "tables: 8")), out, only=["dense"])
+    assert len(fake.jobs) == before
+
+
+def test_nothing_is_deleted_where_the_study_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch)
+    out = tmp_path / "out"
+    nogemm.study(write(tmp_path), out)
+    with pytest.raises(nogemm.StudyError, match="another study"):
+        nogemm.study(write(tmp_path, name="other.yaml"), out, redo=["all"])
+    changed = write(tmp_path, (TEXT + ROWS).replace("tables: 4", "tables: 8"))
+    with pytest.raises(nogemm.StudyError, match="'lookup' has changed"):
+        nogemm.study(changed, out, redo=["dense"])
+    assert len(list(out.glob("*/seed-*.json"))) == 4
+
+
+def test_another_model_under_the_same_name_is_another_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faked(monkeypatch, lambda job: outcome(1.0, agreement=0.5))
+    people.bert(tmp_path / "model")
+    text = "kind: distil\nmodel: model\nrows: [{name: a, method: null, keep: [0]}]"
+    out = tmp_path / "out"
+    assert nogemm.study(write(tmp_path, text), out).done == 1
+    result = out / "a" / "seed-0.json"
+    key = json.loads(result.read_text())
+    assert key["key"]["model"]["name"] == "model"
+    older = key | {"key": key["key"] | {"model": "model"}}  # what an older version wrote: the name alone
+    result.write_text(json.dumps(older))
+    assert nogemm.study(write(tmp_path, text), out).done == 1
+    result.write_text(json.dumps(key))
+    (tmp_path / "model" / "config.json").write_text((tmp_path / "model" / "config.json").read_text() + "\n")
+    folder_identity.cache_clear()
+    with pytest.raises(nogemm.StudyError, match=r"model\.sha256"):
+        nogemm.study(write(tmp_path, text), out)
+
+
+def test_layers_to_keep_are_checked_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = faked(monkeypatch)
+    people.bert(tmp_path / "model")
+    text = "kind: distil\nmodel: model\nrows: [{name: a, method: null, keep: [0, 7]}]"
+    with pytest.raises(ConfigError, match=r"row 'a': keep_layers: numbers from 0 to 1"):
+        nogemm.study(write(tmp_path, text), tmp_path / "out")
+    assert fake.jobs == []
+
+
 def test_options_that_change_nothing_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake, out = faked(monkeypatch), tmp_path / "out"
     nogemm.study(write(tmp_path), out)
@@ -212,8 +271,13 @@ def test_a_full_disk_ends_the_study_and_leaves_no_half_file(tmp_path: Path, monk
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(RUN, "write_json", full)
+        patch.setattr(STORE, "write_json", full)
+        patch.setattr(Store, "begin", lambda store: None)
         with pytest.raises(nogemm.StudyError, match=r"seed-0\.json cannot be written.*No space left.*Make room"):
+            nogemm.study(file, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(STORE, "write_json", full)
+        with pytest.raises(nogemm.StudyError, match=r"study\.json cannot be written.*No space left.*Make room"):
             nogemm.study(file, out)
     assert not (out / "lookup").exists()
     assert nogemm.study(file, out).done == 4

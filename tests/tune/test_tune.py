@@ -14,6 +14,7 @@ from transformers import AutoModel
 import nogemm
 import people
 from nogemm.bench import peers
+from nogemm.train.errors import DivergedError
 from nogemm.tune import space as space_module
 from nogemm.tune import training
 
@@ -150,13 +151,35 @@ def test_a_candidate_whose_loss_is_not_finite_is_given_up(
     def broken(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
         if len(calls) == 1:
-            raise nogemm.TrainingError("stopped after 9 tokens: the loss is nan: lower the learning rates")
+            raise DivergedError("stopped after 9 tokens: the loss is nan: lower the learning rates")
         return distil(*args, **kwargs)
 
     monkeypatch.setattr(training, "distil", broken)
     report = tune(model, tmp_path / "run", latency_ms=0.7).report
     assert any("was given up: stopped after 9 tokens" in note for note in report.notes)
     assert report.met
+
+
+@pytest.mark.parametrize("finite", [True, False])
+def test_a_winner_whose_loss_is_not_finite_in_full_leaves_its_place_to_the_next(
+    finite: bool, model: Path, tmp_path: Path, made_up: MadeUp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    distil, full = training.distil, []
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        if kwargs["options"].tokens == 500:
+            full.append(None)
+            if not finite or len(full) == 1:
+                raise DivergedError("stopped after 9 tokens: the gradient is inf")
+        return distil(*args, **kwargs)
+
+    monkeypatch.setattr(training, "distil", broken)
+    report = tune(model, tmp_path / "run", latency_ms=0.7).report
+    assert any("was given up: stopped after 9 tokens" in note for note in report.notes)
+    winners = [row for row in report.rows if row["kind"] == "candidate" and row["training"] == "full"]
+    assert len(winners) == int(finite)
+    again = tune(model, tmp_path / "run", latency_ms=0.7, resume=True).report
+    assert again.chosen == report.chosen
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What several commands share: options, saving of models, printed tables."""
+"""What several commands share: options, printed tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import typer
 from nogemm.bench.report.tables import TextTable
 from nogemm.errors import ConfigError
 from nogemm.files import write_json
-from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 
 Trust = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run the code that a model's directory brings. Read it first.")
@@ -45,15 +44,6 @@ def papers(command: str) -> Iterator[None]:
             f"run pip install -e '.[cli]' in one"
         )
     yield
-
-
-def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
-    """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
-    from nogemm.convert.save import save_with
-
-    root = model_directory(source)
-    sentence_modules(root)  # refuses before anything is written
-    save_with(model, target, tokenizer, lambda folder: copy_modules(root, folder))
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

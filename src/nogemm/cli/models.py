@@ -9,14 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import (
-    Json,
-    Trust,
-    finish,
-    print_partial,
-    print_table,
-    save_like,
-)
+from nogemm.cli.common import Json, Trust, finish, print_partial, print_table
 from nogemm.cli.options import integers, refuse, words
 from nogemm.config import layer_kinds
 from nogemm.errors import CheckpointError, ConfigError, NogemmError
@@ -93,6 +86,8 @@ def convert(
             report = nogemm.convert(loaded, config, layers_, sample, tokenizer=tokenizer, faster_at=faster_at)
     if tables is not None:
         nogemm.compress(loaded, tables)
+    from nogemm.convert.save import save_like
+
     save_like(loaded, model, output, tokenizer)
     described = {} if head is None else {"head": nogemm.head_report(loaded).to_dict()}
     for line in ([] if report is None else [report]) + ([] if head is None else [nogemm.head_report(loaded)]):
@@ -195,6 +190,8 @@ def distil(
     except KeyboardInterrupt as stopped:
         record.keep({"options": options.to_dict(), "run": str(run)})
         end_early(record, stopped, print_partial)
+    from nogemm.convert.save import save_like
+
     try:
         save_like(loaded, model, output, tokenizer)
     except (NogemmError, OSError) as error:

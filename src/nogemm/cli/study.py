@@ -11,6 +11,7 @@ import typer
 from nogemm.bench.report.runs import runs_table
 from nogemm.cli.common import Json, finish, print_table, print_text_table
 from nogemm.cli.options import words
+from nogemm.errors import ConfigError
 from nogemm.running.partial import exit_code
 from nogemm.running.progress import progress
 
@@ -20,7 +21,10 @@ def study(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder of the results [runs/ with FILE's name].")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Text to train on, in the place of the file's.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="In the place of the file's; of a study with tasks TASK=FILE, may be repeated."),
+    ] = None,
     only: Annotated[str | None, typer.Option(help="Rows to run, with commas [all].")] = None,
     redo: Annotated[str | None, typer.Option(help="Rows to delete and run anew, with commas, or `all`.")] = None,
     retry: Annotated[bool, typer.Option("--retry", help="Make runs again that have failed.")] = False,
@@ -33,14 +37,14 @@ def study(
 
     rows = None if only is None else list(words(only))
     if list_:
-        _list(file, output, data, rows, json)
+        _list(file, output, _data(data), rows, json)
         return
     try:
         with progress.watching():
             found = nogemm.study(
                 file,
                 output,
-                data=data,
+                data=_data(data),
                 only=rows,
                 redo=words(redo or ""),
                 retry=retry,
@@ -58,7 +62,21 @@ def study(
     finish(found.to_dict(), json)
 
 
-def _list(file: Path, output: Path | None, data: str | None, only: list[str] | None, json: Path | None) -> None:
+def _data(given: list[str] | None) -> str | dict[str, str] | None:
+    """Return a file, or files by task."""
+    if not given:
+        return None
+    if len(given) == 1 and ("=" not in given[0] or Path(given[0]).exists()):
+        return given[0]
+    wrong = next((word for word in given if not word.partition("=")[2]), None)
+    if wrong is not None:
+        raise ConfigError(f"--data {wrong}: several files are given as TASK=FILE")
+    return {word.partition("=")[0]: word.partition("=")[2] for word in given}
+
+
+def _list(
+    file: Path, output: Path | None, data: str | dict[str, str] | None, only: list[str] | None, json: Path | None
+) -> None:
     from nogemm.study.listing import duration, listing
     from nogemm.study.plan import read_study
     from nogemm.study.store import Store

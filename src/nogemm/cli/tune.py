@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nogemm.cli.common import Json, finish, print_partial, print_text_table, save_like
+from nogemm.cli.common import Json, finish, print_partial, print_text_table
 from nogemm.cli.models import Data, ModelArgument, OutputArgument, parse_choice
 from nogemm.cli.options import words
 from nogemm.errors import CheckpointError, NogemmError
@@ -41,6 +41,7 @@ def tune(
     """Search the cheapest model that is good enough, made of the encoder MODEL, and write it to OUTPUT."""
     import nogemm
     from nogemm.bench.model import parse_shape
+    from nogemm.convert.save import save_like
 
     choices: dict[str, Any] = {"quality": quality, "latency_ms": latency, "memory_mb": memory, "engine": engine}
     choices |= {"tokens": tokens, "max_seconds": max_seconds, "seed": seed, "shape": parse_shape(shape)}

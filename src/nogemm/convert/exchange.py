@@ -21,6 +21,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from nogemm.files import parse_json
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _FIRST_OUT = "config.json"
@@ -123,7 +125,7 @@ def finish_inside(target: Path) -> None:
     for stage in sorted(target.glob(f"{STAGES}*")):
         ready = stage / "ready"
         if ready.exists():
-            plan = json.loads(ready.read_text(encoding="utf-8"))
+            plan = parse_json(ready.read_text(encoding="utf-8"))
             waiting = {name for name in plan["new"] if (stage / "new" / name).exists()}
             # An old entry is one that is to go and has not been followed by a new one of its name.
             stale = waiting | (set(plan["old"]) - set(plan["new"]))

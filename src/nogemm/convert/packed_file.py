@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
-from nogemm.files import replacing
+from nogemm.files import parse_json, replacing
 
 fcntl: ModuleType | None
 try:
@@ -174,7 +174,7 @@ def _header(file: Any, size: int) -> tuple[int, dict[str, Any]]:
     if size < 8 or length > min(_LONGEST_HEADER, size - 8):
         raise CheckpointError("it is truncated")
     try:
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
         metadata, begin, end = header["__metadata__"], *header["packed"]["data_offsets"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"its header cannot be read: {error}") from error
@@ -188,7 +188,7 @@ def _header(file: Any, size: int) -> tuple[int, dict[str, Any]]:
 def _places(metadata: Mapping[str, Any]) -> dict[str, _Place]:
     found: dict[str, _Place] = {}
     try:
-        for name, entry in json.loads(metadata["index"]).items():
+        for name, entry in parse_json(metadata["index"]).items():
             dtype = getattr(torch, entry["dtype"]) if re.fullmatch(r"[a-z0-9_]+", entry["dtype"]) else None
             shape = tuple(entry["shape"])
             numbers = (entry["at"], *shape)

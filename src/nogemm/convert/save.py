@@ -29,6 +29,7 @@ from nogemm.convert.sites import installed
 from nogemm.errors import CheckpointError, NogemmError, PackedError
 from nogemm.layers import PackedFFN
 from nogemm.layers._base import is_quantised
+from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 from nogemm.models.inner import inner_model
 
 try:
@@ -73,6 +74,13 @@ def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callabl
         extra(folder)
 
     replace_directory(path, write, caller="save", needed=needed)
+
+
+def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
+    """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
+    root = model_directory(source)
+    sentence_modules(root)  # refuses before anything is written
+    save_with(model, target, tokenizer, lambda folder: copy_modules(root, folder))
 
 
 def refuse_quantised(model: nn.Module, caller: str) -> None:

@@ -5,7 +5,6 @@ Reading order: `Kind`, `kind_of`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export.folder import RECORD
+from nogemm.files import parse_json
 from nogemm.models.directory import model_directory, sentence_modules, transformer_directory
 from nogemm.models.loading import is_gguf
 
@@ -81,7 +81,7 @@ def own_code_refused(model: str) -> Iterator[None]:
 
 def _exported(model: str) -> Kind:
     try:
-        record = json.loads((Path(model) / RECORD).read_text(encoding="utf-8"))
+        record = parse_json((Path(model) / RECORD).read_text(encoding="utf-8"))
         decoder, output = "head" in record, record.get("output")
         names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -105,7 +105,7 @@ def _exported(model: str) -> Kind:
 
 def _architectures(folder: str) -> list[str]:
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((Path(folder) / "config.json").read_text(encoding="utf-8"))
         return [str(name) for name in config.get("architectures") or [""]]
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{folder}: config.json is no model's ({error})") from error

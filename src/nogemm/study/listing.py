@@ -8,7 +8,6 @@ from typing import Any
 
 from nogemm.errors import NogemmError
 from nogemm.study.plan import Row
-from nogemm.study.search import next_rate
 from nogemm.study.store import DONE, Store, Task, read_result
 
 
@@ -19,22 +18,21 @@ class Expected:
         self.store = store
 
     def tasks(self, row: Row) -> tuple[list[Task], bool]:
-        """Return the runs of a row that have no result, and whether its search may bring more."""
+        """Return the runs of a row that have no result, and whether its search may bring more.
+
+        Raises:
+            StudyError: a trial was made from other choices than the file's.
+        """
         store = self.store
         finals = [store.final(row, seed) for seed in row.seeds]
         left = [task for task in finals if not task.file.is_file()]
         if not left or row.search is None:
             return left, False
-        trials: dict[float, float | None] = {}
-        lower = store.study.kind.metric.lower
-        while (factor := next_rate(trials, row.search.factors, row.search.extend, lower)) is not None:
-            task = store.trial(row, factor)
-            found = read_result(task.file)
-            if found is None:
-                waiting = [store.trial(row, f) for f in row.search.factors if f not in trials]
-                return [*(waiting or [task]), *left], True
-            trials[factor] = found["value"]
-        return left, False
+        tried, task = store.trials(row)
+        if task is None:
+            return left, False
+        waiting = [store.trial(row, f) for f in row.search.factors if f not in tried]
+        return [*(waiting or [task]), *left], True
 
     def seconds(self, rows: Sequence[Row]) -> float | None:
         """Return how long the runs that are left will take; None: nothing was run yet."""

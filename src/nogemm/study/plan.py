@@ -1,12 +1,12 @@
 """What a study is to do: read from its file and checked as a whole before anything runs.
 
-Reading order: `Study`, `Row`, `Search`, `read_study`.
+Reading order: `Study`, `Row`, `Search`, `read_study`; where the data come from is in `sources.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,18 @@ import torch
 from nogemm.config import LayerConfig
 from nogemm.errors import ConfigError, NogemmError
 from nogemm.layers import PACK_DTYPES
+from nogemm.models.directory import model_directory
 from nogemm.shape import FFNShape
-from nogemm.study.kinds import KINDS, Kind
+from nogemm.study.kinds import KINDS, Kind, Metric, Site
 from nogemm.study.reading import check_keys, check_list, check_name, multiplied, nearest, read_layer, read_yaml
 from nogemm.study.search import rounded
-from nogemm.train.lm.corpus import is_hub_name, is_sample
-from nogemm.train.sources import SPLITS
+from nogemm.study.sources import Group, Source, place, read_groups, read_model
 
 _STUDY = (
-    "kind", "title", "data", "validation", "tokenizer", "model", "preset", "common", "rows", "grid", "seeds",
-    "baseline", "search", "measure", "save", "threads",
+    "kind", "title", "data", "validation", "test", "tasks", "tokenizer", "model", "preset", "common", "rows", "grid",
+    "seeds", "baseline", "search", "measure", "save", "threads",
 )  # fmt: skip
-_ROW = ("name", "title", "method", "set", "layers", "keep", "fit", "options", "search", "seeds")
+_ROW = ("name", "title", "model", "method", "set", "layers", "keep", "fit", "options", "search", "seeds")
 _SEARCH = ("rates", "factors", "seed", "options", "extend")
 _LATENCY = ("dtype", "batch", "threads", "seconds")
 SEARCH_SEED, EXTEND = 100, 3
@@ -56,10 +56,13 @@ class Row:
 
     Attributes:
         name, title: for files and for readers.
+        group: of rows that are compared with each other; "" where a study has no tasks.
+        source: what its runs read.
+        model: that its runs begin with; None: a new one.
         layer: in the place of the FFNs; None: they stay as they are.
         layers: which FFNs are replaced, as `nogemm.convert` takes it.
         keep: numbers of the model's layers that stay; None: all.
-        fit: training texts for the start in closed form (kind "distil"); 0: none.
+        fit: training texts for the start in closed form; 0: none.
         options: the kind's options dataclass, all choices resolved, without a seed.
         search: None: the rates are as given.
         seeds: of the final runs.
@@ -67,6 +70,9 @@ class Row:
 
     name: str
     title: str
+    group: str
+    source: Source
+    model: str | None
     layer: LayerConfig | None
     layers: Any
     keep: tuple[int, ...] | None
@@ -84,8 +90,9 @@ class Study:
         name: of its file, without the ending.
         digest: sha256 of the file.
         kind: what a run is.
-        data, validation, split, tokenizer, model: shared by all runs; `split` of the validation rows.
-        baseline: the row that differences are to; None: none.
+        metric: what runs are compared by.
+        tokenizer: of all runs; None: the data's or the model's.
+        baselines: {group: the row that its differences are to}; a group without one is absent.
         latency: how layers are timed; None: not at all.
         save: whether final runs keep their trained models.
         threads: of a run; None: every usable core.
@@ -95,13 +102,10 @@ class Study:
     title: str
     digest: str
     kind: Kind
-    data: str
-    validation: str | None
-    split: str | None
+    metric: Metric
     tokenizer: str | None
-    model: str | None
     rows: tuple[Row, ...]
-    baseline: str | None
+    baselines: Mapping[str, str]
     latency: Mapping[str, Any] | None
     save: bool
     threads: int | None
@@ -119,11 +123,11 @@ class Study:
         return self.rows[names.index(name)]
 
 
-def read_study(file: str | Path, data: str | None = None) -> Study:
+def read_study(file: str | Path, data: str | Mapping[str, str] | None = None) -> Study:
     """Read a study file and check all of it: keys, rows, options, and that every layer fits the model.
 
     Args:
-        data: in the place of the file's.
+        data: in the place of the file's; of a study with tasks {task: file}.
     Raises:
         ConfigError: what is wrong, and where.
     """
@@ -133,36 +137,37 @@ def read_study(file: str | Path, data: str | None = None) -> Study:
     if name not in KINDS:
         raise ConfigError(f"{path}: unknown kind {name!r}; {nearest(str(name), list(KINDS))}")
     kind = KINDS[name]
-    validation, split = _validation(given.get("validation"), path)
-    places = {key: _place(given.get(key), path, key) for key in ("tokenizer", "model")}
-    if kind.needs_model and places["model"] is None:
-        raise ConfigError(f"{path}: kind {name} needs a model: the dense teacher's directory or name")
-    rows = _rows(given, kind, path)
+    if not kind.tests and ("tasks" in given or "test" in given):
+        raise ConfigError(f"{path}: tasks and test are for kind finetune")
+    groups = read_groups(given, path, data)
+    for group in groups:
+        kind.check_source(group.source, f"{path}: {group.name}" if group.name else str(path))
+    rows = _rows(given, kind, groups, path)
+    metrics = {kind.metric(row.options): row.name for row in rows}
+    if len(metrics) > 1:
+        said = ", ".join(f"{row} by {metric.label}" for metric, row in metrics.items())
+        raise ConfigError(f"{path}: all rows are compared by one metric, got {said}: name the metric, or use two files")
     study = Study(
         name=path.stem,
         title=str(given.get("title", path.stem)),
         digest=hashlib.sha256(path.read_bytes()).hexdigest(),
         kind=kind,
-        data=data or _place(given.get("data", "sample"), path, "data") or "sample",
-        validation=validation,
-        split=split,
+        metric=next(iter(metrics)),
+        tokenizer=place(given.get("tokenizer"), path, f"{path}: tokenizer"),
         rows=rows,
-        baseline=_baseline(given.get("baseline"), rows, path),
+        baselines=_baselines(given.get("baseline"), rows, groups, path),
         latency=_latency(given.get("measure"), path),
         save=_switch(given.get("save", False), f"{path}: save"),
         threads=None if given.get("threads") is None else _whole(given["threads"], 1, f"{path}: threads"),
-        **places,
     )
-    for what, source in (("data", study.data), ("validation", study.validation)):
-        if source is not None and not is_sample(source) and not is_hub_name(source) and not Path(source).is_file():
-            raise ConfigError(f"{path}: {what}: no such file: {source}")
     check_layers(study, str(path))
     return study
 
 
-def _rows(given: Mapping[str, Any], kind: Kind, path: Path) -> tuple[Row, ...]:
+def _rows(given: Mapping[str, Any], kind: Kind, groups: Sequence[Group], path: Path) -> tuple[Row, ...]:
     common = check_keys(given.get("common"), kind.option_names(), f"{path}: common")
-    search, seeds = given.get("search"), _seeds(given.get("seeds", [0]), str(path))
+    seeds = list(_seeds(given.get("seeds", [0]), str(path)))
+    shared = {name: given[name] for name in ("search", "model") if name in given} | {"seeds": seeds}
     entries: list[tuple[str, Mapping[str, Any]]] = []
     for number, entry in enumerate(check_list(given.get("rows"), f"{path}: rows"), start=1):
         entries.append((f"{path}: row {number}", check_keys(entry, _ROW, f"{path}: row {number}")))
@@ -172,43 +177,82 @@ def _rows(given: Mapping[str, Any], kind: Kind, path: Path) -> tuple[Row, ...]:
         entries += [(where, row) for row in multiplied(entry, where)]
     if not entries:
         raise ConfigError(f"{path}: a study needs rows or a grid")
-    rows: list[Row] = []
     first: dict[str, str] = {}
     for where, entry in entries:
         name = check_name(entry.get("name"), where)
         if name in first:
             raise ConfigError(f"{where}: the row {name!r} stands twice; it is {first[name]} already")
         first[name] = where.rpartition(": ")[2]
-        rows.append(
-            _row({"seeds": list(seeds), **entry}, common, search, given.get("preset"), kind, f"{where} {name!r}")
-        )
+    rows: list[Row] = []
+    for group in groups:
+        own = check_keys(group.options, kind.option_names(), f"{path}: task {group.name!r}: options")
+        for where, entry in entries:
+            reader = _RowReader(kind, path, given.get("preset"), group, shared, {**common, **own}, where)
+            row = reader.row(entry)
+            if row.name in [other.name for other in rows]:
+                raise ConfigError(f"{where}: the task {group.name!r} makes a second row {row.name!r}: rename one")
+            rows.append(row)
     return tuple(rows)
 
 
-def _row(entry: Mapping[str, Any], common: Mapping[str, Any], search: Any, preset: Any, kind: Kind, where: str) -> Row:
-    own = check_keys(entry.get("options"), kind.option_names(), f"{where}: options")
-    method = entry.get("method", "dense")
-    layer = None if method is None else read_layer(method, entry.get("set"), where)
-    keep = entry.get("keep")
-    if keep is not None and not (isinstance(keep, list) and all(type(n) is int for n in keep)):
-        raise ConfigError(f"{where}: keep must list numbers of layers, got {keep!r}")
-    if not kind.needs_model and (keep is not None or entry.get("fit") or "layers" in entry):
-        raise ConfigError(f"{where}: layers, keep and fit are for kind distil")
-    options = _made(kind, preset, {**common, **own}, layer, where)
-    row_search = entry.get("search", search)
-    if isinstance(row_search, Mapping) and isinstance(search, Mapping):
-        row_search = {**search, **row_search}
-    return Row(
-        name=entry["name"],
-        title=str(entry.get("title", entry["name"])),
-        layer=layer,
-        layers=entry.get("layers", "all"),
-        keep=None if keep is None else tuple(keep),
-        fit=_whole(entry.get("fit", 0), 0, f"{where}: fit"),
-        options=options,
-        search=_search(row_search, kind, options, preset, {**common, **own}, layer, where),
-        seeds=_seeds(entry["seeds"], where),
-    )
+def row_name(group: str, name: str) -> str:
+    """Return the name of a row of a task: that of its folder."""
+    return f"{group}-{name}" if group else name
+
+
+@dataclass(frozen=True)
+class _RowReader:
+    """Makes rows of one task of the entries of a study file.
+
+    Attributes:
+        shared: `search`, `model` and `seeds` of the study.
+        common: options of all rows of the task.
+        where: starts every message.
+    """
+
+    kind: Kind
+    path: Path
+    preset: Any
+    group: Group
+    shared: Mapping[str, Any]
+    common: Mapping[str, Any]
+    where: str
+
+    def row(self, entry: Mapping[str, Any]) -> Row:
+        """Make a row."""
+        kind, group, name = self.kind, self.group, entry["name"]
+        where = f"{self.where} {name!r}"
+        choices = {**self.common, **check_keys(entry.get("options"), kind.option_names(), f"{where}: options")}
+        method = entry.get("method", kind.method)
+        layer = None if method is None else read_layer(method, entry.get("set"), where)
+        if method is None and entry.get("set"):
+            raise ConfigError(f"{where}: set belongs to a method, and the row has none")
+        keep = entry.get("keep")
+        if keep is not None and not (isinstance(keep, list) and all(type(n) is int for n in keep)):
+            raise ConfigError(f"{where}: keep must list numbers of layers, got {keep!r}")
+        if not kind.needs_model and (keep is not None or entry.get("fit") or "layers" in entry):
+            raise ConfigError(f"{where}: layers, keep and fit are for kinds distil and finetune")
+        model = read_model(entry.get("model", self.shared.get("model")), self.path, f"{where}: model")
+        if kind.needs_model and model is None:
+            raise ConfigError(f"{where}: kind {kind.name} needs a model: its directory or name")
+        options = _made(kind, self.preset, choices, layer, where)
+        title, search = str(entry.get("title", name)), entry.get("search", self.shared.get("search"))
+        if isinstance(search, Mapping) and isinstance(self.shared.get("search"), Mapping):
+            search = {**self.shared["search"], **search}
+        return Row(
+            name=row_name(group.name, name),
+            title=f"{group.title}: {title}" if group.name else title,
+            group=group.name,
+            source=group.source,
+            model=model,
+            layer=layer,
+            layers=entry.get("layers", "all"),
+            keep=None if keep is None else tuple(keep),
+            fit=_whole(entry.get("fit", 0), 0, f"{where}: fit"),
+            options=options,
+            search=_search(search, kind, options, self.preset, choices, layer, where),
+            seeds=_seeds(entry.get("seeds", self.shared["seeds"]), where),
+        )
 
 
 def _made(kind: Kind, preset: Any, choices: Mapping[str, Any], layer: LayerConfig | None, where: str) -> Any:
@@ -247,16 +291,19 @@ def _search(
 
 
 def check_layers(study: Study, where: str) -> None:
-    """Raise ConfigError unless every row's layer can be built for the model's FFNs."""
-    known: dict[Any, FFNShape] = {}
+    """Raise ConfigError unless every row's model is there and its layer can be built for the model's FFNs."""
+    known: dict[Any, Site] = {}
     for row in study.rows:
-        if row.layer is None:
-            continue
-        key = study.kind.shape_key(row.options)
         try:
+            if study.kind.needs_model and row.model is not None:
+                model_directory(row.model)
+            if row.layer is None and row.keep is None:
+                continue
+            key = (study.kind.shape_key(row.options), row.model, row.keep)
             if key not in known:
-                known[key] = study.kind.shape(row.options, study.model)
-            _build(row.layer.for_vocabulary(study.kind.vocabulary(row.options)), known[key])
+                known[key] = study.kind.site(row.options, row.model, row.keep)
+            if row.layer is not None:
+                _build(row.layer.for_vocabulary(known[key].vocabulary), known[key].one_shape())
         except NogemmError as error:
             raise ConfigError(f"{where}: row {row.name!r}: {error}") from error
 
@@ -271,26 +318,6 @@ def _build(layer: LayerConfig, shape: FFNShape) -> None:
         layer.make(shape)  # its start is drawn by a generator of its own, which the meta device has not
 
 
-def _validation(given: Any, path: Path) -> tuple[str | None, str | None]:
-    if not isinstance(given, Mapping):
-        return _place(given, path, "validation"), None
-    given = check_keys(given, ("data", "split"), f"{path}: validation")
-    split = given.get("split")
-    if split not in (None, *SPLITS):
-        raise ConfigError(f"{path}: validation: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return _place(given.get("data"), path, "validation: data"), split
-
-
-def _place(given: Any, path: Path, what: str) -> str | None:
-    """Return a file or a name: from where the command runs, else beside the study file, else as it is."""
-    if given is None:
-        return None
-    if not isinstance(given, str) or not given:
-        raise ConfigError(f"{path}: {what} must be a file or a name, got {given!r}")
-    beside = path.parent / given
-    return str(beside) if not Path(given).exists() and beside.exists() else given
-
-
 def _seeds(given: Any, where: str) -> tuple[int, ...]:
     seeds = [_whole(seed, 0, f"{where}: seeds") for seed in check_list(given, f"{where}: seeds")]
     if not seeds or len(set(seeds)) < len(seeds):
@@ -298,13 +325,14 @@ def _seeds(given: Any, where: str) -> tuple[int, ...]:
     return tuple(seeds)
 
 
-def _baseline(given: Any, rows: tuple[Row, ...], path: Path) -> str | None:
+def _baselines(given: Any, rows: Sequence[Row], groups: Sequence[Group], path: Path) -> dict[str, str]:
+    """Return {group: its baseline}: the row of that name in every group, by default "dense" where there is one."""
     names = [row.name for row in rows]
-    if given is None:
-        return "dense" if "dense" in names else None
-    if given not in names:
-        raise ConfigError(f"{path}: baseline {given!r} is no row; {nearest(str(given), names)}")
-    return str(given)
+    own = [row.name.removeprefix(row_name(groups[0].name, "")) for row in rows if row.group == groups[0].name]
+    if given is not None and given not in own:
+        raise ConfigError(f"{path}: baseline {given!r} is no row; {nearest(str(given), own)}")
+    found = {group.name: row_name(group.name, str(given or "dense")) for group in groups}
+    return {group: name for group, name in found.items() if name in names}
 
 
 def _latency(given: Any, path: Path) -> Mapping[str, Any] | None:

@@ -5,8 +5,9 @@ Reading order: `study`, `Runner.go`, `Runner.result`.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 from nogemm.bench.layer import LayerBenchArgs, run_layer_bench
 from nogemm.bench.report.runs import read_runs
 from nogemm.errors import ConfigError, NogemmError
-from nogemm.files import write_json
 from nogemm.hardware.cpu import machine, machine_line
 from nogemm.running.partial import sigterm_interrupts
 from nogemm.study.errors import StudyError, StudyInterrupted
@@ -23,7 +23,7 @@ from nogemm.study.listing import Expected, duration
 from nogemm.study.plan import Row, Study, read_study
 from nogemm.study.process import Stopped, clear, run_process
 from nogemm.study.search import Choice, choose, next_rate
-from nogemm.study.store import DONE, FAILED, LATENCY, RUN, Store, Task
+from nogemm.study.store import DONE, FAILED, LATENCY, RUN, Store, Task, plain
 from nogemm.study.timed import words_of
 from nogemm.train.checkpoint import Lock
 from nogemm.train.errors import TrainingError
@@ -61,7 +61,7 @@ def study(
     file: str | Path,
     folder: str | Path | None = None,
     *,
-    data: str | None = None,
+    data: str | Mapping[str, str] | None = None,
     only: Sequence[str] | None = None,
     redo: Sequence[str] = (),
     retry: bool = False,
@@ -76,7 +76,7 @@ def study(
     Args:
         file: YAML; docs/guides/study.md lists its keys.
         folder: for results; None: runs/NAME, with the file's name.
-        data: text to train on, in the place of the file's.
+        data: text to train on, in the place of the file's; of a study with tasks {task: file}.
         only: names of rows; the others are left as they are.
         redo: names of rows whose results are deleted first; "all" for every row.
         retry: make runs again that have failed.
@@ -99,10 +99,12 @@ def study(
     store = Store(plan, Path(folder) if folder is not None else Path("runs") / plan.name)
     try:
         with sigterm_interrupts(), _held(store.folder):
+            store.check_name()
+            for row in plan.rows:  # before anything is deleted
+                if row not in anew:
+                    store.check(row)
             for row in anew:
                 store.forget(row)
-            for row in plan.rows:
-                check_results(store, row)
             store.begin()
             runner = Runner(store, wanted, retry, end, note or (lambda line: None))
             stopped = runner.go()
@@ -135,12 +137,6 @@ def report_of(store: Store, stopped: str = "") -> StudyReport:
     table = read_runs(store.folder)
     failed = sum(len(row["errors"]) for row in table["rows"])
     return StudyReport(store.folder, sum(found) - failed, failed, len(found) - sum(found), stopped, table)
-
-
-def check_results(store: Store, row: Row) -> None:
-    """Raise StudyError if a final result of a row was made from other choices than the file's."""
-    for seed in row.seeds:
-        store.read(store.final(row, seed))
 
 
 class Runner:
@@ -177,7 +173,7 @@ class Runner:
         """Try rates until one is chosen; None: every trial failed."""
         if row.search is None:
             return Choice(1.0, False)
-        lower = self.study.kind.metric.lower
+        lower = self.study.metric.lower
         trials: dict[float, float | None] = {}
         while (factor := next_rate(trials, row.search.factors, row.search.extend, lower)) is not None:
             result = self.result(self.store.trial(row, factor))
@@ -225,7 +221,7 @@ class Runner:
         )
         found = self._write(task, outcome, choice)
         clear(task.work)
-        value = f"{self.study.kind.metric.label} {found['value']:.4f}" if found["status"] == DONE else found["error"]
+        value = f"{self.study.metric.label} {found['value']:.4f}" if found["status"] == DONE else found["error"]
         self.note(f"{task.label}: {value} ({duration(time.monotonic() - begun)})")
         return found
 
@@ -234,7 +230,7 @@ class Runner:
 
     def _write(self, task: Task, outcome: dict[str, Any], choice: Choice | None) -> dict[str, Any]:
         """Write a run's result, and return it."""
-        study, row, metric = self.study, task.row, self.study.kind.metric
+        study, row, metric = self.study, task.row, self.study.metric
         figures, report = outcome.get("figures"), dict(outcome.get("report") or {})
         value = None if figures is None else figures.get(metric.name)
         if outcome["status"] == DONE and value is None:
@@ -262,34 +258,41 @@ class Runner:
             "machine": facts,
             "report": report or None,
         }
-        try:
-            write_json(task.file, found)
-        except OSError as error:
-            raise StudyError(
-                f"{task.file} cannot be written: {error}. Make room, and call the study again to go on"
-            ) from error
+        self.store.write(task.file, found)
         return found
 
     def _latency(self, row: Row, wanted: Any) -> None:
-        """Time a row's layer alone, once, with random weights."""
+        """Time a row's layer alone, with random weights, unless that was done for this layer in this way."""
         file = self.store.folder / row.name / "latency.json"
-        if row.layer is None or file.is_file():
+        if row.layer is None:
             return
-        if self._expired():
-            raise Stopped
-        self.note(f"{row.name}: timing its layer")
-        shape = self.study.kind.shape(row.options, self.study.model)
+        shape = self.study.kind.site(row.options, row.model, row.keep).one_shape()
         method, words = words_of(row.layer)
         args = LayerBenchArgs(
             method=method, set=words, d=shape.d_in, hidden=shape.hidden or 0, activation=shape.activation,
             gated=shape.gated, dtype=wanted["dtype"], batch=tuple(wanted["batch"]), against=(),
             threads=wanted["threads"], seconds=wanted["seconds"], pool_cap_bytes=1 << 26,
         )  # fmt: skip
+        head = {"kind": LATENCY, "study": self.study.name, "row": row.name, "settings": plain(wanted)}
+        head["layer"] = row.layer.to_dict() | {"d": shape.d_in}
+        if _timed(file, plain(head)):
+            return
+        if self._expired():
+            raise Stopped
+        self.note(f"{row.name}: timing its layer")
         try:
             if shape.d_in != shape.d_out:
                 raise ConfigError("its output is not as wide as its input")
             found: dict[str, Any] = {"rows": run_layer_bench(args)["rows"], "error": None}
         except (NogemmError, ValueError) as error:
             found = {"rows": [], "error": str(error)}
-        head = {"kind": LATENCY, "study": self.study.name, "row": row.name, "settings": dict(wanted)}
-        write_json(file, head | found | {"machine": machine() | {"line": machine_line()}})
+        self.store.write(file, head | found | {"machine": machine() | {"line": machine_line()}})
+
+
+def _timed(file: Path, head: dict[str, Any]) -> bool:
+    """Say whether a file holds the times of this layer, taken in this way."""
+    try:
+        before = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(before, dict) and all(before.get(name) == value for name, value in head.items())

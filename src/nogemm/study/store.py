@@ -12,6 +12,7 @@ Reading order: `Task`, `Store`.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,11 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from nogemm.files import parse_json, write_json
+from nogemm.models.directory import find_directory
 from nogemm.study.errors import StudyError
 from nogemm.study.kinds import Job
 from nogemm.study.plan import Row, Study
 from nogemm.study.reading import flattened
-from nogemm.train.identity import file_identity
+from nogemm.study.search import next_rate
+from nogemm.study.sources import WORK, kept_model
+from nogemm.train.identity import file_identity, model_identity
 from nogemm.train.reader import SAMPLE, sample_file
 
 STUDY, RUN, LATENCY = "study-runs", "study-run", "study-latency"
@@ -56,7 +60,7 @@ class Store:
 
     def __init__(self, study: Study, folder: Path) -> None:
         self.study, self.folder = study, folder
-        self.work = folder / "work"
+        self.work = folder / WORK
 
     # -- runs
 
@@ -87,24 +91,26 @@ class Store:
         study, row = self.study, task.row
         return Job(
             kind=study.kind.name,
+            trial=task.trial,
             options=plain(task.options.to_dict()),
             layer=None if row.layer is None else row.layer.to_dict(),
             layers=row.layers,
             keep=None if row.keep is None else list(row.keep),
             fit=row.fit,
-            data=study.data,
-            validation=study.validation,
-            split=study.split,
+            data=row.source.data,
+            validation=row.source.validation,
+            split=row.source.split,
+            test=row.source.test,
             tokenizer=study.tokenizer,
-            model=study.model,
+            model=row.model,
             folder=str(task.work),
             shared=str(self.work / "shared"),
-            save=str(task.work / "model") if study.save and not task.trial else None,
+            save=str(kept_model(self.work, row.name, task.seed)) if study.save and not task.trial else None,
         )
 
     def key(self, task: Task) -> dict[str, Any]:
         """Return what a result depends on, as JSON values; two that are equal need no second run."""
-        study, row, search = self.study, task.row, task.row.search
+        study, row, search, source = self.study, task.row, task.row.search, task.row.source
         free = {*study.kind.free, "ffn", "seed"}
         base = task.options if task.trial else row.options
         options = {name: value for name, value in base.to_dict().items() if name not in free}
@@ -116,11 +122,13 @@ class Store:
             "fit": row.fit,
             "options": options,
             "seed": task.seed,
-            "data": identity(study.data),
-            "validation": None if study.validation is None else identity(study.validation) | {"split": study.split},
-            "tokenizer": None if study.tokenizer is None else Path(study.tokenizer).name,
-            "model": None if study.model is None else Path(study.model).name,
+            "data": identity(source.data),
+            "validation": None if source.validation is None else identity(source.validation) | {"split": source.split},
+            "tokenizer": None if study.tokenizer is None else folder_identity(study.tokenizer),
+            "model": None if row.model is None else folder_identity(row.model),
         }
+        if source.test is not None:
+            found["test"] = identity(source.test)
         if not task.trial:
             found["search"] = None if search is None else {
                 "factors": search.factors, "seed": search.seed, "options": dict(search.options),
@@ -139,7 +147,7 @@ class Store:
         found = read_result(task.file)
         if found is None:
             return None
-        different = differences(found["key"], self.key(task))
+        different = differences(found["key"], known_of(found["key"], self.key(task)))
         if different:
             more = f" and {len(different) - _MOST} more" if len(different) > _MOST else ""
             raise StudyError(
@@ -149,21 +157,47 @@ class Store:
             )
         return found
 
-    def begin(self) -> None:
-        """Write down which rows there are, for the report."""
+    def check_name(self) -> None:
+        """Raise StudyError if the folder holds the results of another study."""
         study = self.study
-        metric = study.kind.metric
         try:
             before = parse_json((self.folder / "study.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            before = {}
+            return
         names = {"study": study.name, "of": study.kind.name}
-        if before and any(before.get(name) != value for name, value in names.items()):
+        if any(before.get(name) != value for name, value in names.items()):
             raise StudyError(
                 f"{self.folder} holds the results of another study, {before.get('study')!r} of kind "
                 f"{before.get('of')!r}: write to another folder (--output)"
             )
-        write_json(
+
+    def check(self, row: Row) -> None:
+        """Raise StudyError if a result of a row, trial or final, was made from other choices than the file's."""
+        for seed in row.seeds:
+            self.read(self.final(row, seed))
+        self.trials(row)
+
+    def trials(self, row: Row) -> tuple[dict[float, float | None], Task | None]:
+        """Return what the trials of a row came to so far, and the next one to make; None: its search has ended.
+
+        A trial that failed has no value. Raises StudyError as `read` does.
+        """
+        found: dict[float, float | None] = {}
+        if row.search is None:
+            return found, None
+        lower = self.study.metric.lower
+        while (factor := next_rate(found, row.search.factors, row.search.extend, lower)) is not None:
+            task = self.trial(row, factor)
+            result = self.read(task)
+            if result is None:
+                return found, task
+            found[factor] = result["value"] if result["status"] == DONE else None
+        return found, None
+
+    def begin(self) -> None:
+        """Write down which rows there are, for the report."""
+        study, metric = self.study, self.study.metric
+        self.write(
             self.folder / "study.json",
             {
                 "kind": STUDY,
@@ -172,13 +206,24 @@ class Store:
                 "of": study.kind.name,
                 "file_sha256": study.digest,
                 "metric": {"name": metric.name, "label": metric.label, "lower": metric.lower},
-                "baseline": study.baseline,
                 "rows": [
-                    {"name": row.name, "title": row.title, "layer": layer_of(row), "seeds": list(row.seeds)}
+                    {
+                        "name": row.name, "title": row.title, "group": row.group,
+                        "baseline": study.baselines.get(row.group), "layer": layer_of(row), "seeds": list(row.seeds),
+                    }
                     for row in study.rows
                 ],
             },
-        )
+        )  # fmt: skip
+
+    def write(self, file: Path, value: Any) -> None:
+        """Write a file of the results; StudyError where it cannot be written."""
+        try:
+            write_json(file, value)
+        except OSError as error:
+            raise StudyError(
+                f"{file} cannot be written: {error}. Make room, and call the study again to go on"
+            ) from error
 
     def forget(self, row: Row) -> None:
         """Delete all results of a row, and what it left in the work folder."""
@@ -217,6 +262,22 @@ def identity(data: str) -> dict[str, Any]:
             return {"name": data, **file_identity(path)}
     path = Path(data)
     return {"name": path.name, **file_identity(path)} if path.is_file() else {"name": data}
+
+
+@functools.cache
+def folder_identity(model: str) -> dict[str, Any]:
+    """Return the name of a model, without its folder, and a hash of its files."""
+    path = Path(model)
+    if path.is_file() or find_directory(model) is None:  # a config, or a name that a run will say is nowhere
+        return identity(model)
+    digest = hashlib.sha256(json.dumps(model_identity(model), sort_keys=True).encode())
+    return {"name": path.name, "sha256": digest.hexdigest()}
+
+
+def known_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a key without what an older result does not tell: it holds the name of a model alone."""
+    older = [name for name in ("model", "tokenizer") if isinstance(before.get(name), str) and now.get(name)]
+    return {**now, **{name: now[name]["name"] for name in older}}
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -219,7 +219,7 @@ class Run:
             # The parameters are still those of the update before: only a finite gradient is ever applied.
             kept = ckpt.latest(self.directory) if self.keep else None
             where = f"; the last checkpoint is {kept}" if kept else ""
-            raise TrainingError(f"stopped after {self.tokens:,} tokens: {error}{where}") from error
+            raise type(error)(f"stopped after {self.tokens:,} tokens: {error}{where}") from error
         self.tokens += batch.tokens
         return mean
 

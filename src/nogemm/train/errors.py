@@ -13,6 +13,10 @@ class TrainingError(NogemmError, RuntimeError):
     """Training cannot go on: a loss or gradient is not finite, or what was given does not fit together."""
 
 
+class DivergedError(TrainingError):
+    """A loss or gradient is not finite."""
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Training was stopped by Ctrl-C after its state was saved; the message says how to resume.
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from nogemm.models.directory import model_directory, transformer_directory
 from nogemm.train.reader import SAMPLE, sample_file
 from nogemm.train.sources import describe
 
@@ -51,6 +52,17 @@ def file_identity(path: Path, whole: int = WHOLE, end: int = END) -> dict[str, A
         file.seek(-end, 2)
         digest.update(file.read(end))
     return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns, "sha256_of_ends": digest.hexdigest()}
+
+
+def model_identity(model: str | Path) -> dict[str, Any]:
+    """Return {file: identity} of the weights and settings in a stored model's directory.
+
+    Raises:
+        ConfigError: there is no model.
+    """
+    folder = Path(transformer_directory(model_directory(model)))
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
+    return {file.name: file_identity(file) for file in files if file.stat().st_size}
 
 
 def tokenizer_identity(tokenizer: Any) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from nogemm.layers import FFN
 from nogemm.layers.token_table import given
 from nogemm.models.pooling import MEAN, Pooling
 from nogemm.train.data import Batch
-from nogemm.train.errors import TrainingError
+from nogemm.train.errors import DivergedError, TrainingError
 from nogemm.train.guards import no_hook_left
 from nogemm.train.losses import Spread, hidden_states, output_kind, outputs_differ, relative_error, task_loss
 from nogemm.train.masking import Masking
@@ -260,8 +260,8 @@ def hidden_map(model: nn.Module, teacher: nn.Module, options: DistilOptions) -> 
 
 
 def finite(value: Tensor | float, what: str) -> float:
-    """Return the number, or raise TrainingError if it is NaN or infinite."""
+    """Return the number, or raise DivergedError if it is NaN or infinite."""
     number = value.item() if isinstance(value, Tensor) else value
     if not math.isfinite(number):
-        raise TrainingError(f"{what} is {number}: lower the learning rates or the clipping norm")
+        raise DivergedError(f"{what} is {number}: lower the learning rates or the clipping norm")
     return number

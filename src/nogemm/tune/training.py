@@ -18,7 +18,7 @@ import numpy as np
 from nogemm.errors import NotFiniteError
 from nogemm.models.depth import spread_numbers
 from nogemm.train.distil import distil
-from nogemm.train.errors import TrainingError
+from nogemm.train.errors import DivergedError
 from nogemm.train.options import DistilOptions
 from nogemm.tune.offers import DENSE
 from nogemm.tune.search import Costs, shortlist
@@ -32,7 +32,6 @@ GROWTH = 3  # tokens of a round, as a multiple of the round before
 AGAIN = 3  # candidates that the learnt model adds
 SHORT, FULL = 0.35, 0.75  # of the time that is left: for short runs, then for full ones
 LEAST, MOST = 4_096, 20_000_000  # tokens
-DIVERGED = "lower the learning rates"  # what `distil` says of a loss that is not finite
 _GUESSED_SPEED = 0.25  # of the dense model's tokens a second, before a run was seen
 LR_EXACT, LR_FITTED = 2e-4, 5e-4  # of FFNs' matrices where there is no first stage: they start from trained ones
 
@@ -69,9 +68,7 @@ def distilled(search: Search, stage: str, candidate: Candidate, tokens: int) -> 
                 resume=True,
                 options=options_for(search, candidate, tokens),
             )
-        except TrainingError as error:
-            if DIVERGED not in str(error):
-                raise
+        except DivergedError as error:
             return {"failed": str(error)}
         search.store(model, candidate, tokens)
         shutil.rmtree(folder, ignore_errors=True)
@@ -138,9 +135,11 @@ def _in_time(search: Search, some: Sequence[Candidate], tokens: int, before: Seq
     return runs
 
 
-def _remembered(search: Search, key: str, choose: Callable[[], list[Candidate]]) -> list[Candidate]:
+def _remembered(
+    search: Search, key: str, choose: Callable[[], list[Candidate]], stage: str = "short"
+) -> list[Candidate]:
     """Make a choice that depends on the time left once, so that a resumed search makes no other."""
-    found = search.ledger.take("short", key, lambda: [candidate.to_dict() for candidate in choose()])
+    found = search.ledger.take(stage, key, lambda: [candidate.to_dict() for candidate in choose()])
     return [candidate_of(entry) for entry in found]
 
 
@@ -240,20 +239,22 @@ def full_tokens_guess(search: Search, runs: Sequence[Run]) -> int:
     return int(min(MOST, max(LEAST, FULL * max(search.ledger.left(), 1.0) * speed / 3)))
 
 
-def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run, dict[str, Run]]:
-    """Distil the winner in full, and its rivals alike; return the winner and {name of the rival: its run}."""
-    order = ranked(search, known, runs)
-    named = search.ledger.take("full", "winner", lambda: order[0].candidate.to_dict())
-    winner = candidate_of(named)
-    against = rivals(search, known, winner)
+def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run | None, dict[str, Run]]:
+    """Distil the winner in full, and its rivals alike; return the winner and {name of the rival: its run}.
+
+    Where the best candidate's loss is not finite, the next best takes its place; None: none could be trained.
+    """
+    order = _remembered(search, "order", lambda: [run.candidate for run in ranked(search, known, runs)], stage="full")
     most = max(run.tokens for run in runs)
     plan = search.ledger.take(
         "full", "plan", lambda: {"tokens": search.options.tokens or max(most, full_tokens_guess(search, runs))}
     )
-    first = distilled(search, "full", winner, plan["tokens"])
-    found = {}
-    for name, candidate in against.items():
-        if candidate == winner:
+    first = _first_finite(search, order, plan["tokens"])
+    found: dict[str, Run] = {}
+    if first is None:
+        return None, found
+    for name, candidate in rivals(search, known, first.candidate).items():
+        if candidate == first.candidate:
             continue
         if search.ledger.left() < first.seconds and not _known(search, "full", candidate, plan["tokens"]):
             note_once(search, f"Time ran out before {name} were distilled as long as the winner.")
@@ -263,6 +264,16 @@ def full_runs(search: Search, known: Known, runs: Sequence[Run]) -> tuple[Run, d
         except NotFiniteError as error:
             note_once(search, f"{name}, {candidate.name}, were given up: {error}.")
     return first, found
+
+
+def _first_finite(search: Search, order: Sequence[Candidate], tokens: int) -> Run | None:
+    """Distil the first candidate in full whose loss stays finite."""
+    for candidate in order:
+        try:
+            return distilled(search, "full", candidate, tokens)
+        except NotFiniteError as error:
+            note_once(search, f"{candidate.name} was given up: {error}.")
+    return None
 
 
 def rivals(search: Search, known: Known, winner: Candidate) -> dict[str, Candidate]:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from nogemm.bench.engine.result import origin
 from nogemm.errors import ConfigError, NogemmError
 from nogemm.files import disk_is_full
-from nogemm.models.directory import model_directory, transformer_directory
+from nogemm.models.directory import model_directory
 from nogemm.models.loading import load_encoder, load_tokenizer
 from nogemm.models.pooling import pooling_of
 from nogemm.models.texts import longest_text
@@ -27,7 +27,7 @@ from nogemm.running.partial import Terminated
 from nogemm.train import checkpoint as ckpt
 from nogemm.train.errors import TrainingError, TrainingInterrupted
 from nogemm.train.guards import evaluation_mode
-from nogemm.train.identity import file_identity
+from nogemm.train.identity import model_identity
 from nogemm.train.sources import describe
 from nogemm.tune import stages, training
 from nogemm.tune.evidence import QualityModel, judge_of, stored_bytes
@@ -116,7 +116,7 @@ def _opened(folder: Path, dense: str, data: Any, options: TuneOptions, resume: b
     name, value = options.budget
     kept = {key: item for key, item in options.to_dict().items() if key not in FREE and item is not None}
     settings = {
-        "model": _model_identity(dense),
+        "model": model_identity(dense),
         "data": texts.to_dict(),
         "budget": {name: value},
         "options": {key: item for key, item in kept.items() if key != name},
@@ -155,12 +155,6 @@ def _for_fits(texts: Texts, options: TuneOptions) -> list[str]:
         if characters >= CHARACTERS * options.fit_tokens:
             break
     return found
-
-
-def _model_identity(dense: str) -> dict[str, Any]:
-    folder = Path(transformer_directory(dense))
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".bin", ".json"))
-    return {file.name: file_identity(file) for file in files if file.stat().st_size}
 
 
 def _searched(search: Search, model: str, data: str, keep: Callable[[dict[str, Any]], None]) -> Tuned:

@@ -29,11 +29,12 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
     """Return the table of the study whose results lie in a folder.
 
     Returns:
-        {"kind", "study", "title", "of", "metric", "baseline", "rows", "notes", "machine_lines"}. A row has "name",
-        "title", "layer", "seeds", "values" (by seed), "mean" and "difference" ({"value", "low", "high", "samples"} or
-        None), "figures" (means), "lr", "at_edge", "errors" ([{"seed", "error"}]), "history" ([{"tokens", "value",
-        "low", "high"}]), "latency" (rows of `nogemm bench layer`), "not_timed" (why not), "front" (no row of fewer FLOP
-        is as good).
+        {"kind", "study", "title", "of", "metric", "rows", "notes", "machine_lines"}. A row has "name", "title", "group"
+        (of rows that are compared with each other), "baseline" (the row its difference is to), "layer", "seeds",
+        "values" (by seed), "mean" and "difference" ({"value", "low", "high", "samples"} or None), "figures" (means),
+        "lr", "at_edge", "chosen_on_itself" (its value is of the rows that chose its state), "errors" ([{"seed",
+        "error"}]), "history" ([{"tokens", "value", "low", "high"}]), "latency" (rows of `nogemm bench layer`),
+        "not_timed" (why not), "front" (no row of fewer FLOP is as good).
     Raises:
         ConfigError: the folder holds no study, or a file in it is damaged.
     """
@@ -45,9 +46,11 @@ def read_runs(folder: str | Path) -> dict[str, Any]:
     for row in head["rows"]:
         found = _row(folder, row, metric["name"])
         machines += found.pop("machines")
-        rows.append(found)
-    _compare(rows, head["baseline"], metric["lower"])
-    names = ("study", "title", "of", "metric", "baseline")
+        # Results of versions without groups name one baseline for all rows.
+        rows.append({"group": "", "baseline": head.get("baseline")} | found)
+    for group in _groups(rows):
+        _compare(group, metric["lower"])
+    names = ("study", "title", "of", "metric")
     return {
         "kind": KIND,
         **{name: head[name] for name in names},
@@ -93,6 +96,7 @@ def _row(folder: Path, row: Mapping[str, Any], metric: str) -> dict[str, Any]:
         "figures": figures,
         "lr": done[0].get("lr") if done else None,
         "at_edge": any(run.get("at_edge") for run in runs),
+        "chosen_on_itself": any(run["figures"].get("measured_on") == "validation" for run in done),
         "errors": errors,
         "history": _history(done, metric),
         "latency": timed["rows"],
@@ -120,12 +124,20 @@ def _history(runs: Iterable[Mapping[str, Any]], metric: str) -> list[dict[str, A
     ]
 
 
-def _compare(rows: Sequence[dict[str, Any]], baseline: str | None, lower: bool) -> None:
-    """Fill in the differences to the baseline, and which rows are on the front."""
+def _groups(rows: Sequence[Any]) -> list[list[Any]]:
+    """Return the rows by group, in order."""
+    found: dict[str, list[Any]] = {}
+    for row in rows:
+        found.setdefault(row["group"], []).append(row)
+    return list(found.values())
+
+
+def _compare(rows: Sequence[dict[str, Any]], lower: bool) -> None:
+    """Fill in the differences to the baseline, and which rows of a group are on the front."""
     of = {row["name"]: {int(seed): value for seed, value in row["values"].items()} for row in rows}
     for row in rows:
-        if baseline is not None and row["name"] != baseline:
-            row["difference"] = paired_difference(of[row["name"]], of[baseline])
+        if row["baseline"] is not None and row["name"] != row["baseline"]:
+            row["difference"] = paired_difference(of[row["name"]], of[row["baseline"]])
     # A row that lacks seeds is no rival yet: those that failed may be the hard ones.
     known = [row for row in rows if len(row["values"]) == len(row["seeds"]) and "ffn_flops" in row["figures"]]
     for index in front([(row["figures"]["ffn_flops"], row["mean"]["value"]) for row in known], lower):
@@ -135,6 +147,9 @@ def _compare(rows: Sequence[dict[str, Any]], baseline: str | None, lower: bool) 
 def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = [f"{row['title']}, seed {e['seed']}: {e['error']}" for row in rows for e in row["errors"]]
     notes += [f"{row['title']} was not timed: {row['not_timed']}" for row in rows if row["not_timed"]]
+    chosen = [row["title"] for row in rows if row["chosen_on_itself"]]
+    if chosen:
+        notes.append(f"Measured on the validation rows that chose the state, which flatters it: {', '.join(chosen)}.")
     edge = [row["title"] for row in rows if row["at_edge"]]
     if edge:
         last = "The best learning rate is the last that was tried, and a better one may lie beyond"
@@ -144,21 +159,23 @@ def _notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def runs_table(result: Mapping[str, Any]) -> TextTable:
     """Lay out a study: a row for each of its rows."""
-    metric, baseline = result["metric"], result["baseline"]
-    dense = next((row for row in result["rows"] if row["name"] == baseline), None)
-    full = None if dense is None else dense["figures"].get("ffn_flops")
+    metric = result["metric"]
+    named = {row["name"]: row for row in result["rows"]}
+    bases = [row for row in result["rows"] if row["name"] == row["baseline"]]
+    dense = bases[0] if bases else None
     latency = any(row["latency"] for row in result["rows"])
     batches = list(dict.fromkeys(entry["batch"] for row in result["rows"] for entry in row["latency"]))
     rates = any(row["lr"] is not None for row in result["rows"])
     lines_ = []
     for row in result["rows"]:
         figures, flops = row["figures"], row["figures"].get("ffn_flops")
+        full = named[row["baseline"]]["figures"].get("ffn_flops") if row["baseline"] else None
         cells = [row["title"] + (" *" if row["front"] else ""), _runs(row), _interval(row["mean"])]
-        if baseline is not None:
-            cells.append("baseline" if row["name"] == baseline else _interval(row["difference"], sign=True))
+        if dense is not None:
+            cells.append("baseline" if row["name"] == row["baseline"] else _interval(row["difference"], sign=True))
         cells.append("" if flops is None else f"{flops / 1e6:.3f}")
-        if full is not None:
-            cells.append("" if not flops else f"{full / flops:.2f}")
+        if dense is not None:
+            cells.append(f"{full / flops:.2f}" if full and flops else "")
         for name in ("ffn_parameters", "parameters"):
             cells.append(f"{figures[name] / 1e6:.2f}" if name in figures else "")
         cells.append(f"{figures['tokens'] / 1e6:.2f}" if "tokens" in figures else "")
@@ -170,11 +187,12 @@ def runs_table(result: Mapping[str, Any]) -> TextTable:
             cells += ["" if times.get(batch) is None else number(times[batch]) for batch in batches]
         lines_.append(cells)
     head = ["row", "runs", metric["label"]]
-    head += [f"less that of {dense['title']}"] if dense is not None else []
-    head += ["FFN MFLOP", *(["fewer"] if full is not None else []), "M in FFNs", "M in all", "M tokens", "tokens/s"]
+    if dense is not None:
+        head.append(f"less that of {dense['title']}" if len(bases) == 1 else "less that of the baseline")
+    head += ["FFN MFLOP", *(["fewer"] if dense is not None else []), "M in FFNs", "M in all", "M tokens", "tokens/s"]
     head += (["rate"] if rates else []) + ([f"us at {batch:,}" for batch in batches] if latency else [])
     hint = f"{result['title']}. In brackets: 95 % interval over seeds, Student's t"
-    hint += "; differences are paired by seed" if baseline is not None else ""
+    hint += "; differences are paired by seed" if dense is not None else ""
     hint += ". FFN MFLOP: all FFNs, one token, by cost(). *: no row of fewer FLOP is as good, of those with all seeds."
     return TextTable(title=result["title"], head=head, rows=lines_, hint=hint)
 
@@ -195,9 +213,19 @@ def _interval(figure: Mapping[str, Any] | None, sign: bool = False) -> str:
 
 
 def runs_charts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (caption, chart): the metric against FLOP with the front, and against tokens if measured on the way."""
-    metric, rows = result["metric"], [row for row in result["rows"] if row["mean"] is not None]
-    charts = []
+    """Return (caption, chart): the metric against FLOP with the front, and against tokens if measured on the way.
+
+    Each group of rows has charts of its own.
+    """
+    metric, charts = result["metric"], []
+    for group in _groups([row for row in result["rows"] if row["mean"] is not None]):
+        of = f", {group[0]['group']}" if group[0]["group"] else ""
+        charts += [(f"{metric['label']} against FLOP{of}", chart) for chart in _against_flop(metric, group)]
+        charts += [(f"{metric['label']} against tokens{of}", chart) for chart in _against_tokens(metric, group)]
+    return charts
+
+
+def _against_flop(metric: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     points = [
         Point(
             row["figures"]["ffn_flops"] / 1e6, row["mean"]["value"], row["title"], 0 if row["front"] else 1,
@@ -205,24 +233,26 @@ def runs_charts(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         )
         for row in rows if "ffn_flops" in row["figures"]
     ]  # fmt: skip
-    if len(points) > 1:
-        chart = scatter(points, x_label="MFLOP of all FFNs, one token", y_label=metric["label"], front=True)
-        charts.append((f"{metric['label']} against FLOP", chart))
+    if len(points) < 2:
+        return []
+    return [scatter(points, x_label="MFLOP of all FFNs, one token", y_label=metric["label"], front=True)]
+
+
+def _against_tokens(metric: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     measured = [row for row in rows if sum(entry["value"] > 0 for entry in row["history"]) > 1]
-    if measured:
-        colours = [(row["title"], i % _COLOURS) for i, row in enumerate(measured)]
-        series = [
-            (title, colour, [(entry["tokens"], entry["value"]) for entry in row["history"] if entry["value"] > 0])
-            for (title, colour), row in zip(colours, measured, strict=True)
-        ]
-        # The axis is logarithmic: an interval that reaches below 0 ends where the chart does.
-        floor = min(value for _, _, points in series for _, value in points) / 2
-        bars = [
-            Interval(entry["tokens"], max(entry["low"], floor), entry["high"], colour)
-            for (_, colour), row in zip(colours, measured, strict=True)
-            for entry in row["history"]
-            if entry["low"] is not None and entry["value"] > 0
-        ]
-        chart = lines(series, x_label="tokens", y_label=metric["label"], intervals=bars) + legend(colours)
-        charts.append((f"{metric['label']} against tokens", chart))
-    return charts
+    if not measured:
+        return []
+    colours = [(row["title"], i % _COLOURS) for i, row in enumerate(measured)]
+    series = [
+        (title, colour, [(entry["tokens"], entry["value"]) for entry in row["history"] if entry["value"] > 0])
+        for (title, colour), row in zip(colours, measured, strict=True)
+    ]
+    # The axis is logarithmic: an interval that reaches below 0 ends where the chart does.
+    floor = min(value for _, _, points in series for _, value in points) / 2
+    bars = [
+        Interval(entry["tokens"], max(entry["low"], floor), entry["high"], colour)
+        for (_, colour), row in zip(colours, measured, strict=True)
+        for entry in row["history"]
+        if entry["low"] is not None and entry["value"] > 0
+    ]
+    return [lines(series, x_label="tokens", y_label=metric["label"], intervals=bars) + legend(colours)]

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import nn
 
-from nogemm.config import LayerConfig
+from nogemm.config import LayerConfig, layer_config
+from nogemm.convert import convert
 from nogemm.convert.convert import dense_cost
 from nogemm.convert.sites import converted, survey
+from nogemm.convert.token_ids import vocabulary_of
 from nogemm.cost import Cost
+from nogemm.errors import ConfigError
+from nogemm.models.depth import keep_layers
+from nogemm.models.inner import inner_model
+from nogemm.models.loading import load_model
 from nogemm.shape import FFNShape
+from nogemm.study.sources import Source
+from nogemm.train.sources import texts
 
 
 @dataclass(frozen=True)
@@ -37,16 +46,19 @@ class Job:
 
     Attributes:
         kind: of the study.
+        trial: whether it only tries a rate.
         options: of the run, all resolved, as JSON values.
         layer: config of the layer as JSON values, or None.
-        layers, keep, fit: see `nogemm.study.plan.Row`.
-        data, validation, split, tokenizer, model: see `nogemm.study.plan.Study`.
+        layers, keep, fit, model: see `nogemm.study.plan.Row`.
+        data, validation, split, test: see `nogemm.study.sources.Source`.
+        tokenizer: see `nogemm.study.plan.Study`.
         folder: of the run, for its log and checkpoints.
         shared: folder of what all runs read: tokens, and a tokenizer.
         save: where the trained model goes; None: nowhere.
     """
 
     kind: str
+    trial: bool
     options: dict[str, Any]
     layer: dict[str, Any] | None
     layers: Any
@@ -55,6 +67,7 @@ class Job:
     data: str
     validation: str | None
     split: str | None
+    test: str | None
     tokenizer: str | None
     model: str | None
     folder: str
@@ -66,6 +79,27 @@ class Job:
         return Path(self.folder)
 
 
+@dataclass(frozen=True)
+class Site:
+    """What a row's layer has to fit.
+
+    Attributes:
+        owner: the model's class, for messages.
+        shape: of the first dense FFN; None: the model has none.
+        vocabulary: how many token ids the model knows, or a guess from above.
+    """
+
+    owner: str
+    shape: FFNShape | None
+    vocabulary: int
+
+    def one_shape(self) -> FFNShape:
+        """Return the shape, or raise ConfigError."""
+        if self.shape is None:
+            raise ConfigError(f"{self.owner} has no FFN that can be replaced")
+        return self.shape
+
+
 Save = Callable[[nn.Module, Any], None]
 
 
@@ -73,10 +107,21 @@ class Kind(Protocol):
     """A kind of study; `nogemm.study.kinds.KINDS` lists them."""
 
     name: str
-    metric: Metric
+    method: str | None
+    """Of a row that names none; None: its FFNs stay."""
     needs_model: bool
+    tests: bool
+    """Whether runs are measured on test rows of their own."""
     free: frozenset[str]
     """Options that may change without making old results others."""
+
+    def metric(self, options: Any) -> Metric:
+        """Return what runs of these options are compared by."""
+        ...
+
+    def check_source(self, source: Source, where: str) -> None:
+        """Raise ConfigError where a source lacks what runs need, or has what they cannot use."""
+        ...
 
     def option_names(self) -> list[str]:
         """List the options that `common` and rows may set."""
@@ -98,12 +143,8 @@ class Kind(Protocol):
         """Return what the shape of the FFNs depends on."""
         ...
 
-    def shape(self, options: Any, model: str | None) -> FFNShape:
-        """Return the shape of the FFNs that a row's layer replaces; raises ConfigError."""
-        ...
-
-    def vocabulary(self, options: Any) -> int:
-        """Return how many token ids the model knows, or a guess from above."""
+    def site(self, options: Any, model: str | None, keep: Sequence[int] | None) -> Site:
+        """Look at the FFNs that a row's layer replaces; raises ConfigError where layers to keep are not there."""
         ...
 
     def budget(self, options: Any) -> float | None:
@@ -113,6 +154,42 @@ class Kind(Protocol):
     def run(self, job: Job, save: Save) -> dict[str, Any]:
         """Run in this process, and return {"figures", "report"}; `save` gets model and tokenizer, once, at the end."""
         ...
+
+
+def site_of(model: Any, vocabulary: int) -> Site:
+    """Return the site of a model."""
+    found = survey(model).open
+    return Site(type(model).__name__, found[0].shape if found else None, vocabulary)
+
+
+def loaded_site(model: str, keep: Sequence[int] | None) -> Site:
+    """Return the site of a stored model, some of its layers left out."""
+    found = load_model(model)
+    if keep is not None:
+        keep_layers(found, keep)
+    return site_of(found, vocabulary_of(inner_model(found)))
+
+
+def change(model: nn.Module, job: Job, tokenizer: Any, field: Any) -> tuple[int, ...] | None:
+    """Leave out layers and replace FFNs as a run's row says.
+
+    Args:
+        field: of the data, that holds the texts of a start in closed form.
+    Returns:
+        the layers that stay as `hidden_map` counts them; None: all do.
+    """
+    kept = None if job.keep is None else keep_layers(model, job.keep)
+    if job.layer is not None:
+        start = list(islice(texts(job.data, field), job.fit)) if job.fit else None
+        convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer)
+    return kept
+
+
+def validation_of(job: Job, field: Any) -> Any:
+    """Return the texts to choose by: a name, or those of one split of a file."""
+    if job.split is None or job.validation is None:
+        return job.validation
+    return list(texts(job.validation, field, job.split))
 
 
 def model_cost(model: nn.Module) -> dict[str, Any]:

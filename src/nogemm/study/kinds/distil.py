@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from itertools import islice
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from nogemm.config import LayerConfig, layer_config
-from nogemm.convert import convert
-from nogemm.convert.sites import survey
-from nogemm.convert.token_ids import vocabulary_of
+from nogemm.config import LayerConfig
 from nogemm.errors import ConfigError
-from nogemm.models.depth import keep_layers
-from nogemm.models.inner import inner_model
 from nogemm.models.loading import load_model, load_tokenizer
-from nogemm.shape import FFNShape
-from nogemm.study.kinds._base import Job, Metric, Save, model_cost
+from nogemm.study.kinds._base import Job, Metric, Save, Site, change, loaded_site, model_cost, validation_of
+from nogemm.study.sources import Source
 from nogemm.train.distil import distil
 from nogemm.train.guards import FREE
 from nogemm.train.options import DistilOptions
 from nogemm.train.reader import SAMPLE
-from nogemm.train.sources import texts
 
 _RATES = ("lr_projection", "lr_tables", "lr_other", "lr_backbone")
-_BUDGETS = ("tokens", "max_seconds")
 _TUPLES = ("hidden_map", "pair")
 
 
@@ -33,12 +26,17 @@ class DistilKind:
     """Converted models that learn from the dense one."""
 
     name = "distil"
-    metric = Metric("agreement", "agreement", False)
+    method: str | None = "dense"
     needs_model = True
+    tests = False
     free = frozenset(FREE)
 
-    def __init__(self) -> None:
-        self._vocabulary = 0
+    def metric(self, options: DistilOptions) -> Metric:
+        return Metric("agreement", "agreement", False)
+
+    def check_source(self, source: Source, where: str) -> None:
+        if source.validation is None and source.data != SAMPLE:
+            raise ConfigError(f"{where}: kind distil compares by agreement: name validation texts")
 
     def option_names(self) -> list[str]:
         return [field.name for field in dataclasses.fields(DistilOptions) if field.name != "seed"]
@@ -57,17 +55,9 @@ class DistilKind:
     def shape_key(self, options: DistilOptions) -> Any:
         return None
 
-    def shape(self, options: DistilOptions, model: str | None) -> FFNShape:
+    def site(self, options: DistilOptions, model: str | None, keep: Sequence[int] | None) -> Site:
         assert model is not None
-        found = load_model(model)
-        self._vocabulary = vocabulary_of(inner_model(found))
-        sites = survey(found).open
-        if not sites:
-            raise ConfigError(f"{model} has no FFN that can be replaced")
-        return sites[0].shape
-
-    def vocabulary(self, options: DistilOptions) -> int:
-        return self._vocabulary
+        return loaded_site(model, keep)
 
     def budget(self, options: DistilOptions) -> float | None:
         return None if options.tokens is None else float(options.tokens)
@@ -78,23 +68,12 @@ class DistilKind:
         torch.manual_seed(options.seed)
         tokenizer = load_tokenizer(job.tokenizer or job.model)
         model, teacher = load_model(job.model), load_model(job.model)
-        if job.keep is not None:
-            kept = keep_layers(model, job.keep)
-            if options.hidden_map is None:
-                options = dataclasses.replace(options, hidden_map=kept)
-        if job.layer is not None:
-            start = None
-            if job.fit:
-                start = list(islice(texts(job.data, options.field), job.fit))
-            convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer)
-        validation: Any = job.validation
-        if job.split is not None and job.validation is not None:
-            validation = list(texts(job.validation, options.field, job.split))
-        if validation is None and job.data != SAMPLE:
-            raise ConfigError("kind distil compares by agreement: name validation texts")
+        kept = change(model, job, tokenizer, options.field)
+        if kept is not None and options.hidden_map is None:
+            options = dataclasses.replace(options, hidden_map=kept)
         report = distil(
-            model, teacher, job.data, tokenizer=tokenizer, validation=validation, output_dir=job.folder, resume=True,
-            bar=False, options=options,
+            model, teacher, job.data, tokenizer=tokenizer, validation=validation_of(job, options.field),
+            output_dir=job.folder, resume=True, bar=False, options=options,
         ).to_dict()  # fmt: skip
         report |= {"data": job.data.rpartition("/")[2]}
         figures = {name: report[name] for name in ("agreement", "tokens", "seconds", "history")}

@@ -6,16 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from nogemm.config import LayerConfig, layer_config
-from nogemm.convert.sites import survey
-from nogemm.errors import ConfigError
 from nogemm.models.loading import load_model, load_tokenizer
-from nogemm.shape import FFNShape
-from nogemm.study.kinds._base import Job, Metric, Save, model_cost
+from nogemm.study.kinds._base import Job, Metric, Save, Site, model_cost, site_of, validation_of
+from nogemm.study.sources import Source
 from nogemm.train.identity import data_identity
 from nogemm.train.lm.corpus import is_sample, open_corpus, training_texts
 from nogemm.train.lm.models import new_model
@@ -23,7 +22,6 @@ from nogemm.train.lm.options import BUDGETS, OF_NEW_MODELS, TrainOptions, train_
 from nogemm.train.lm.tokenizer import save_tokenizer, train_tokenizer
 from nogemm.train.lm.train import train_model
 from nogemm.train.loop.options import FREE
-from nogemm.train.sources import texts
 
 _RATES = ("lr", "lr_projection", "lr_tables", "lr_other")
 _LEFT_OUT = ("ffn", "seed")
@@ -34,9 +32,16 @@ class TrainKind:
     """Masked and causal language models from text."""
 
     name = "train"
-    metric = Metric("validation_loss", "validation loss", True)
+    method: str | None = "dense"
     needs_model = False
+    tests = False
     free = FREE
+
+    def metric(self, options: TrainOptions) -> Metric:
+        return Metric("validation_loss", "validation loss", True)
+
+    def check_source(self, source: Source, where: str) -> None:
+        pass
 
     def option_names(self) -> list[str]:
         return [field.name for field in dataclasses.fields(TrainOptions) if field.name not in _LEFT_OUT]
@@ -56,19 +61,11 @@ class TrainKind:
     def shape_key(self, options: TrainOptions) -> Any:
         return tuple(getattr(options, name) for name in (*OF_NEW_MODELS, "task") if name != "layers")
 
-    def shape(self, options: TrainOptions, model: str | None) -> FFNShape:
+    def site(self, options: TrainOptions, model: str | None, keep: Sequence[int] | None) -> Site:
         if model is None:
             one = dataclasses.replace(options, layers=1, ffn=None)
-            found: Any = new_model(one, _Ids())
-        else:
-            found = load_model(model, options.task)
-        sites = survey(found).open
-        if not sites:
-            raise ConfigError(f"{type(found).__name__} has no FFN that can be replaced")
-        return sites[0].shape
-
-    def vocabulary(self, options: TrainOptions) -> int:
-        return options.vocabulary
+            return site_of(new_model(one, _Ids()), options.vocabulary)
+        return site_of(load_model(model, options.task), options.vocabulary)
 
     def budget(self, options: TrainOptions) -> float | None:
         steps = None if options.steps is None else options.steps * options.batch * options.context
@@ -79,9 +76,7 @@ class TrainKind:
         given = dict(job.options)
         ffn = given.pop("ffn")
         options = TrainOptions(**given, ffn=None if ffn is None else layer_config(ffn))
-        validation: Any = job.validation
-        if job.split is not None and job.validation is not None:
-            validation = list(texts(job.validation, options.field, job.split))
+        validation = validation_of(job, options.field)
         tokenizer = shared_tokens(job, options, validation)
         found = train_model(
             job.data, model=job.model, tokenizer=tokenizer, validation=validation, output_dir=job.folder, resume=True,
