@@ -98,7 +98,14 @@ class Tensor {
     int64_t step = 1;
     for (int64_t d = dim; d-- > 0; step *= sizes[d] > 1 ? sizes[d] : 1) strides[d] = step;
     AtenTensorHandle handle = nullptr;
-    NOGEMM_CALL(aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+    // The sizes are ours and fit: what is left to fail is memory.
+    if (aoti_torch_empty_strided(dim, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle) != 0) {
+      std::ostringstream text;
+      text << "nogemm: out of memory: a result of shape [";
+      for (int64_t d = 0; d < dim; ++d) text << (d ? ", " : "") << sizes[d];
+      text << "] cannot be allocated";
+      throw std::runtime_error(text.str());
+    }
     return Tensor(handle);
   }
 

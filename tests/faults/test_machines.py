@@ -145,6 +145,7 @@ def limited(folder: str) -> None:
     tiny_runs.train(Path(folder), checkpoint_steps=1, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_whose_memory_ends_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     tiny_runs.train(tmp_path / "whole")
     paths = json.dumps([path for path in sys.path if path])

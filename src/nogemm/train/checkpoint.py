@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nogemm.errors import CheckpointError
+from nogemm.errors import CheckpointError, NogemmError
 from nogemm.files import disk_is_full, parse_json
 from nogemm.train.errors import TrainingError
 
@@ -120,7 +120,9 @@ def room_is_told(directory: Path, caller: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except NogemmError:
+        raise
+    except Exception as error:  # tokenizers reports a full disk as a bare Exception, safetensors as an error of its own
         if not disk_is_full(error):
             raise
         raise unwritten(directory, f"{caller}: not all", error) from error
