@@ -21,8 +21,8 @@ SOURCE = ROOT / "src" / "nogemm"
 # Each part may import itself, the leaves, and the parts before it in this order; one line is one rank.
 ORDER = [
     {"errors", "version"},
-    {"activations", "shape"},
-    {"config", "cost", "files"},
+    {"activations", "shape", "files"},
+    {"config", "cost"},
     {"running"},
     {"ops"},
     {"hardware"},

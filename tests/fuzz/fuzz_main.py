@@ -99,7 +99,13 @@ def fuzz(name: str, seconds: int) -> int:
         except BaseException as error:
             keep(name, data, error, seen)
 
-    limits = [f"-max_total_time={seconds}", f"-max_len={target.longest}", "-timeout=3600", "-rss_limit_mb=0"]
+    limits = [
+        f"-max_total_time={seconds}",
+        f"-max_len={target.longest}",
+        "-timeout=3600",
+        "-report_slow_units=3600",
+        "-rss_limit_mb=0",
+    ]
     more = [f"-dict={dictionary}", f"-artifact_prefix={FINDINGS / name}-", "-print_final_stats=1", "-verbosity=1"]
     atheris.Setup([sys.argv[0], *limits, *more, str(own), str(kept)], one)
     atheris.Fuzz()

@@ -238,9 +238,10 @@ bool is_layer(const HireHeader& h) {
   return h.sketch != 0 || h.select != kTopK || h.candidates == h.groups;
 }
 
-void need_sketch(const HireHeader& h, Sections& sections) {
+void need_choice(const HireHeader& h, Sections& sections) {
   const int64_t padded = round_up(h.hidden, kSketchRows);
   sections.need(h.gate_bias, {padded, 4});
+  sections.may_have(h.always, {h.always_count, 4});
   const bool whole = h.reduce == 0;
   sections.inside = sections.inside && (whole ? h.width == h.d : h.sketch != 0);  // scratch is made of it, too
   if (h.sketch == 0) return;
@@ -262,7 +263,6 @@ void need_rows(const HireHeader& h, Sections& sections) {
   sections.may_have(h.out_bias, {h.d_out, 4});
   if (h.mode == kHireI8) sections.need(h.scales, {3, h.hidden, 4});
   sections.inside = sections.inside && (h.mode == kHireI8 || h.scales == 0);
-  sections.may_have(h.always, {h.always_count, 4});
   sections.may_have(h.margin_error, {h.hidden, 4});
   sections.may_have(h.margin_size, {h.hidden, 4});
   if (h.moments == 0) return;
@@ -332,7 +332,7 @@ const char* hire_check(const void* packed, int64_t bytes) {
   if (h->version != kHireVersion) return "a buffer of another version; pack the layer again";
   if (h->bytes != bytes || !is_layer(*h)) return kDamaged;
   Sections sections{bytes, static_cast<int64_t>(sizeof(HireHeader))};
-  need_sketch(*h, sections);
+  need_choice(*h, sections);
   if (h->select != kScores) need_rows(*h, sections);
   return sections.inside ? nullptr : kDamaged;
 }
