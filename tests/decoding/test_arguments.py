@@ -131,7 +131,7 @@ def test_bad_arguments_are_named(model: Any) -> None:
         ("temperature must be above 0, got 'hot'", {**sample, "temperature": "hot"}),
         ("temperature must be above 0, got nan", {**sample, "temperature": float("nan")}),
         ("top_p must be above 0 and at most 1, got '0.9'", {**sample, "top_p": "0.9"}),
-        ("top_k must be an integer at least 1, got top_k='5'", {**sample, "top_k": "5"}),
+        ("top_k must be an integer at least 0, got top_k='5'", {**sample, "top_k": "5"}),
         ("temperature=0.5 needs do_sample=True", {"temperature": 0.5}),
         ("top_k=5 needs do_sample=True", {"top_k": 5}),
         ("top_p=0.9 needs do_sample=True", {"top_p": 0.9}),

@@ -150,7 +150,7 @@ def test_top_k_and_top_p_leave_what_they_should() -> None:
     assert left(p=0.41) == [True, False, True, False, False]
     assert left(p=0.71) == [True, False, True, True, False]
     assert left() == [True] * 5
-    assert left(k=9, p=1.0) == [True] * 5
+    assert left(k=9, p=1.0) == left(k=0) == [True] * 5
 
 
 def test_a_broken_state_gives_no_token() -> None:
@@ -249,7 +249,7 @@ def test_bad_input_is_named() -> None:
         ("5 tokens and max_new_tokens=60 are more than the model's 64 positions", model, (ids, 60), {}),
         ("temperature must be above 0, got 0", model, (ids,), {"do_sample": True, "temperature": 0}),
         ("top_p must be above 0 and at most 1, got 1.5", model, (ids,), {"do_sample": True, "top_p": 1.5}),
-        ("top_k must be an integer at least 1", model, (ids,), {"do_sample": True, "top_k": 0}),
+        ("top_k must be an integer at least 0", model, (ids,), {"do_sample": True, "top_k": -1}),
         ("input_ids must be a tensor", model, ([[1, 2]],), {}),
         ("eos_token_id must be a token or several, got 'x'", model, (ids,), {"eos_token_id": "x"}),
         ("stop_strings need the model's tokenizer", model, (ids,), {"stop_strings": "x"}),

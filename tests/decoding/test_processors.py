@@ -205,12 +205,6 @@ def test_what_is_not_used_is_told() -> None:
     model.generation_config.update(max_time=3.0, prompt_lookup_num_tokens=4, cache_implementation="static")
     with pytest.warns(UserWarning, match=r"max_time=3.0, prompt_lookup_num_tokens=4, cache_implementation='static' of"):
         nogemm.generate(model, decoders.prompts(), 2)
-    model.generation_config.update(max_time=None, prompt_lookup_num_tokens=None, cache_implementation=None)
-    model.generation_config.update(do_sample=True, temperature=0.7, top_p=0.8, top_k=20)
-    nogemm.generate(model, decoders.prompts(), 2)  # greedy, as the call says
-    nogemm.generate(model, decoders.prompts(), 2, do_sample=True, temperature=1.0, top_k=5, top_p=0.9)
-    with pytest.warns(UserWarning, match=r"top_k=20, top_p=0.8 of .* are arguments of the call"):
-        nogemm.generate(model, decoders.prompts(), 2, do_sample=True, temperature=2.0)
 
 
 def test_stop_strings_of_the_config_need_a_tokenizer() -> None:

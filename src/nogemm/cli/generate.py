@@ -36,9 +36,16 @@ def generate(
     ] = None,
     stop: Annotated[list[str] | None, typer.Option(help="End behind this string; may be given again.")] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Draw tokens instead of taking the most likely.")] = False,
-    temperature: Annotated[float, typer.Option(help="Of --sample.")] = 1.0,
-    top_k: Annotated[int | None, typer.Option(help="Of --sample: only the k most likely.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Of --sample: only the most likely with this share.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of --sample [of the model's generation config, or else 1].")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Of --sample: only the k most likely; 0: all [of the config, or else all].")
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Of --sample: only the most likely with this share; 1: all [of the config, or else all]."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of --sample: the same seed, the same text.")] = None,
     data: Annotated[
         str | None,
@@ -50,8 +57,8 @@ def generate(
 ) -> None:
     """Continue a text with the largest logits of MODEL, or with tokens drawn from them: those of the dense head.
 
-    Penalties and forced tokens of the model's generation config are not applied. Ctrl-C ends the text; what was
-    generated is reported, and written to --json.
+    Penalties and forced tokens of the model's generation config are applied, and need all logits. Ctrl-C ends the text;
+    what was generated is reported, and written to --json.
     """
     import torch
 

@@ -31,7 +31,7 @@ def generate(
     input_ids: Tensor,
     max_new_tokens: int = 20,
     *,
-    do_sample: bool = False,
+    do_sample: bool | None = False,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -62,7 +62,9 @@ def generate(
     Args:
         input_ids: int64 [B, L], L at least 1; shorter prompts are padded on the left, with `attention_mask` 0 there.
         max_new_tokens: N, at least 0.
-        temperature, top_k, top_p: only with `do_sample`; None: 1, all tokens, all tokens.
+        do_sample: None: what the generation config names.
+        temperature, top_k, top_p: only with `do_sample`; None: what the generation config names, or else 1, all tokens,
+            all tokens. With 1, 0 and 1 every token may be drawn, whatever the config names.
         seed: of the noise, only with `do_sample`; None: drawn from torch's generator.
         eos_token_id: ends a sequence; None: what the model's generation config names. [] never ends.
         pad_token_id: what follows the end of a sequence while others go on; None: the model's, or the end token.
@@ -90,12 +92,12 @@ def generate(
     """
     inner, head = _checked_model(model)
     config, rows = getattr(inner, "generation_config", None), inner.get_input_embeddings().weight.shape[0]
-    choices = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    sampling = make_sampling(do_sample, **choices, seed=seed)
+    drawn = bool(getattr(config, "do_sample", None)) if do_sample is None else do_sample
+    sampling = make_sampling(drawn, config, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     limit = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
     mask = check_prompt(input_ids, attention_mask, max_new_tokens, rows, limit)
     check_streamers(streamer, draft_streamer)
-    check_settings(config, choices if do_sample else None)
+    check_settings(config)
     ending = Ending(config, eos_token_id, pad_token_id, stop_strings, tokenizer, rows)
     processors = make_processors(inner, input_ids, mask, max_new_tokens, ending, sampling, logits_processor)
     if max_new_tokens == 0:

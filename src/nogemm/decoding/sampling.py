@@ -21,12 +21,15 @@ from nogemm.config import check_int
 from nogemm.errors import ConfigError, NotFiniteError
 
 
+NAMED = ("temperature", "top_k", "top_p")  # what a generation config says of sampling, too
+
+
 class Sampling:
     """How tokens are drawn.
 
     Args:
         temperature: above 0; 1, or None, draws from the model's own distribution.
-        top_k: only the k largest logits of a sequence, ties with the last of them included; None: all.
+        top_k: only the k largest logits of a sequence, ties with the last of them included; None or 0: all.
         top_p: only the largest that together have this share of the probability, after temperature and top_k; None:
             all.
         seed: of the noise; None: drawn from torch's generator.
@@ -39,9 +42,9 @@ class Sampling:
                 most = "" if high == math.inf else " and at most 1"
                 raise ConfigError(f"generate: {name} must be above 0{most}, got {value!r}")
         if top_k is not None:
-            check_int("generate", "top_k", top_k, 1)
+            check_int("generate", "top_k", top_k, 0)
         self.temperature = 1.0 if temperature is None else float(temperature)
-        self.top_k, self.top_p = top_k, top_p
+        self.top_k, self.top_p = top_k or None, None if top_p == 1 else top_p
         if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
             raise ConfigError(f"generate: seed must be an integer, got {seed!r}")
         self.seed = int(torch.randint(2**31, ())) if seed is None else seed
@@ -71,21 +74,27 @@ class Sampling:
         if self.top_k is not None and self.top_k < scores_BV.shape[1]:
             least = scores_BV.topk(self.top_k, 1).values[:, -1:]
             scores_BV = scores_BV.masked_fill(scores_BV < least, -torch.inf)
-        if self.top_p is not None and self.top_p < 1:
+        if self.top_p is not None:
             scores_BV = scores_BV.masked_fill(~nucleus(scores_BV, self.top_p), -torch.inf)
         return scores_BV
 
 
-def make_sampling(do_sample: bool, **choices: Any) -> Sampling | None:
+def make_sampling(do_sample: bool, config: Any = None, **choices: Any) -> Sampling | None:
     """Return how tokens are drawn; None: they are not.
 
     Args:
+        config: the model's generation config, or None: it says what a choice that is None stands for.
         choices: temperature, top_k, top_p and seed, see `Sampling`.
     Raises:
         ConfigError: one is out of range, or would have no effect because nothing is drawn.
     """
     if do_sample:
-        return Sampling(**choices)
+        asked = Sampling(**choices)
+        named = {name: getattr(config, name, None) for name in NAMED if choices[name] is None}
+        try:
+            return Sampling(**{**choices, **named, "seed": asked.seed})
+        except ConfigError as error:
+            raise ConfigError(f"{error}; the model's generation config names it") from error
     for name, value in choices.items():
         if value is not None and not (name == "temperature" and value == 1):
             raise ConfigError(f"generate: {name}={value!r} needs do_sample=True; without it no token is drawn")

@@ -44,15 +44,11 @@ _NOT_DONE = (
     "output_hidden_states",
 )
 _USUAL = ("hybrid", "dynamic")  # caches: what a decoder has here
-# Warpers that transformers makes of what is an argument here.
-_ARGUMENTS = {"temperature": 1.0, "top_k": None, "top_p": None}
 
 
-def check_settings(config: Any, given: dict[str, Any] | None) -> None:
+def check_settings(config: Any) -> None:
     """Hold a generation config against what can be done.
 
-    Args:
-        given: temperature, top_k and top_p of a sample, None where the caller has not named them; None: greedy.
     Raises:
         ConfigError: a setting makes another text.
     """
@@ -61,13 +57,8 @@ def check_settings(config: Any, given: dict[str, Any] | None) -> None:
             f"generate: {named} of the model's generation config is not supported; set it to None there, or use the "
             "model's own generate"
         )
-    unused = [] if given is None else [name for name, value in given.items() if value is None]
-    others = {name: getattr(config, name, None) for name in unused}
-    sample = [f"{name}={value!r}" for name, value in others.items() if value not in (None, _ARGUMENTS[name], 0)]
-    notes = [words for words in (_named(config, _NOT_DONE), ", ".join(sample)) if words]
-    if notes:
-        how = "; temperature, top_k and top_p are arguments of the call" if sample else ""
-        warnings.warn(f"generate: {', '.join(notes)} of the model's generation config is not used{how}", stacklevel=3)
+    if named := _named(config, _NOT_DONE):
+        warnings.warn(f"generate: {named} of the model's generation config is not used", stacklevel=3)
 
 
 def _named(config: Any, names: Sequence[str]) -> str:
@@ -166,8 +157,7 @@ def make_processors(
     config.begin_suppress_tokens = config.begin_suppress_tokens or None
     config.eos_token_id, config.do_sample = ending.ends.tolist() or None, sampling is not None
     config.max_new_tokens, config.max_length = count, ids_BL.shape[1] + count
-    for name, value in _ARGUMENTS.items():
-        setattr(config, name, value)
+    config.temperature = config.top_k = config.top_p = None  # `Sampling` draws by them, unless there are others
     made = _of_transformers(model, config, ids_BL, mask_BL, own)
     if made and sampling is not None:  # they come before temperature, top_k and top_p, or behind
         config.temperature, config.top_k, config.top_p = sampling.temperature, sampling.top_k, sampling.top_p
