@@ -16,6 +16,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -155,12 +156,13 @@ def kernels(name: str, seconds: int) -> bool:
     """Build and run the C++ target; print its count, and say whether it came to its end."""
     build = ROOT / "build" / "fuzz-kernels"
     flags = "-DCMAKE_CXX_FLAGS=-O1 -g1 -fsanitize=address,undefined -fno-sanitize-recover=all"
-    log = WORK / f"{name}.log"
+    log, fuzzer = WORK / f"{name}.log", str(build / "nogemm_fuzz")
     FINDINGS.mkdir(parents=True, exist_ok=True)
     steps: Sequence[Sequence[str]] = (
         ("cmake", "-S", ".", "-B", str(build), "-DCMAKE_BUILD_TYPE=Debug", "-DNOGEMM_BUILD_FUZZ=ON", flags),
         ("cmake", "--build", str(build), "--target", "nogemm_fuzz", "-j", "2"),
-        (str(build / "nogemm_fuzz"), "--seconds", str(seconds), "--findings", str(FINDINGS / f"{name}-")),
+        (fuzzer, *(str(path) for path in sorted((HERE / "corpus" / name).glob("*")))),
+        (fuzzer, "--seconds", str(seconds), "--findings", str(FINDINGS / f"{name}-"), "--seed", str(int(time.time()))),
     )
     environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
     with log.open("wb") as out:

@@ -144,7 +144,7 @@ def test_every_word_of_a_packed_header_is_checked(op: str) -> None:
     right = run(x, packed, 20)
     words = {"packed_lookup": 26, "packed_tree": 14, "packed_hire": 38}[op]
     for at in range(words):
-        for value in (-1, 2**62, 2**31):
+        for value in (0, -1, 2**62, 2**31):
             bad = packed.clone()
             bad[8 * at : 8 * at + 8] = torch.tensor([value]).view(torch.uint8)
             if torch.equal(bad, packed):

@@ -259,8 +259,8 @@ void need_rows(const HireHeader& h, Sections& sections) {
   sections.inside = sections.inside && h.up_at == (h.gated != 0 ? in : 0) && h.down_at == h.up_at + in &&
                     h.bundle_bytes == h.down_at + out;
   sections.need(h.bundles, {h.hidden, h.bundle_bytes});
-  sections.may_have(h.up_bias, {h.hidden, 4});
-  sections.may_have(h.out_bias, {h.d_out, 4});
+  sections.need(h.up_bias, {h.hidden, 4});
+  sections.need(h.out_bias, {h.d_out, 4});
   if (h.mode == kHireI8) sections.need(h.scales, {3, h.hidden, 4});
   sections.inside = sections.inside && (h.mode == kHireI8 || h.scales == 0);
   sections.may_have(h.margin_error, {h.hidden, 4});
