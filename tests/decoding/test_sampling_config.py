@@ -27,7 +27,8 @@ def warped(config: dict[str, Any], scores_BV: torch.Tensor) -> torch.Tensor:
             tf.TopPLogitsWarper(config.get("top_p", 1.0)),
         ]
     )
-    return warpers(torch.zeros(len(scores_BV), 1, dtype=torch.int64), scores_BV)
+    ids_B1: Any = torch.zeros(len(scores_BV), 1, dtype=torch.int64)
+    return warpers(ids_B1, scores_BV)
 
 
 @torch.no_grad()
@@ -69,7 +70,8 @@ def test_a_sample_takes_what_the_config_names(kind: str, mode: str) -> None:
     check_equal("told otherwise", nogemm.generate(model, ids, NEW, temperature=1, top_k=0, top_p=1, **sample), plain)
     for name, value in (("temperature", 0.5), ("top_k", 3), ("top_p", 0.2)):
         mixed = theirs(model, ids, {**NAMED, name: value}, 3)
-        check_equal(f"{name} of the call", nogemm.generate(model, ids, NEW, **sample, **{name: value}), mixed)
+        given: dict[str, Any] = {**sample, name: value}
+        check_equal(f"{name} of the call", nogemm.generate(model, ids, NEW, **given), mixed)
     model.generation_config.update(temperature=None, top_k=None, top_p=None)
     check_equal("nothing named", nogemm.generate(model, ids, NEW, **sample), plain)
 

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 WAYS = {
     "default": {},
@@ -36,7 +37,7 @@ def train(seconds: float, width: int, layers: int) -> None:
     import nogemm
 
     torch.manual_seed(0)
-    settings = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
+    settings: dict[str, Any] = {"hidden_size": width, "num_hidden_layers": layers, "intermediate_size": 4 * width}
     model = BertModel(BertConfig(vocab_size=1000, num_attention_heads=4, **settings), add_pooling_layer=False)
     nogemm.convert(model, nogemm.LookupConfig(tables=32, bits=6))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -57,8 +57,9 @@ class ForkedPopen(subprocess.Popen):
         self.pid = os.fork()
         if self.pid:
             self._child_created = True
-            self._close_pipe_fds(*(named[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite")),
-                                 named["errread"], named["errwrite"])  # type: ignore[attr-defined]  # fmt: skip
+            close = self._close_pipe_fds  # type: ignore[attr-defined]
+            close(*(named[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite")),
+                                 named["errread"], named["errwrite"])  # fmt: skip
             return
         for fd in ours:
             if fd != -1:
