@@ -57,7 +57,8 @@ def bert(folder: Path, cls: str = "BertModel", **kwargs: Any) -> Path:
 def reranker(folder: Path) -> Path:
     """Save a small cross-encoder: BERT with one logit."""
     torch.manual_seed(0)
-    config: Any = tf.BertConfig(**SMALL, num_labels=1)
+    config: Any = tf.BertConfig(**SMALL)
+    config.num_labels = 1
     tf.BertForSequenceClassification(config).save_pretrained(folder)
     tokenizer(folder).save_pretrained(folder)
     return folder
