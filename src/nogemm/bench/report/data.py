@@ -319,11 +319,10 @@ def _read_profile(data: Mapping[str, Any], results: Results) -> None:
 
 
 def _read_runs(data: Mapping[str, Any], results: Results) -> None:
-    for name in ("title", "metric", "rows"):
-        data[name]
-    for row in data["rows"]:
-        row["group"], row["baseline"]
-    results.titles.append(data["title"])
+    title, _, rows = data["title"], data["metric"], data["rows"]
+    for row in rows:
+        _ = row["group"], row["baseline"]
+    results.titles.append(title)
     results.studies.append(data)
     results.notes += data.get("notes", [])
 
