@@ -271,7 +271,7 @@ def tracked_texts() -> list[tuple[str, str]]:
     for name in listed:
         path = ROOT / name
         if name and path.is_file() and path.suffix not in (".bin", ".gz", ".png", ".safetensors"):
-            texts.append((name, path.read_text(encoding="utf-8")))
+            texts.append((name, path.read_text(encoding="utf-8", errors="replace")))  # inputs of fuzzers are any bytes
     return texts
 
 

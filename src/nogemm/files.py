@@ -8,6 +8,7 @@ import fcntl
 import glob
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,12 +30,12 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a temporary sibling of `path`, open for writing; it is renamed over `path` when the block ends well.
 
     Folders on the way are made. On any error, a full disk included, the sibling is removed and `path` keeps what
-    it had. What writers that were killed left beside `path` is removed, too. Threads of one process take turns; of two
-    processes the last to end wins.
+    it had. What writers that were killed left beside `path` is removed, too. Two writers at once do not meet: each has
+    a sibling of its own, and the last to end wins.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}.new")
+    sibling = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.new")
     with _held(sibling) as file:
         try:
             yield file
@@ -88,7 +89,7 @@ def _held(sibling: Path) -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):  # a file system without locks
                 fcntl.flock(handle, fcntl.LOCK_EX)
             if not _is(sibling, handle):
-                continue  # another thread renamed it, or somebody removed it, between open and lock
+                continue  # another writer took it for left behind, between open and lock
             file.truncate()
             yield file
             return

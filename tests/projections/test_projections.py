@@ -267,7 +267,7 @@ def test_lower_precision_models_run(config: ProjectionConfig) -> None:
         ),
         (lambda: nogemm.ShuffleProjectionConfig(block=0), "block=0"),
         (lambda: nogemm.ShuffleProjectionConfig(block=64).build(20, 20), "block=64.*d_in=20"),
-        (lambda: nogemm.RandomHadamardConfig(learnable="yes"), "learnable=yes"),  # type: ignore[arg-type]
+        (lambda: nogemm.RandomHadamardConfig(learnable="yes"), "learnable='yes'"),  # type: ignore[arg-type]
     ],
 )
 def test_values_out_of_range_are_named(make, message) -> None:
