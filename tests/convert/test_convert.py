@@ -139,7 +139,7 @@ def _batches(family: Family, count: int = 6) -> list[dict[str, torch.Tensor]]:
 
 
 def test_closed_form_fit_comes_closer_than_random(family: Family) -> None:
-    batches = _batches(family)
+    batches = _batches(family, count=60)
     expected = family.output(family.build())
     errors = {}
     for data in (None, batches):
