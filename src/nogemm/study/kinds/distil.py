@@ -86,7 +86,7 @@ class DistilKind:
             start = None
             if job.fit:
                 start = list(islice(texts(job.data, options.field), job.fit))
-            convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer)
+            convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer, faster_at=None)
         validation: Any = job.validation
         if job.split is not None and job.validation is not None:
             validation = list(texts(job.validation, options.field, job.split))
