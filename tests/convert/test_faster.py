@@ -149,7 +149,7 @@ def test_bad_numbers_are_named_and_change_nothing() -> None:
     model = decoders.make("llama")
     with pytest.raises(nogemm.ConfigError, match="faster_at"):
         nogemm.convert(model, TOPK, faster_at=0)
-    with pytest.raises(nogemm.ConfigError, match="faster_at must be a number of tokens, .* got 'soon'"):
+    with pytest.raises(nogemm.ConfigError, match=r"faster_at must be a number of tokens, .* got 'soon'"):
         nogemm.convert(model, TOPK, faster_at="soon")  # type: ignore[arg-type]
     with pytest.raises(nogemm.ConfigError, match="timed_in"):
         nogemm.convert(model, TOPK, faster_at=1, timed_in="int4")

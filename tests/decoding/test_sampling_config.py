@@ -1,4 +1,4 @@
-"""Samples by the model's generation config: its temperature, top_k and top_p, held against transformers' own warpers."""
+"""Samples by the model's generation config: its temperature, top_k and top_p, held against transformers' warpers."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def said(work: Callable[[], object]) -> str:
 
 
 def searched(head: Any, x: torch.Tensor, right: Choice, logits: torch.Tensor) -> Facts:
-    """Search among all rows, which finds the largest, and among few, which names a row of the whole head all the same."""
+    """Search among all rows, which finds the largest, and among few, which names a row of the whole head, too."""
     own = head.config
     head.config = replace(own, rows=V)
     all_rows, estimates = head.search(x), head.estimate(x)

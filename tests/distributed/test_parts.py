@@ -70,7 +70,9 @@ def test_sharded_modules_of_models(tmp_path: object) -> None:
         model.state_dict()
 
 
-@pytest.mark.parametrize("how", [{}, {"do_sample": True, "seed": 5, "top_k": 20}, {"do_sample": True, "seed": 5}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"do_sample": True, "seed": 5, "top_k": 20}, {"do_sample": True, "seed": 5}], ids=str
+)
 def test_a_deferred_head_of_ranks_takes_back_what_its_search_missed(how: dict[str, Any]) -> None:
     import decoders
 

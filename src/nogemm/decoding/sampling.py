@@ -20,7 +20,6 @@ from torch import Tensor
 from nogemm.config import check_int
 from nogemm.errors import ConfigError, NotFiniteError
 
-
 NAMED = ("temperature", "top_k", "top_p")  # what a generation config says of sampling, too
 
 
