@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("prompt")
     parser.add_argument("--keep", type=float, default=0.1, help="share of the neurons that is expected to fire")
     parser.add_argument("--tokens", type=int, default=100)
-    parser.add_argument("--faster", action="store_true", help="leave FFNs dense that are faster so on this machine")
+    parser.add_argument("--all", action="store_true", help="convert FFNs that are faster dense on this machine, too")
     args = parser.parse_args()
 
     model, tokenizer = load_both(args.model)
@@ -31,7 +31,7 @@ def main() -> None:
     seconds = {"dense": time.perf_counter() - start}
 
     config = nogemm.HireConfig(keep=args.keep, select="active")
-    report = nogemm.convert(model, config, faster_at=1 if args.faster else None)
+    report = nogemm.convert(model, config, faster_at=None if args.all else "auto")
     print(report)
     if report.sites:
         nogemm.pack(model, dtype="int8", body="int8")

@@ -21,6 +21,9 @@ def main() -> None:
     parser.add_argument("model", help="directory of a causal language model, a GGUF file, or a hub name")
     parser.add_argument("prompt")
     parser.add_argument("--tokens", type=int, default=100)
+    parser.add_argument(
+        "--mode", choices=("exact", "deferred"), default="exact", help="proven at once, or sixteen together"
+    )
     args = parser.parse_args()
 
     dist.init_process_group()  # torchrun says who else there is
@@ -28,7 +31,7 @@ def main() -> None:
     exchange = join(timeout=60)  # shared memory on one machine, else the group's backend
     model, tokenizer = load_both(args.model)
     ids = tokenizer(args.prompt, return_tensors="pt").input_ids
-    nogemm.convert_head(model)
+    nogemm.convert_head(model, nogemm.HeadConfig(mode=args.mode))
     whole = nogemm.generate(model, ids, args.tokens)
 
     head = nogemm.shard_head(model, exchange)  # this rank's rows; the rest of the model runs on every rank

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from nogemm import HeadConfig, HireConfig
 from nogemm.distributed import join, shard_head, shard_hire
 from nogemm.distributed.report import Traffic
-from nogemm.heads import HireHead
+from nogemm.heads import Choice, HireHead
 from nogemm.layers.hire import HireFFN
 
 V, D, N = 1003, 24, 33  # no multiples of anything
@@ -69,6 +69,23 @@ def said(work: Callable[[], object]) -> str:
     return "no error"
 
 
+def searched(head: Any, x: torch.Tensor, right: Choice, logits: torch.Tensor) -> Facts:
+    """Search among all rows, which finds the largest, and among few, which names a row of the whole head, too."""
+    own = head.config
+    head.config = replace(own, rows=V)
+    all_rows, estimates = head.search(x), head.estimate(x)
+    head.config = replace(own, rows=9)
+    few, some = head.search(x), head.estimate(x)
+    head.config = own
+    return {
+        "search": torch.equal(all_rows.token, right.token) and torch.equal(all_rows.logit, right.logit),
+        "few": torch.allclose(few.logit, logits.gather(1, few.token.unsqueeze(1))[:, 0], rtol=1e-5, atol=1e-4),
+        "estimates": torch.allclose(estimates, logits, rtol=1e-5, atol=1e-4),
+        "some": float((some - logits).abs().mean()) < 0.1 * float(logits.std()),
+        "searched rows": few.rows.tolist() == [-(-9 // head.exchange.ranks) * head.exchange.ranks] * len(x),
+    }
+
+
 @scene
 def tokens(rank: int, ranks: int) -> Facts:
     facts: Facts = {}
@@ -87,6 +104,7 @@ def tokens(rank: int, ranks: int) -> Facts:
                     "tie": int(found.token[0]),
                     "one by one": torch.equal(torch.cat([head.choose(s).token for s in x.split(1)]), right.token),
                     "logits": torch.equal(head.logits(x), whole.logits(x)),
+                    **searched(head, x, right, whole.logits(x)),
                     "called": torch.allclose(head(x.bfloat16()), whole(x.bfloat16()), rtol=0.02, atol=0.1),
                     "none": list(head.choose(x[:0]).token.shape) == [0],
                     "transport": head.report().transport,

@@ -6,6 +6,7 @@ import ctypes
 import math
 import threading
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from nogemm.distributed.deal import deal
 from nogemm.distributed.head import argmax_of_all
 from nogemm.distributed.merge import NOBODY, best, from_words, to_words
 from nogemm.distributed.report import Traffic
+from nogemm.heads import HireHead
 from nogemm.ops import head_argmax, native_available
 from nogemm.ops._library import native
 from nogemm.ops.topk_recall import expected_recall
@@ -30,6 +32,8 @@ def test_one_rank_is_one_process() -> None:
     sharded = shard_head(head)
     found, right = sharded.choose(x), head.choose(x)
     assert torch.equal(found.token, right.token)
+    assert torch.equal(sharded.search(x).token, head.search(x).token)
+    assert torch.equal(sharded.estimate(x), head.estimate(x))
     assert torch.equal(sharded.logits(x), head.logits(x))
     assert torch.equal(
         sharded.top_k(x, 5).token, head.logits(x).sort(dim=1, descending=True, stable=True).indices[:, :5]
@@ -64,6 +68,38 @@ def test_sharded_modules_of_models(tmp_path: object) -> None:
         nogemm.shard_hire(model, exchange)
     with pytest.raises(ConfigError, match="save"):
         model.state_dict()
+
+
+@pytest.mark.parametrize(
+    "how", [{}, {"do_sample": True, "seed": 5, "top_k": 20}, {"do_sample": True, "seed": 5}], ids=str
+)
+def test_a_deferred_head_of_ranks_takes_back_what_its_search_missed(how: dict[str, Any]) -> None:
+    import decoders
+
+    texts, ids, report = [], decoders.prompts(2), nogemm.GenerationReport()
+    for config in (nogemm.HeadConfig(), nogemm.HeadConfig(mode="deferred", leading=4, sketch=4, rows=1)):
+        model = decoders.make("llama tied")
+        nogemm.convert_head(model, config)
+        if config.mode == "deferred":
+            shard_head(model)
+        texts.append(nogemm.generate(model, ids, 20, report=report, **how))
+    assert torch.equal(*texts)
+    assert report.differences > 0, "the search was wrong, and the text is not"
+
+
+def test_a_sharded_head_is_described_by_the_rows_that_lie_here() -> None:
+    import decoders
+
+    model = decoders.make("llama tied")
+    nogemm.convert_head(model)
+    head = shard_head(model)
+    assert "rank 0 of 1" in str(head)
+    assert "codes=" in str(head)
+    assert nogemm.head_report(model).rows == len(head.weight)
+    for mode in ("high_recall", "fast"):
+        other = HireHead(nogemm.HeadConfig(mode=mode), head.weight)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=f"only heads of mode .* are sharded, got mode=.{mode}."):
+            shard_head(other)
 
 
 def test_models_without_what_is_sharded_are_refused() -> None:

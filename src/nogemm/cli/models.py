@@ -44,8 +44,12 @@ def convert(
     data: Annotated[str | None, typer.Option(help="Texts for layers that can be fitted in closed form.")] = None,
     tables: Annotated[str | None, typer.Option(help="Store tables as int8 or bf16 instead of fp32.")] = None,
     faster_at: Annotated[
-        int | None, typer.Option(help="Tokens a call: an FFN that is faster dense for such calls here stays dense.")
-    ] = None,
+        str,
+        typer.Option(
+            help="Tokens a call: an FFN that is faster dense for such calls here stays dense. none: all are converted. "
+            "auto: 1 for layers of decoders that need no training, none for others."
+        ),
+    ] = "auto",
     speed: Annotated[
         str | None, typer.Option(help="Also time the layers, packed as fp32, bf16 or int8, beside those they replace.")
     ] = None,
@@ -71,6 +75,7 @@ def convert(
         refuse(context, _OF_FFNS, "needs --method: --head alone leaves the FFNs dense")
     head_config = None if head is None else head_config_of(head, "--head")
     config = None if method is None else parse_layer(method, set_ or [])
+    faster = _tokens_a_call(faster_at)
     loaded, tokenizer = load_both(model, trust_remote_code=trust_remote_code)
     sample = None if data is None else texts(data)
     if keep:
@@ -83,7 +88,7 @@ def convert(
         if config is not None:
             progress(f"converting {model}")
             layers_ = parse_layers(layers)
-            report = nogemm.convert(loaded, config, layers_, sample, tokenizer=tokenizer, faster_at=faster_at)
+            report = nogemm.convert(loaded, config, layers_, sample, tokenizer=tokenizer, faster_at=faster)
     if tables is not None:
         nogemm.compress(loaded, tables)
     from nogemm.convert.save import save_like
@@ -97,6 +102,15 @@ def convert(
         finish(described, json)
         return
     _time_conversion(report, described, (str(method), set_ or [], speed), json)
+
+
+def _tokens_a_call(word: str) -> Any:
+    """Read --faster-at: a number, `auto` or `none`."""
+    if word in ("auto", "none"):
+        return None if word == "none" else word
+    if not word.isdecimal() or int(word) < 1:
+        raise ConfigError(f"--faster-at must be a number of tokens from 1, auto or none, got {word!r}")
+    return int(word)
 
 
 def _time_conversion(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from fnmatch import fnmatchcase
@@ -15,7 +16,7 @@ from nogemm.convert._families import is_listed
 from nogemm.convert.activations import Sample, collect_inputs
 from nogemm.convert.checkpoint import attach
 from nogemm.convert.discover import in_words
-from nogemm.convert.faster import slower_sites
+from nogemm.convert.faster import FasterAt, slower_sites, to_time
 from nogemm.convert.fitted import mark_random
 from nogemm.convert.report import ConversionReport, SiteReport
 from nogemm.convert.sites import Refusal, Site, Survey, installed, remember, site_names, survey
@@ -36,7 +37,7 @@ def convert(
     data: Iterable[Sample] | None = None,
     *,
     tokenizer: Any = None,
-    faster_at: int | None = None,
+    faster_at: FasterAt = "auto",
     timed_in: str = "int8",
 ) -> ConversionReport:
     """Replace FFNs of a transformers model (or of the one inside a SentenceTransformer) in place.
@@ -51,6 +52,8 @@ def convert(
         tokenizer: for the texts; default: the one stored with the model.
         faster_at: tokens a call, 1 for decoding. A site whose new layer is measured to be slower here than its dense
             FFN for such calls stays dense, and the report says so. None: nothing is measured, all are converted.
+            "auto": 1 where conversion is for speed alone, None elsewhere: HireFFNs that need no training (`select`
+            "active" or "gaussian") for dense FFNs of 2^20 weights or more, in a decoder in evaluation mode on the CPU.
         timed_in: "fp32", "bf16" or "int8", what both are packed in for that.
     Returns:
         what changed, one entry per site.
@@ -77,10 +80,13 @@ def convert(
     built = [(site, *_build(site, cfg, inputs.get(site.name), ids.get(site.name))) for site, cfg in chosen]
     start_alone(root, [(site, layer) for site, layer, _ in built])
     slower: list[Refusal] = []
-    if faster_at is not None:
-        slower = slower_sites([(site, layer) for site, layer, _ in built], inputs, faster_at, timed_in)
+    start = time.perf_counter()
+    timed = to_time(root, [(site, layer) for site, layer, _ in built], faster_at)
+    if timed and faster_at is not None:
+        slower = slower_sites(timed, inputs, 1 if isinstance(faster_at, str) else faster_at, timed_in)
         left = {refusal.name for refusal in slower}
         built = [entry for entry in built if entry[0].name not in left]
+    seconds = time.perf_counter() - start if timed else 0.0
     reports = []
     for site, layer, before in built:
         site.install(layer)
@@ -92,7 +98,7 @@ def convert(
             remember(site.owner, site.adapter)
     connect(root)
     attach(root)
-    return ConversionReport(tuple(reports), (*found.blocked, *found.refused), tuple(slower))
+    return ConversionReport(tuple(reports), (*found.blocked, *found.refused), tuple(slower), seconds)
 
 
 def _build(site: Site, config: LayerConfig, x: torch.Tensor | None, ids: torch.Tensor | None) -> tuple[FFN, Cost]:

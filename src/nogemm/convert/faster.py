@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,53 @@ from nogemm.activations import ACTIVATIONS
 from nogemm.config import check_choice, check_int
 from nogemm.convert._site import Site
 from nogemm.convert.discover import Refusal
+from nogemm.errors import ConfigError
 from nogemm.hardware.cpu import last_level_cache_bytes
 from nogemm.layers import FFN, HireConfig
 from nogemm.layers._base import PACK_DTYPES
 from nogemm.layers.token_table.layer import make_ids_up
+from nogemm.ops import native_available
 from nogemm.ops._threads import in_passing
 
+FasterAt = int | Literal["auto"] | None
+
 ROUNDS = 9
+WORTH_TIMING = 1 << 20  # weights of a dense FFN: what fewer cost a token is little more than the call itself
 _FLUSHED = 2  # last-level caches: what is written before a call, so that it finds its weights in memory
+
+
+def to_time(root: Any, built: Sequence[tuple[Site, FFN]], faster_at: FasterAt) -> list[tuple[Site, FFN]]:
+    """Choose the sites whose new layers are timed: all for a number of tokens, none for None.
+
+    For "auto" those that `convert` is asked to make for speed alone: HireFFNs that are the dense function already
+    (`select` "active" or "gaussian") in a model that decodes token by token, in evaluation mode and on the CPU, with a
+    dense FFN of a million weights or more. All other layers are trained first, or serve calls of many tokens.
+
+    Raises:
+        ConfigError: `faster_at` is another word.
+    """
+    if isinstance(faster_at, str):
+        if faster_at != "auto":
+            raise ConfigError(f'convert: faster_at must be a number of tokens, "auto" or None, got {faster_at!r}')
+        return [pair for pair in built if _is_for_speed(*pair)] if _decodes(root) and native_available() else []
+    return [] if faster_at is None else list(built)
+
+
+def _decodes(root: Any) -> bool:
+    can = getattr(root, "can_generate", None)
+    alone = not getattr(getattr(root, "config", None), "is_encoder_decoder", False)
+    return callable(can) and bool(can()) and alone and not root.training
+
+
+def _is_for_speed(site: Site, layer: FFN) -> bool:
+    config, matrices = layer.config, 3 if site.gated else 2
+    return (
+        isinstance(config, HireConfig)
+        and config.select in ("active", "gaussian")
+        and layer.fitted == "exact"
+        and site.hidden * site.d_in * matrices >= WORTH_TIMING
+        and site.placement()[0].type == "cpu"
+    )
 
 
 def slower_sites(
@@ -61,7 +101,7 @@ def slower_sites(
             said = f"{n_tokens} token{'s' * (n_tokens > 1)}"
             reason = (
                 f"for {said} a {type(layer).__name__} in {dtype} takes {ours_us:,.0f} us here, the dense FFN "
-                f"{dense_us:,.0f} us; without faster_at= it is converted all the same"
+                f"{dense_us:,.0f} us; with faster_at=None it is converted all the same"
             )
             found.append(Refusal(site.name, type(site.owner).__name__, reason))
     return found

@@ -116,7 +116,7 @@ def head_report(model: nn.Module) -> HeadReport:
     head = find_head(inner)
     if head is None:
         raise ConfigError("head_report: the model's head is dense; call nogemm.convert_head(model) first")
-    return head.report(tied=inner.get_input_embeddings().weight is head.weight)
+    return HireHead.report(head, tied=inner.get_input_embeddings().weight is head.weight)  # a shard reports traffic
 
 
 def dense_head(inner: nn.Module) -> nn.Linear:

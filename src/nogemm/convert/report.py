@@ -60,11 +60,13 @@ class ConversionReport:
         sites: one entry per converted site, in model order.
         refused: what looks like an FFN and was left dense because it cannot be converted, with the reason.
         slower: what was left dense because the layer in its place would be slower here, with both times.
+        timing_seconds: that it took to find that out; 0 where nothing was timed.
     """
 
     sites: tuple[SiteReport, ...]
     refused: tuple[Refusal, ...] = ()
     slower: tuple[Refusal, ...] = ()
+    timing_seconds: float = 0.0
 
     @property
     def before(self) -> Cost:
@@ -77,13 +79,14 @@ class ConversionReport:
         return sum((site.after for site in self.sites), Cost(0.0, 0.0, 0))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return {"sites": [...], "before": cost, "after": cost, "refused": [...], "slower": [...]}, JSON-ready."""
+        """Return a JSON-ready dict: lists "sites", "refused" and "slower", costs "before" and "after", the seconds."""
         return {
             "sites": [site.to_dict() for site in self.sites],
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
             "refused": [asdict(refusal) for refusal in self.refused],
             "slower": [asdict(refusal) for refusal in self.slower],
+            "timing_seconds": self.timing_seconds,
         }
 
     def __str__(self) -> str:
@@ -100,6 +103,8 @@ class ConversionReport:
             lines.append("  ".join(cells).rstrip())
         lines += [f"left dense: {words}" for words in in_words(self.refused)]
         lines += [f"left dense, as it is faster: {words}" for words in in_words(self.slower)]
+        if self.timing_seconds:
+            lines.append(f"timed beside the dense FFNs: {self.timing_seconds:.1f} s")
         return "\n".join(lines)
 
 

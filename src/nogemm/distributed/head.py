@@ -1,7 +1,8 @@
 """A vocabulary head whose rows lie on several ranks.
 
 Every rank runs the rest of the model on the same tokens and holds a part of the head's rows. It proves the largest
-logit of its part; one pair (logit, row) of each rank then names the largest of all, as exact as one process's.
+logit of its part, or searches for it; one pair (logit, row) of each rank then names the largest of all. It is proven
+where every rank has proven its own.
 
 Legend: N states, D width, V vocabulary, P ranks, K tokens, W places of a list.
 """
@@ -23,8 +24,9 @@ from nogemm.distributed.merge import best, from_words, to_words
 from nogemm.distributed.report import ShardReport, Traffic, report_of
 from nogemm.errors import ConfigError, NotFiniteError, ShapeError
 from nogemm.heads import Choice, HireHead, head_of
+from nogemm.heads.layer import EXACT_ONE_IN
 from nogemm.models.inner import inner_model
-from nogemm.ops import head_argmax, head_logits
+from nogemm.ops import head_argmax, head_logits, head_search
 from nogemm.ops.sketch_and_select import top_indices
 from nogemm.ops.topk_recall import expected_recall, kept_for_recall
 
@@ -46,6 +48,7 @@ class ShardedHead(HireHead):
     """The rows of a vocabulary head that lie on this rank; made by `shard_head`.
 
         choose   max over ranks of (max over the rank's rows of x . w + b)
+        search   the same over the rows that each rank's codes rank first, its share of `config.rows`
         top_k    the K largest of P lists of `kept` logits, one list of each rank
 
     Every method is called by all ranks, with the same states: a difference is an error. Whatever asks for all logits
@@ -91,6 +94,13 @@ class ShardedHead(HireHead):
         """Return all logits [N, V] of states [N, D], accumulated in float32, gathered from all ranks."""
         return self._gathered(super().logits(x))
 
+    def estimate(self, x: Tensor, rows: int | None = None) -> Tensor:
+        """Return all logits [N, V] as `HireHead.estimate` does, gathered; each rank computes its share of `rows`."""
+        if self.weight.device.type != "cpu":  # codes are read by CPU kernels
+            return self.logits(x)
+        rows = max(self.searched_rows, self.out_features // EXACT_ONE_IN) if rows is None else rows
+        return self._gathered(super().estimate(self._flat(x), self._share(rows)))
+
     def choose(self, x: Tensor, noise: Tensor | None = None) -> Choice:
         """Find the largest logit of each state, on all ranks; ties to the lowest token.
 
@@ -105,8 +115,25 @@ class ShardedHead(HireHead):
         Cost: `head_argmax` of V / P rows, and one exchange of 16 bytes a state.
         """
         x_ND = self._flat(x)
-        own_NV = None if noise is None else noise[:, self.token]
-        index_N, logit_N, rows_N = shard_argmax(x_ND, self, own_NV)
+        return self._first_of_all(x_ND, *shard_argmax(x_ND, self, self._own(noise)))
+
+    def search(self, x: Tensor, noise: Tensor | None = None) -> Choice:
+        """Find what is most likely the largest logit of each state: as `choose`, by a search on every rank.
+
+        Cost: `head_search` of V / P rows, and one exchange of 16 bytes a state.
+        """
+        x_ND = self._flat(x)
+        return self._first_of_all(x_ND, *shard_argmax(x_ND, self, self._own(noise), self._share(self.searched_rows)))
+
+    def _share(self, rows: int) -> int:
+        """Return how many of so many rows of the whole head a search computes here, the same on all ranks."""
+        return -(-rows // self.exchange.ranks)
+
+    def _own(self, noise_NV: Tensor | None) -> Tensor | None:
+        return None if noise_NV is None else noise_NV[:, self.token]
+
+    def _first_of_all(self, x_ND: Tensor, index_N: Tensor, logit_N: Tensor, rows_N: Tensor) -> Choice:
+        """Exchange what each rank found among its rows, and name the largest; ties to the lowest token."""
         numbers_N = torch.where(index_N < 0, -1, self.token[index_N.clamp_min(0)]).to(torch.int32)
         words = torch.stack(
             (
@@ -209,17 +236,22 @@ class ShardedHead(HireHead):
         return f"{super().extra_repr()}, rank {self.exchange.rank} of {self.exchange.ranks}"
 
 
-def shard_argmax(x_ND: Tensor, head: HireHead, noise_NV: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def shard_argmax(
+    x_ND: Tensor, head: HireHead, noise_NV: Tensor | None = None, rows: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Find the largest logit among the rows that lie here: index, logit and rows computed, as `head_argmax` does.
 
-    On a CPU by proof; codes are read by CPU kernels, so elsewhere by all logits.
+    On a CPU by proof, or by a search that computes `rows`; codes are read by CPU kernels, so elsewhere by all logits.
     """
     with torch.no_grad():
         weight_VD = head.weight.detach()
         bias_V = None if head.bias is None else head.bias.detach().float()
-        if weight_VD.device.type == "cpu":
+        if weight_VD.device.type != "cpu":
+            return argmax_of_all(x_ND, weight_VD, bias_V, noise_NV)
+        if rows is None:
             return head_argmax(x_ND, weight_VD, bias_V, head.codes(), noise_NV=noise_NV)
-        return argmax_of_all(x_ND, weight_VD, bias_V, noise_NV)
+        index_N, logit_N, _ = head_search(x_ND, weight_VD, bias_V, head.codes(), rows, noise_NV=noise_NV)
+        return index_N, logit_N, torch.full_like(index_N, min(rows, len(weight_VD)))
 
 
 def argmax_of_all(
@@ -264,8 +296,10 @@ def shard_head(target: nn.Module, exchange: Exchange | None = None, *, seed: int
         raise ConfigError("shard_head: there is no converted head; call nogemm.convert_head(model) first")
     if isinstance(head, ShardedHead):
         raise ConfigError("shard_head: the head is sharded already")
-    if head.config.mode != "exact":
-        raise ConfigError(f'shard_head: only heads of mode "exact" are sharded, got mode={head.config.mode!r}')
+    if head.config.approximate:
+        raise ConfigError(
+            f'shard_head: only heads of mode "exact" or "deferred" are sharded, got mode={head.config.mode!r}'
+        )
     exchange = join() if exchange is None else exchange
     parts = {
         "shard_head's settings": (head.config, seed, tuple(head.weight.shape), head.weight.dtype, head.bias is None),

@@ -237,7 +237,7 @@ class HireHead(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe the head in print(model)."""
-        found = self.report()
+        found = HireHead.report(self)  # of the rows that lie here, in a shard, too
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, mode={self.config.mode!r}, "
             f"codes={size(found.codes_bytes)}, fitted={self.moment is not None}"

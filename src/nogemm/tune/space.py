@@ -140,7 +140,7 @@ class Space:
         if table:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(self.seed)
-                convert(model, table, list(table), self.texts, tokenizer=self.tokenizer)
+                convert(model, table, list(table), self.texts, tokenizer=self.tokenizer, faster_at=None)
         return model.eval()
 
 

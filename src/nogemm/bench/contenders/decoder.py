@@ -198,7 +198,7 @@ class OurDecoder(TorchDecoder):
         """Make the model with its FFNs and head converted, not packed yet; return facts."""
         self.model = make_decoder(self.shape)
         keep, sketch = self.settings["keep"], self.settings["sketch"]
-        convert(self.model, HireConfig(keep=keep, select="active", sketch=sketch))
+        convert(self.model, HireConfig(keep=keep, select="active", sketch=sketch), faster_at=None)
         facts = self._recall()
         source = torch.Generator().manual_seed(1)
         texts = torch.randint(4, self.shape["vocabulary"], (4, 64), generator=source)

@@ -229,7 +229,7 @@ def our_model(settings: dict[str, Any]) -> nn.Module:
         return load_encoder(settings["model"])
     torch.manual_seed(settings["seed"])
     model = timed_encoder(settings["dense"], settings["seed"])
-    convert(model, parse_layer(settings["method"], settings["set"]))
+    convert(model, parse_layer(settings["method"], settings["set"]), faster_at=None)
     return model.eval()
 
 

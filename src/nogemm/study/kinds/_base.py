@@ -181,7 +181,7 @@ def change(model: nn.Module, job: Job, tokenizer: Any, field: Any) -> tuple[int,
     kept = None if job.keep is None else keep_layers(model, job.keep)
     if job.layer is not None:
         start = list(islice(texts(job.data, field), job.fit)) if job.fit else None
-        convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer)
+        convert(model, layer_config(job.layer), job.layers, start, tokenizer=tokenizer, faster_at=None)
     return kept
 
 

@@ -64,7 +64,7 @@ def make_model(
             raise ConfigError(f"train: {source} is no model for task={options.task!r}") from error
     _check_fit(model, options, tokenizer)
     if options.ffn is not None:
-        convert(model, options.ffn)
+        convert(model, options.ffn, faster_at=None)
     return model
 
 
