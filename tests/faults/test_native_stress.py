@@ -103,7 +103,7 @@ import os, resource, sys, threading, time, warnings
 warnings.simplefilter("ignore")
 sys.path[:0] = sys.argv[1:]
 import torch
-from test_native import D, NATIVE, packed
+from test_native_stress import D, NATIVE, packed
 
 assert torch.get_num_threads() == 2
 torch.set_num_threads(1)  # what is built on two threads starts workers, which a fork loses
