@@ -204,7 +204,7 @@ def test_an_offer_that_an_engine_does_not_run_leaves_the_search(model: Path, tmp
 def test_the_time_budget_cuts_the_short_runs(model: Path, tmp_path: Path, made_up: MadeUp) -> None:
     report = tune(model, tmp_path / "run", latency_ms=0.7, max_seconds=1).report
     assert any("Time ran out" in note for note in report.notes)
-    assert report.chosen in {row["name"] for row in report.rows}  # whether it meets the budget is the clock's
+    assert report.met
 
 
 def test_the_command_writes_a_model_a_table_and_a_report(

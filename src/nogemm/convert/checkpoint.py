@@ -155,7 +155,7 @@ def check_format(stored: dict[str, Any]) -> None:
             "config.json: quantization_config is not a complete nogemm description (format and sites); restore it "
             "from the save, or save the model again"
         )
-    for name, kind in {"sites": dict, "fitted": str, "checksums": dict, "holders": dict}.items():
+    for name, kind in {"sites": dict, "fitted": str, "checksums": dict}.items():
         entries = stored.get(name, {})
         if not isinstance(entries, dict) or not all(isinstance(entry, kind) for entry in entries.values()):
             raise CheckpointError(f"config.json: {name} in quantization_config is damaged: restore it from the save")

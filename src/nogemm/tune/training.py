@@ -184,7 +184,9 @@ def _second(search: Search, known: Known, runs: Sequence[Run]) -> list[Candidate
 
 
 def _shortlisted(search: Search, known: Known, count: int, tried: Sequence[Candidate]) -> list[Candidate]:
+    """Choose whom to distil: those that should meet the budget first, as time may run out behind any of them."""
     found: list[Candidate] = []
+    above: set[Candidate] = set()  # a guess that may turn out below
     limit = known.limit(search)
     for engine in known.engines:
         costs: Costs = known.costs(search, engine)
@@ -192,7 +194,8 @@ def _shortlisted(search: Search, known: Known, count: int, tried: Sequence[Candi
         most = None if limit is None else min(limit * SLACK, 0.97 * costs.of(search.space.whole))
         some = shortlist(search.space, costs, known.quality, each, most=most, known=[*tried, *found])
         found += [c for c in some if known.engine_for(search, c) is not None]
-    return found[:count]
+        above |= {c for c in some if limit is not None and costs.of(c) > limit}
+    return sorted(found[:count], key=lambda c: c in above)
 
 
 def ranked(search: Search, known: Known, runs: Sequence[Run], full: int | None = None) -> list[Run]:
