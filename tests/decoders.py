@@ -63,7 +63,7 @@ def genai_tokens(folder: Path, ids_1L: torch.Tensor, count: int) -> list[int]:
     import openvino as ov
     import openvino_genai  # pyright: ignore[reportMissingImports]
 
-    from nogemm.export.running import read_record
+    from nogemm.export.running import decoder_record
 
     pipe = openvino_genai.LLMPipeline(
         str(folder),
@@ -72,7 +72,7 @@ def genai_tokens(folder: Path, ids_1L: torch.Tensor, count: int) -> list[int]:
         ATTENTION_BACKEND="SDPA",
         INFERENCE_PRECISION_HINT="f32",
         KV_CACHE_PRECISION="f32",  # its own choice is eight bits, another model after some tokens
-        extensions=[str(folder / read_record(folder)["extension"])],
+        extensions=[str(folder / decoder_record(folder)["extension"])],
     )
     config = openvino_genai.GenerationConfig(max_new_tokens=count, ignore_eos=True, eos_token_id=1)
     inputs = openvino_genai.TokenizedInputs(ov.Tensor(ids_1L.numpy()), ov.Tensor(torch.ones_like(ids_1L).numpy()))

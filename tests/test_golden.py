@@ -22,7 +22,7 @@ from nogemm.convert.packed_file import PackedFile
 from nogemm.convert.sites import converted
 from nogemm.errors import CheckpointError
 from nogemm.export.folder import RECORD
-from nogemm.export.running import read_record
+from nogemm.export.running import decoder_record
 from nogemm.hardware.speeds import Speeds
 
 METHODS_OF_1 = {
@@ -135,9 +135,9 @@ def test_an_export_of_a_newer_format_is_refused_with_advice(number: int | None, 
     (tmp_path / RECORD).write_text(json.dumps(record if number is None else {**record, "format": number}))
     if refused:
         with pytest.raises(CheckpointError, match="has format 2, this nogemm reads up to 1: upgrade nogemm"):
-            read_record(tmp_path)
+            decoder_record(tmp_path)
     else:
-        assert read_record(tmp_path)["vocabulary"] == 3
+        assert decoder_record(tmp_path)["vocabulary"] == 3
 
 
 def test_files_of_the_cache(tmp_path: Path) -> None:

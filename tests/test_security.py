@@ -17,7 +17,7 @@ from transformers import AutoModel, BertConfig, BertModel
 import nogemm
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export.folder import RECORD
-from nogemm.export.running import read_record
+from nogemm.export.running import decoder_record
 from nogemm.study.reading import read_yaml
 from sample_results import demo_result, layer_result, report, train_step_result
 
@@ -142,11 +142,11 @@ def test_a_record_names_files_of_its_own_folder(key: str, tmp_path: Path) -> Non
             (folder / name).touch()
     record = {"model": "a.xml", "extension": "b.so", "head": "exact", "vocabulary": 3, "positions": 4, "ends": []}
     (inside / RECORD).write_text(json.dumps(record))
-    assert read_record(inside)["model"] == "a.xml"
+    assert decoder_record(inside)["model"] == "a.xml"
     for path in (f"../{record[key]}", str(tmp_path / record[key])):
         (inside / RECORD).write_text(json.dumps(record | {key: path}))
         with pytest.raises(CheckpointError, match="outside of the folder"):
-            read_record(inside)
+            decoder_record(inside)
 
 
 def test_every_test_that_is_named_exists() -> None:

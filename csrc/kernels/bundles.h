@@ -70,7 +70,7 @@ static void split_token(const float* x, int64_t width, int64_t padded, int8_t* p
   F largest = zero();
   for (int64_t i = 0; i < width; i += kLanes)
     largest = max(abs(load_part(x + i, static_cast<int>(width - i < kLanes ? width - i : kLanes))), largest);
-  float top[kLanes], most = 0x1p-126f;
+  float top[kLanes], most = 0x1p-110f;  // below: neither the step nor its inverse is a normal number
   store(top, largest);
   for (int l = 0; l < kLanes; ++l) most = top[l] > most ? top[l] : most;
   const float inverse = 32512.0f / most;

@@ -36,7 +36,7 @@ static float sketch_token(const float* x, int64_t width, int64_t padded, int8_t*
     *sum = 0;
     return 0.0f;
   }
-  most = most > 0x1p-126f ? most : 0x1p-126f;
+  most = most > 0x1p-119f ? most : 0x1p-119f;  // below: neither the step nor its inverse is a normal number
   const float inverse = 127.0f / most;
   int32_t total = 0;
   for (i = 0; i < width; ++i) {

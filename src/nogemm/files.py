@@ -45,7 +45,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         except BaseException:
             sibling.unlink(missing_ok=True)
             raise
-    _remove_abandoned(path)
+    remove_abandoned(path.parent, f".{glob.escape(path.name)}.*.new")
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -95,13 +95,13 @@ def _held(sibling: Path) -> Iterator[BinaryIO]:
             return
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove siblings whose writers are dead: nobody holds their locks."""
-    for name in glob.glob(f".{glob.escape(path.name)}.*.new", root_dir=path.parent, include_hidden=True):
-        with contextlib.suppress(OSError), (path.parent / name).open("rb") as file:
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove siblings of `replacing` that match a pattern and whose writers are dead: nobody holds their locks."""
+    for name in glob.glob(pattern, root_dir=folder, include_hidden=True):
+        with contextlib.suppress(OSError), (folder / name).open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(path.parent / name, file.fileno()):
-                (path.parent / name).unlink(missing_ok=True)
+            if _is(folder / name, file.fileno()):
+                (folder / name).unlink(missing_ok=True)
 
 
 def _is(path: Path, handle: int) -> bool:

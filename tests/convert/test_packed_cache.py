@@ -25,8 +25,9 @@ from tiny_models import FAMILIES, SMALL, run_python, train_a_little
 import decoders
 import nogemm
 from nogemm.convert.packed_cache import digest
-from nogemm.convert.packed_file import PackedFile, discard_leftovers, write_packed
+from nogemm.convert.packed_file import ABANDONED, PackedFile, write_packed
 from nogemm.errors import CheckpointError, ConfigError
+from nogemm.files import remove_abandoned
 from nogemm.layers import PackedFFN
 from nogemm.ops import isa, set_isa, supported_isas
 from nogemm.testing.cases import KINDS
@@ -319,10 +320,10 @@ def test_what_a_killed_writer_left_is_removed_and_a_living_one_kept(tmp_path: Pa
     dead.touch()
     with alive.open("wb") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        discard_leftovers(tmp_path)
+        remove_abandoned(tmp_path, ABANDONED)
         assert not dead.exists()
         assert alive.exists()
-    discard_leftovers(tmp_path)
+    remove_abandoned(tmp_path, ABANDONED)
     assert not alive.exists()
 
 

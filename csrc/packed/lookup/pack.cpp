@@ -125,7 +125,7 @@ float quantise_row(const NogemmLookupSpec& s, int64_t row, const float* values, 
     std::memset(out, 0, static_cast<size_t>(s.d_out));
     return NAN;
   }
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = largest > 0x1p-119f ? 127.0f / largest : 0.0f;  // below: steps of no normal number
   for (int64_t c = 0; c < s.d_out; ++c)
     out[c] = static_cast<int8_t>(std::clamp(std::nearbyint(values[c] * inverse), -127.0f, 127.0f));
   return largest / 127.0f;

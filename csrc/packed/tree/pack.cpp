@@ -90,7 +90,7 @@ float store_int8(const float* row, int64_t width, char* to) {
     std::memset(to, 0, static_cast<size_t>(width));
     return NAN;
   }
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const float inverse = largest > 0x1p-119f ? 127.0f / largest : 0.0f;  // below: steps of no normal number
   auto* out = reinterpret_cast<int8_t*>(to);
   for (int64_t c = 0; c < width; ++c)
     out[c] = static_cast<int8_t>(std::clamp(std::nearbyint(row[c] * inverse), -127.0f, 127.0f));

@@ -26,7 +26,7 @@ from nogemm.bench.engine.result import origin
 from nogemm.convert.head import convert_head
 from nogemm.errors import ConfigError, NogemmError
 from nogemm.export import export_decoder
-from nogemm.export.running import read_record
+from nogemm.export.running import decoder_record
 from nogemm.hardware.cpu import usable_cores
 from nogemm.models.loading import is_gguf, load_model, load_tokenizer
 from nogemm.running.measured import Keep, Note
@@ -179,7 +179,7 @@ class _Models:
         target = self.folder / f"{head}-{body}"
         rows = "fp16" if head == "exact" else "int8"
         with contextlib.suppress(NogemmError):
-            record = read_record(target)
+            record = decoder_record(target)
             if (record["head"], record["body"], record["rows"]) == (head, body, rows):
                 return target
         self.say(f"exporting {head} head, {body} body")

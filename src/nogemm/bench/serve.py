@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import count
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from nogemm.bench.engine.measure import turned
 from nogemm.bench.engine.result import origin
 from nogemm.bench.models import sample_texts
 from nogemm.convert.convert import convert
@@ -112,7 +113,7 @@ def run_serve_bench(args: ServeBenchArgs, *, note: Note | None = None, keep: Kee
         servers = _started(args, folder, threads, cases, say, stack)
         for turn in range(args.rounds):
             for clients in args.clients:
-                for name in _turned(list(servers), turn):
+                for name in turned(list(servers), turn):
                     say(f"round {turn + 1} of {args.rounds}: {clients} clients, {name}")
                     servers[name].turn(cases[name, clients], args.seconds)
                     if keep is not None:
@@ -342,8 +343,3 @@ async def _client(port: int) -> AsyncIterator[Ask]:
         raise NogemmError("the server closed a connection, or did not answer") from error
     finally:
         writer.close()
-
-
-def _turned(names: list[str], turn: int) -> Iterator[str]:
-    """Yield all names, beginning with another one each turn."""
-    return iter(names[turn % len(names) :] + names[: turn % len(names)] if names else [])

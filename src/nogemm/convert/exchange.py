@@ -165,8 +165,6 @@ def flush(folder: Path) -> None:
 
 def sync(path: str | Path) -> None:
     """Write one file, or the entries of one folder, to disk."""
-    if os.name != "posix":
-        return  # Windows opens no directory, and syncs no file that is open for reading
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

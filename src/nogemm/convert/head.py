@@ -20,6 +20,7 @@ from nogemm.models.inner import inner_model
 STATES, STATES_PER_WIDTH = 8192, 8  # that codes are fitted to: so many, and so many for each coordinate
 CHUNK = 8192  # states whose moment is taken at once
 SAMPLE = 2048  # states that the rows of "high_recall" are chosen on
+UNSEEN = 4  # one batch of so many is kept from the codes: on states that they fit, a search finds too much
 
 
 def convert_head(
@@ -58,10 +59,10 @@ def convert_head(
         check_head(dense.weight, dense.bias, "convert_head")
     if config.mode == "high_recall" and data is None:
         raise ConfigError("convert_head: mode 'high_recall' needs data, on which its rows are chosen")
-    moment, sample = (None, None) if data is None else _moment(model, dense, data, tokenizer)
+    moment, unseen = (None, None) if data is None else _moment(model, dense, data, tokenizer, config)
     head = HireHead(config, dense.weight, dense.bias, moment)
-    if config.mode == "high_recall" and sample is not None:
-        _calibrate(head, sample)
+    if unseen is not None:
+        _calibrate(head, unseen)
     head.train(dense.training)
     inner.set_output_embeddings(head)  # type: ignore[operator]
     if head_of(inner) is not head:
@@ -180,22 +181,34 @@ def head_states(
         inner.train(was_training)
 
 
-def _moment(model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any) -> tuple[Tensor, Tensor]:
-    """Return the second moment of the states that a model's head sees, float32, and some of them."""
+def _moment(
+    model: nn.Module, dense: nn.Linear, data: Iterable[Sample], tokenizer: Any, config: HeadConfig
+) -> tuple[Tensor, Tensor | None]:
+    """Return the second moment of the states that a model's head sees, float32, and others to choose rows on.
+
+    The others are None unless the mode needs them, and the same states where the data are a batch or three.
+    """
     total, count = torch.zeros(dense.in_features, dense.in_features, dtype=torch.float64), 0
     wanted = max(STATES, STATES_PER_WIDTH * dense.in_features)
-    sample: list[Tensor] = []
+    chooses = config.mode == "high_recall"
+    fitted: list[Tensor] = []
+    unseen: list[Tensor] = []
     with closing(head_states(model, dense, data, tokenizer)) as seen:
-        for states in seen:
+        for turn, states in enumerate(seen, start=1):
+            if chooses and turn % UNSEEN == 0:
+                unseen.append(states)
+                continue
             for part in states[: wanted - count].split(CHUNK):
                 total += second_moment(part) * len(part)
                 count += len(part)
-                sample.append(part[torch.randperm(len(part), generator=torch.Generator().manual_seed(count))[:SAMPLE]])
+                fitted += [part] if chooses else []
             if count >= wanted:
                 break
     if not count:
         raise ConfigError("convert_head: the data gave no token to the head; is it empty?")
-    chosen = torch.cat(sample)
+    if not chooses:
+        return (total / count).float(), None
+    chosen = torch.cat(unseen or fitted)
     order = torch.randperm(len(chosen), generator=torch.Generator().manual_seed(0))[:SAMPLE]
     return (total / count).float(), chosen[order].float()
 

@@ -13,28 +13,21 @@ import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nogemm.errors import CheckpointError
-from nogemm.files import parse_json, replacing
-
-fcntl: ModuleType | None
-try:
-    import fcntl
-except ImportError:  # Windows, where `pack` refuses cache=
-    fcntl = None
+from nogemm.files import parse_json, remove_abandoned, replacing
 
 FORMAT = 1  # raised, too, when Python code lays packed tensors out in another way
 PAGE = 4096  # the bytes begin on a page, and so does every tensor of at least one
 _LONGEST_HEADER = 100_000_000  # safetensors' own limit
 _CHUNK = 1 << 24  # bytes of one write
+ABANDONED = ".packed-*.new"  # what killed writers leave, of models that may never be packed again
 
 
 @dataclass(frozen=True)
@@ -117,47 +110,12 @@ def write_packed(path: Path, tensors: Mapping[str, Tensor]) -> None:
         {"__metadata__": metadata, "packed": {"dtype": "U8", "shape": [end], "data_offsets": [0, end]}}
     ).encode()
     header += b" " * (_up(8 + len(header), PAGE) - 8 - len(header))
-    with ExitStack() as stack:
-        with _alone_in(path.parent):  # a file that is not locked yet, or no longer, looks left over
-            discard_leftovers(path.parent)
-            file = stack.enter_context(replacing(path))
-            _hold(file.fileno())
+    remove_abandoned(path.parent, ABANDONED)
+    with replacing(path) as file:
         os.fchmod(file.fileno(), 0o644)
         file.write(len(header).to_bytes(8, "little") + header)
         for part in _parts(tensors):
             file.write(part)
-        with _alone_in(path.parent):
-            stack.close()
-
-
-def discard_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left; the lock of one that lives keeps its file."""
-    for path in folder.glob(".packed-*.new"):
-        try:
-            with path.open("r+b") as file:
-                _hold(file.fileno())
-                path.unlink()
-        except OSError:
-            continue
-
-
-def _hold(descriptor: int) -> None:
-    """Take the lock of a file, which the system lets go of when it is closed; OSError if another has it."""
-    assert fcntl is not None
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, for a moment; make the folder first."""
-    assert fcntl is not None
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _check_owner(found: os.stat_result) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,11 +32,6 @@ from nogemm.layers import PackedFFN
 from nogemm.layers._base import is_quantised
 from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 from nogemm.models.inner import inner_model
-
-try:
-    import fcntl
-except ImportError:  # not on Windows: saving works there, without a lock against a second writer
-    fcntl = None
 
 _WEIGHTS = (
     "model*.safetensors",
@@ -135,7 +131,7 @@ def replace_directory(
 
 def _closed(target: Path) -> bool:
     """Tell whether `target` is there, and the folder that holds it takes no new file."""
-    if fcntl is None or not target.exists():
+    if not target.exists():
         return False
     try:
         os.close(_open_lock(target.with_name(f".{target.name}.lock")))
@@ -207,9 +203,6 @@ def _open_lock(lock: Path) -> int:
 @contextmanager
 def _locked(lock: Path, target: Path, caller: str) -> Iterator[None]:
     """Hold the lock of a path; the system releases it when the process dies."""
-    if fcntl is None:
-        yield
-        return
     while True:
         handle = _open_lock(lock)
         try:

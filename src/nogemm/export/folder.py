@@ -10,7 +10,7 @@ from torch import nn
 
 from nogemm.errors import CheckpointError
 from nogemm.export.extension import LIBRARY
-from nogemm.files import write_json
+from nogemm.files import parse_json, write_json
 from nogemm.models.directory import MODULES, copy_modules, find_directory, root_directory, sentence_modules
 from nogemm.models.inner import inner_model
 
@@ -54,13 +54,28 @@ def describe_pooling(model: nn.Module, folder: Path) -> None:
         write_json(folder / "sentence_bert_config.json", {"max_seq_length": limit})
 
 
-def check_format(folder: Path, record: Any) -> None:
-    """Raise CheckpointError for an export that a later release has written."""
-    number = record.get("format", FORMAT) if isinstance(record, dict) else FORMAT
+def read_record(folder: Path) -> dict[str, Any]:
+    """Return what an export says of itself; the files that it names are there.
+
+    Raises:
+        CheckpointError: there is no export, a later release has written it, or a file of it is missing or elsewhere.
+    """
+    try:
+        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
+        number = record.get("format", FORMAT)
+        names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
+        elsewhere = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: {RECORD} is no record of an export ({error})") from error
     if isinstance(number, int) and number > FORMAT:
         raise CheckpointError(
             f"the export in {folder} has format {number}, this nogemm reads up to {FORMAT}: upgrade nogemm to run it"
         )
+    if elsewhere:
+        raise CheckpointError(f"{folder}: {RECORD} names {', '.join(elsewhere)}, outside of the folder")
+    if absent := [name for name in names if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder}: {', '.join(absent)} is missing")
+    return record
 
 
 def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:

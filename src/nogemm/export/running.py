@@ -19,10 +19,9 @@ from nogemm.decoding.windows import GenerationReport, Windows
 from nogemm.errors import CheckpointError, ConfigError
 from nogemm.export import decoder_graph as dg
 from nogemm.export import openvino_host as host
-from nogemm.export.folder import RECORD, check_format
+from nogemm.export.folder import read_record
 from nogemm.export.memory import Memory
 from nogemm.export.steps import HostHead, HostSteps
-from nogemm.files import parse_json
 
 MODES = ("exact", "deferred")
 _PRECISIONS = (None, "f32")
@@ -57,7 +56,7 @@ class OpenVINODecoder:
             raise ConfigError(f"OpenVINODecoder: threads must be an integer of at least 0, got {threads!r}")
         if precision not in _PRECISIONS:
             raise ConfigError(f"OpenVINODecoder: precision must be None or 'f32', got {precision!r}")
-        self.record = read_record(Path(folder))
+        self.record = decoder_record(Path(folder))
         self.exact = self.record["head"] == "exact"
         self.mode = _mode(self.record, self.exact, mode)
         self.bytes_per_token = self.record["bytes_per_token"]
@@ -180,21 +179,15 @@ def _mode(record: dict[str, Any], exact: bool, asked: str | None) -> str | None:
     return asked or record.get("mode", "exact")
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return what an export says of itself.
+def decoder_record(folder: Path) -> dict[str, Any]:
+    """Return what the export of a decoder says of itself, as `read_record` does.
 
     Raises:
-        CheckpointError: there is no exported decoder, or a file of it is missing.
+        CheckpointError: there is no exported decoder, or it is not whole.
     """
-    try:
-        record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
-        check_format(folder, record)
-        names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
-        needed = {key: record[key] for key in ("head", "vocabulary", "positions", "ends")}
-        if elsewhere := [name for name in names if Path(name).name != name]:
-            raise ValueError(f"its record names {', '.join(elsewhere)}, outside of the folder")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: no decoder that nogemm.export_decoder has written ({error})") from error
-    if absent := [name for name in names if not (folder / name).is_file()]:
-        raise CheckpointError(f"{folder}: {', '.join(absent)} is missing")
-    return {**record, **needed}
+    record = read_record(folder)
+    if absent := {"head", "vocabulary", "positions", "ends"} - record.keys():
+        raise CheckpointError(
+            f"{folder}: no decoder that nogemm.export_decoder has written (its record has no {min(absent)})"
+        )
+    return record

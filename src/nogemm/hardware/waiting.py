@@ -23,7 +23,8 @@ def advice() -> str:
         return ""
     return (
         "OpenMP's threads spin while they wait, which takes the core from the one they wait for: training can be ten "
-        "times slower than it need be. Start Python with GOMP_SPINCOUNT=1000 in the environment, as the commands do"
+        "times slower than it need be. Start Python with "
+        f"GOMP_SPINCOUNT={BRIEF['GOMP_SPINCOUNT']} in the environment, as the commands do"
     )
 
 

@@ -47,7 +47,7 @@ class HeadConfig(Config):
             check_int("HeadConfig", "rows", self.rows, 1)
         check_int("HeadConfig", "leading", self.leading, 0)
         check_int("HeadConfig", "sketch", self.sketch, 1)
-        if not isinstance(self.recall, (int, float)) or not 0 < self.recall <= 1:
+        if not 0 < self.recall <= 1:
             raise ConfigError(f"HeadConfig: recall must be above 0 and at most 1, got {self.recall!r}")
 
     def rows_of(self, vocabulary: int) -> int:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nogemm.config import ProjectionConfig, check_choice, check_int, register
 from nogemm.cost import Cost
-from nogemm.errors import ConfigError
 from nogemm.ops import dct, hadamard
 from nogemm.projections._padded import PaddedProjection, power_of_two, random_signs
 
@@ -65,11 +64,6 @@ class RandomHadamardConfig(ProjectionConfig):
     kind: ClassVar[str] = "random_hadamard"
     learnable: bool = False
     bias: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.learnable, bool):
-            raise ConfigError(f"RandomHadamardConfig: learnable must be true or false, got learnable={self.learnable}")
 
     def build(self, d_in: int, d_out: int) -> DiagonalChain:
         return DiagonalChain(

@@ -53,12 +53,13 @@ class DecoderEngine:
         dtype: rows of converted FFNs, where torch runs them.
         body: of `nogemm.pack`, where torch runs the model.
         threads: of the engine.
+        share: whether workers beside this one pack the same model: then all map one copy from a file.
     Attributes:
         positions: tokens that prompt and completion may have together; None: no limit.
         samples: which settings of a sample it takes.
     """
 
-    def __init__(self, kind: Kind, dtype: str, body: str | None, threads: int) -> None:
+    def __init__(self, kind: Kind, dtype: str, body: str | None, threads: int, share: bool = False) -> None:
         torch.set_num_threads(threads)
         self.tokenizer = load_tokenizer(kind.folder)
         self._generate: Callable[..., Tensor]
@@ -70,7 +71,7 @@ class DecoderEngine:
             model: Any = load_model(kind.folder)
             if find_head(model) is None:
                 convert_head(model)
-            packed_for_serving(model, dtype, body)
+            packed_for_serving(model, dtype, body, share)
             self._generate = lambda ids, count, **more: generate(model, ids, count, **more)
             named = getattr(model.generation_config, "eos_token_id", None)
             self._ends = set([named] if isinstance(named, int) else named or ())

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nogemm.errors import CheckpointError, ConfigError
-from nogemm.export.folder import RECORD
+from nogemm.errors import ConfigError
+from nogemm.export.folder import RECORD, read_record
 from nogemm.files import parse_json
 from nogemm.models.directory import model_directory, sentence_modules, transformer_directory
 from nogemm.models.loading import is_gguf
@@ -80,18 +80,10 @@ def own_code_refused(model: str) -> Iterator[None]:
 
 
 def _exported(model: str) -> Kind:
-    try:
-        record = parse_json((Path(model) / RECORD).read_text(encoding="utf-8"))
-        decoder, output = "head" in record, record.get("output")
-        names = [record["model"], str(Path(record["model"]).with_suffix(".bin")), record["extension"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{model}: {RECORD} is no record of an export ({error})") from error
-    for name in names:
-        if Path(name).name != name or not (Path(model) / name).is_file():
-            raise CheckpointError(f"{model}: {RECORD} names {name!r}, which is not in the folder")
-    if decoder:
+    record = read_record(Path(model))
+    if "head" in record:
         task = "generate"
-    elif output == "last_hidden_state":
+    elif record.get("output") == "last_hidden_state":
         task = "embed"
     elif _architectures(model)[0].endswith("ForSequenceClassification"):
         task = "rerank"

@@ -161,7 +161,8 @@ class Pool:
             async with asyncio.timeout(self.options.start_seconds):
                 options = self.options
                 first = {"dtype": options.dtype, "body": options.body, "max_length": options.max_length}
-                await worker.send(first | {"kind": asdict(self.kind), "threads": self.threads})
+                first |= {"kind": asdict(self.kind), "threads": self.threads, "share": options.workers > 1}
+                await worker.send(first)
                 message, _ = await worker.read()
             if "failed" in message:
                 raise NogemmError(message["failed"])

@@ -40,6 +40,7 @@ class TextEngine:
         body: of `nogemm.pack`, where torch runs the model.
         threads: of the engine.
         max_length: None: what tokenizer, model and pooling allow.
+        share: whether workers beside this one pack the same model: then all map one copy from a file.
     Raises:
         ConfigError: a reranker with more than one logit, an activation that is none of the two, a pooling that cannot
             be followed.
@@ -49,7 +50,9 @@ class TextEngine:
         width: D.
     """
 
-    def __init__(self, kind: Kind, dtype: str, body: str | None, threads: int, max_length: int | None) -> None:
+    def __init__(
+        self, kind: Kind, dtype: str, body: str | None, threads: int, max_length: int | None, share: bool = False
+    ) -> None:
         torch.set_num_threads(threads)
         self.tokenizer = load_tokenizer(kind.folder)
         self.scores = kind.task == "rerank"
@@ -64,7 +67,7 @@ class TextEngine:
             model = load_model(kind.folder, "classify") if self.scores else load_encoder(kind.folder)
             prepare_tokenizer(self.tokenizer, model)
             config = model.config
-            self._run = _torch(packed_for_serving(model, dtype, body), self.scores)
+            self._run = _torch(packed_for_serving(model, dtype, body, share), self.scores)
             self.max_length = longest_text(min(limits, default=_MOST), self.tokenizer, model)
         self._activation = _activation(config) if self.scores else None
         self.width = self.run([self.tokenizer("a", "a") if self.scores else self.tokenizer("a")]).shape[1]
@@ -86,10 +89,10 @@ class TextEngine:
 _MOST = 8192  # tokens of a text where neither tokenizer nor model says
 
 
-def packed_for_serving(model: nn.Module, dtype: str, body: str | None) -> nn.Module:
-    """Pack what can be packed. Layouts that workers share would come in here: one copy, mapped by all of them."""
+def packed_for_serving(model: nn.Module, dtype: str, body: str | None, share: bool) -> nn.Module:
+    """Pack what can be packed; with `share` into nogemm's cache folder, which all workers map."""
     if body is not None or installed(model) or find_head(model) is not None:
-        pack(model, dtype, body=body)
+        pack(model, dtype, body=body, cache=share or None)
     return model
 
 

@@ -64,9 +64,9 @@ def _load(first: dict[str, Any]) -> tuple[TextEngine | DecoderEngine, dict[str, 
 
 def _engine(kind: Kind, first: dict[str, Any]) -> tuple[TextEngine | DecoderEngine, dict[str, Any]]:
     if kind.task == "generate":
-        decoder = DecoderEngine(kind, first["dtype"], first["body"], first["threads"])
+        decoder = DecoderEngine(kind, first["dtype"], first["body"], first["threads"], first["share"])
         return decoder, {"positions": decoder.positions, "samples": decoder.samples, "vocabulary": decoder.vocabulary}
-    engine = TextEngine(kind, first["dtype"], first["body"], first["threads"], first["max_length"])
+    engine = TextEngine(kind, first["dtype"], first["body"], first["threads"], first["max_length"], first["share"])
     return engine, {"max_length": engine.max_length, "width": engine.width}
 
 

@@ -131,6 +131,12 @@ def measure(
             worker.close()
 
 
+def turned(names: Sequence[str], turn: int) -> list[str]:
+    """Return all names, beginning with another one each turn: being first must favour none of them."""
+    start = turn % max(1, len(names))
+    return [*names[start:], *names[:start]]
+
+
 def summary(us: Sequence[float]) -> dict[str, float]:
     """Return median, p10 and p90 of times, in the unit given."""
     p10, median, p90 = np.percentile(np.asarray(us, dtype=float), [10, 50, 90])
@@ -208,7 +214,7 @@ class _Table:
         for turn in range(self.plan.rounds):
             if turn and self._spent() > 1.0:
                 break
-            for name in ready[turn % len(ready) :] + ready[: turn % len(ready)] if ready else ():
+            for name in turned(ready, turn):
                 self._turn(rows[name], workers[name], times[name])
                 if "error" in rows[name] or "skipped" in rows[name]:
                     ready.remove(name)

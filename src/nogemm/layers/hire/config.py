@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -51,8 +50,6 @@ class HireConfig(LayerConfig["HireFFN"]):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name, value, low in (("keep", self.keep, 0.0), ("oversample", self.oversample, 1.0)):
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-                raise ConfigError(f"HireConfig: {name} must be a number, got {name}={value!r}")
             if value < low:
                 raise ConfigError(f"HireConfig: {name} must be at least {low:g}, got {name}={value!r}")
         if not 0 < self.keep <= 1:

@@ -38,7 +38,7 @@ class TokenTableConfig(LayerConfig["TokenTableFFN"]):
         super().__post_init__()
         if self.vocabulary is not None:
             check_int("TokenTableConfig", "vocabulary", self.vocabulary, 1)
-        if isinstance(self.prior, bool) or not isinstance(self.prior, (int, float)) or not self.prior >= 0:
+        if self.prior < 0:
             raise ConfigError(f"TokenTableConfig: prior must be at least 0, got prior={self.prior!r}")
         if self.bits not in (4, 8) or isinstance(self.bits, bool):
             raise ConfigError(f"TokenTableConfig: bits must be 8 or 4, got bits={self.bits!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -67,7 +66,7 @@ class TreeConfig(LayerConfig["TreeFFN"]):
         if self.trees * (2 ** (self.depth + 1) - 1) >= 2**31:
             raise ConfigError(f"TreeConfig: too many nodes for 32-bit numbers: trees={self.trees}, depth={self.depth}")
         for name, value in (("temperature", self.temperature), ("balance_rate", self.balance_rate)):
-            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            if value <= 0:
                 raise ConfigError(f"TreeConfig: {name} must be a positive number, got {name}={value!r}")
         if self.balance == "bias" and self.branch != "bias":
             raise ConfigError('TreeConfig: balance="bias" moves thresholds, which needs branch="bias"')
