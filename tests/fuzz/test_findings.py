@@ -164,3 +164,26 @@ def test_neurons_that_are_not_there_are_refused() -> None:
     packed[at : at + 4] = torch.tensor([10**6], dtype=torch.int32).view(torch.uint8)
     with pytest.raises((ValueError, RuntimeError), match="neurons that are not there"):
         packed_hire(torch.randn(1, 24), packed, 20)
+
+
+@pytest.mark.parametrize("op", LAYERS)
+@pytest.mark.parametrize("scale", [2.0**-126, 2.0**-140, 2.0**-149])
+def test_numbers_next_to_zero_in_eight_bits(op: str, scale: float) -> None:
+    """Their steps, or the inverse of those, are no normal numbers: neither inf nor NaN may come of it."""
+    torch.manual_seed(0)
+    layer = LAYERS[op].build(24, 20, hidden=40).eval()
+    x = torch.randn(5, 24) * scale
+    for run in (layer.pack("int8", "rows"), layer.pack("fp32", "rows")):
+        torch.testing.assert_close(run(x), run(torch.zeros_like(x)), atol=1e-30, rtol=0)
+    with torch.no_grad():
+        for value in layer.parameters():
+            value.mul_(scale)
+    torch.testing.assert_close(layer.pack("int8", "rows")(torch.randn(5, 24)), torch.zeros(5, 20), atol=1e-30, rtol=0)
+
+
+@pytest.mark.parametrize("text", ["rows: [{name: a, set: 3}]", "rows: [{name: a, kind: [1]}]", "options: 7\nrows: [{}]",
+                                  "kind: {a: 1}\nrows: [{}]", "grid: [{set: [1]}]", "rows: [[1]]", "grid: 3",
+                                  "options: {train: 3}\nrows: [{}]", "seeds: {a: 1}\nrows: [{}]"])  # fmt: skip
+def test_study_values_of_another_kind_are_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"study\.yaml"):
+        read_study(study(tmp_path, text))

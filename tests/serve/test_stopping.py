@@ -101,6 +101,14 @@ def kill_under_load(server: Served, encoder: Path) -> None:
     wait_until(lambda: not any(one.is_running() and one.status() != "zombie" for one in workers), "its workers end")
 
 
+def test_workers_map_one_copy_of_what_is_packed(encoder: Path, tmp_path: Path) -> None:
+    assert people.run("convert", encoder, tmp_path / "converted", *people.SAME) == 0
+    with Served(tmp_path / "converted", "--workers", 2, NOGEMM_CACHE=str(tmp_path / "cache")) as server:
+        (file,) = (tmp_path / "cache" / "packed").iterdir()
+        assert [str(file) in {one.path for one in worker.memory_maps()} for worker in server.workers()] == [True, True]
+        assert server.ask(EMBED, {"input": "a text"})[0] == 200
+
+
 def asked(app: Any, path: str, method: str = "GET", **headers: str) -> int:
     """Ask an application that has not been started; return the status."""
     found: list[int] = []

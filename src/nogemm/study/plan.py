@@ -134,7 +134,7 @@ def read_study(file: str | Path, data: str | Mapping[str, str] | None = None) ->
     path = Path(file)
     given = check_keys(read_yaml(path), _STUDY, str(path))
     name = given.get("kind", "train")
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ConfigError(f"{path}: unknown kind {name!r}; {nearest(str(name), list(KINDS))}")
     kind = KINDS[name]
     if not kind.tests and ("tasks" in given or "test" in given):

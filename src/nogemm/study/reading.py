@@ -184,6 +184,9 @@ def multiplied(entry: Mapping[str, Any], where: str) -> Iterator[dict[str, Any]]
     "lookup-{tables}x{bits}". Without a name it is the method and the values. A value that is itself a list stands in a
     list of its own.
     """
+    for part in ("set", "options"):
+        if not isinstance(entry.get(part) or {}, Mapping):
+            raise ConfigError(f"{where}: {part} must be a mapping of names to values, got {entry[part]!r}")
     parts = {"set": dict(flattened(entry.get("set") or {})), "options": dict(entry.get("options") or {})}
     axes: dict[tuple[str, str], list[Any]] = {}
     if isinstance(entry.get("method"), list):
