@@ -65,7 +65,7 @@ async def main() -> None:
     port = server.sockets[0].getsockname()[1]
     print(f"two replicas behind http://127.0.0.1:{port}")
     asked = [asyncio.to_thread(ask, port, ["a text", f"text number {i}"]) for i in range(40)]
-    stopped = asyncio.get_running_loop().call_later(0.05, first.terminate)  # it answers what it took
+    asyncio.get_running_loop().call_later(0.05, first.terminate)  # it answers what it took
     print(f"{sum(await asyncio.gather(*asked))} of 80 embeddings, one replica stopped meanwhile")
     print(f"{await asyncio.to_thread(ask, port, ['a text'])} of 1 by the other one")
     second.terminate()
