@@ -1,4 +1,4 @@
-// Times the packed LookupFFN without torch: nogemm_lookup_time [--threads N] [--mode fp32|bf16|int8] [--batch N] [d tables bits block ...]
+// Times the packed LookupFFN without torch: nogemm_lookup_time [--threads N] [--mode fp32|bf16|int8|int4] [--batch N] [d tables bits block ...]
 //
 // Tokens are fresh on every call (a pool larger than the caches); small batches also go round `--copies` layers, as in a model.
 // Prints microseconds per call and per token: median and 10 % / 90 % quantiles over rounds.
@@ -57,7 +57,7 @@ void time_one(const Options& o, const std::vector<Buffer>& layers, const Shape& 
   }
   std::sort(times.begin(), times.end());
   const double median = times[times.size() / 2];
-  const char* names[] = {"fp32", "bf16", "int8"};
+  const char* names[] = {"fp32", "bf16", "int8", "int4"};
   std::printf("%-12s d%-4d t%-3d k%-2d b%-3d %s N %6d: %10.1f us/call (%.1f .. %.1f)  %8.3f us/token  cpu %8.3f\n",
               nogemm_isa(), int(s.d), int(s.tables), int(s.bits), int(s.block), names[mode], int(batch), median,
               times[times.size() / 10], times[times.size() * 9 / 10], median / static_cast<double>(batch),
@@ -82,7 +82,7 @@ int main(int argc, char** argv) {
       o.rounds = std::stol(next());
     } else if (a == "--mode") {
       const std::string m = next();
-      o.only_mode = m == "fp32" ? 0 : m == "bf16" ? 1 : 2;
+      o.only_mode = m == "fp32" ? 0 : m == "bf16" ? 1 : m == "int8" ? 2 : 3;
     } else {
       Shape s{};
       s.d = s.d_out = std::stol(a);
@@ -98,7 +98,7 @@ int main(int argc, char** argv) {
   }
   if (o.shapes.empty()) o.shapes = {{384, 384, 64, 8, 64}, {512, 512, 128, 8, 64}, {768, 768, 170, 9, 64}};
   for (const Shape& s : o.shapes)
-    for (int64_t mode = 0; mode < 3; ++mode) {
+    for (int64_t mode = 0; mode < 4; ++mode) {
       if (o.only_mode >= 0 && mode != o.only_mode) continue;
       const Model model = make_model(s, 1);
       std::vector<Buffer> layers;

@@ -146,7 +146,7 @@ void lookup(Choices& c) {
     spoil(c, m.rows.data(), static_cast<int64_t>(m.rows.size()));
     spoil(c, m.weight.data(), static_cast<int64_t>(m.weight.size()));
   }
-  const int64_t mode = c.below(3);
+  const int64_t mode = c.below(4);
   const NogemmLookupSpec spec = m.spec(mode);
   const int64_t bytes = nogemm_lookup_pack_size(&spec);
   if (bytes < 0) fail("a lookup layer cannot be packed");

@@ -114,7 +114,7 @@ template <class Bit>
 NOGEMM_INLINE void encode_lookups(const LookupHeader& h, Bit bit, Encoded& out) {
   if (h.score == NOGEMM_LOOKUP_CONSTANT) {
     encode_signs(h.bits, set1(1.0f / static_cast<float>(h.tables)), bit, out);
-  } else if (h.mode == NOGEMM_LOOKUP_INT8) {
+  } else if (h.integers()) {
     encode<false>(h.bits, h.neighbours, h.score == NOGEMM_LOOKUP_GELU, bit, out);
   } else {
     encode<true>(h.bits, h.neighbours, h.score == NOGEMM_LOOKUP_GELU, bit, out);

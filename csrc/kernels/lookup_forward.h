@@ -91,13 +91,9 @@ NOGEMM_INLINE WorkerScratch scratch_of(const Call& c, int64_t worker) {
   return w;
 }
 
-NOGEMM_INLINE int64_t row_element(const LookupHeader& h) {
-  return h.mode == NOGEMM_LOOKUP_FP32 ? 4 : h.mode == NOGEMM_LOOKUP_BF16 ? 2 : 1;
-}
-
 NOGEMM_INLINE const char* slice_rows(const Layer& l, int64_t slice) {
   const LookupHeader& h = *l.h;
-  return l.at + h.tables_at + slice * h.tables * h.rows() * h.slice() * row_element(h);
+  return l.at + h.tables_at + slice * h.tables * h.rows() * h.row_bytes(h.slice());
 }
 
 // Memory that a pass fetches for the next one, besides its own rows.
@@ -110,11 +106,11 @@ struct Soon {
 NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int64_t to, const Lookups& lookups,
                                 int64_t tokens, float* sums, Output y, bool ahead, Soon soon) {
   const LookupHeader& h = *l.h;
-  const int64_t width = h.slice_width(slice), size = row_element(h);
+  const int64_t width = h.slice_width(slice);
   const int64_t left = h.d_out - slice * h.slice();
   GatherPass g;
   g.rows = slice_rows(l, slice);
-  g.row_bytes = width * size;
+  g.row_bytes = h.row_bytes(width);
   g.chunks = width / kChunk;
   g.columns = left < width ? left : width;
   g.bias = Layer::floats(l, h.out_bias) + slice * h.slice();
@@ -133,8 +129,10 @@ NOGEMM_INLINE void gather_piece(const Layer& l, int64_t slice, int64_t from, int
       return (ahead ? gather_tokens<float, true> : gather_tokens<float, false>)(g, lookups, tokens, y);
     case NOGEMM_LOOKUP_BF16:
       return (ahead ? gather_tokens<bf16, true> : gather_tokens<bf16, false>)(g, lookups, tokens, y);
-    default:
+    case NOGEMM_LOOKUP_INT8:
       return (ahead ? gather_tokens<uint8_t, true> : gather_tokens<uint8_t, false>)(g, lookups, tokens, y);
+    default:
+      return (ahead ? gather_tokens<Nibbles, true> : gather_tokens<Nibbles, false>)(g, lookups, tokens, y);
   }
 }
 
@@ -153,7 +151,7 @@ NOGEMM_INLINE void gather_all(const Call& c, const Lookups& lookups, int64_t sta
 // The rows of a few tokens, all slices: as many in flight as the memory system takes, before the first is needed.
 NOGEMM_INLINE void fetch_rows(const Layer& l, const Lookups& lookups, int64_t slice) {
   const LookupHeader& h = *l.h;
-  const int64_t width = h.slice_width(slice), bytes = width * row_element(h);
+  const int64_t bytes = h.row_bytes(h.slice_width(slice));
   const char* rows = slice_rows(l, slice);
   for (int64_t e = 0; e < lookups.count; ++e) fetch_ahead<true>(rows, bytes, bytes, lookups.index + e);
 }
@@ -254,7 +252,7 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
   if (h.slices % 2 == 1) p.blocks = round_up(p.blocks, 2);  // an even number of pieces: two threads get as many each
   p.per_block = (c.cut.pieces + p.blocks - 1) / p.blocks;
   p.count = padded_lookups(h);
-  const int64_t table_bytes = h.rows() * h.slice() * row_element(h);
+  const int64_t table_bytes = h.rows() * h.row_bytes(h.slice());
   const int64_t fit = kGroupBytes / table_bytes > 1 ? kGroupBytes / table_bytes : 1;
   p.group = round_up(fit * h.neighbours, 4);
   p.bulk = p.per_block * c.cut.piece * h.neighbours >= h.rows();
@@ -264,10 +262,9 @@ NOGEMM_INLINE GatherPlan gather_plan(const Call& c) {
 // The tables of the lookups from .. from + group of a slice.
 NOGEMM_INLINE Soon group_rows(const Layer& l, const GatherPlan& p, int64_t slice, int64_t from) {
   const LookupHeader& h = *l.h;
-  const int64_t width = h.slice_width(slice);
   const int64_t to = from + p.group < h.lookups() ? from + p.group : h.lookups();
   const int64_t first = from / h.neighbours, end = (to + h.neighbours - 1) / h.neighbours;
-  const int64_t table = h.rows() * width * row_element(h);
+  const int64_t table = h.rows() * h.row_bytes(h.slice_width(slice));
   return {slice_rows(l, slice) + first * table, (end - first) * table};
 }
 

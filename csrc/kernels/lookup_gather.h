@@ -11,6 +11,20 @@ namespace nogemm::NOGEMM_NS {
 // Chunks of 64 columns whose fp32 sums fit the registers beside a row and a score.
 inline constexpr int kPassChunks = kRegisters == 32 && kLanes == 16 ? 2 : 1;
 
+// A kind of row, beside float, bf16 and uint8_t: two columns in a byte (packed/lookup/format.h).
+struct Nibbles {};
+
+template <class Row>
+inline constexpr bool kNibbles = false;
+template <>
+inline constexpr bool kNibbles<Nibbles> = true;
+
+// Bytes of so many columns.
+template <class Row>
+NOGEMM_INLINE int64_t bytes_of(int64_t columns) {
+  return kNibbles<Row> ? columns / 2 : columns * static_cast<int64_t>(sizeof(Row));
+}
+
 struct GatherPass {
   const char* rows;  // the slice
   int64_t row_bytes;
@@ -86,10 +100,10 @@ NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const Pass
   }
 }
 
-// The same for int8 rows: integers, four rows at a time.
-template <int CH, bool AHEAD>
+// The same for int8 and int4 rows: integers, four rows at a time.
+template <class Row, int CH, bool AHEAD>
 NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const PassRows& pass, RowSums<CH>& sums) {
-  const int64_t width = l.width, row_bytes = kPassChunks > 1 ? CH * kChunk : g.row_bytes;
+  const int64_t width = l.width, read = bytes_of<Row>(CH * kChunk), row_bytes = kPassChunks > 1 ? read : g.row_bytes;
   const int32_t* index = l.index + g.from * width + pass.token;
   const int32_t* words = l.words() + g.from / 2 * width + pass.token;
   for (int64_t left = (g.to - g.from) / 4; left > 0; --left) {
@@ -97,9 +111,9 @@ NOGEMM_INLINE void add_lookups(const GatherPass& g, const Lookups& l, const Pass
     NOGEMM_UNROLL
     for (int i = 0; i < 4; ++i) {
       p[i] = reinterpret_cast<const uint8_t*>(pass.rows) + index[i * width] * row_bytes;
-      fetch_ahead<AHEAD>(pass.next_rows, row_bytes, CH * kChunk, index - pass.token + pass.next_token + i * width);
+      fetch_ahead<AHEAD>(pass.next_rows, row_bytes, read, index - pass.token + pass.next_token + i * width);
     }
-    add_four(sums, p, words[0], words[width]);
+    add_four<kNibbles<Row>>(sums, p, words[0], words[width]);
     index += 4 * width;
     words += 2 * width;
   }
@@ -115,19 +129,20 @@ NOGEMM_INLINE void finish_columns(const GatherPass& g, const Output& y, int64_t 
   if (y.dtype == NOGEMM_X_FP16) store_columns(reinterpret_cast<fp16*>(y.y) + at, sum, left);
 }
 
-template <int CH, bool AHEAD>
+template <class Row, int CH, bool AHEAD>
 NOGEMM_INLINE void gather_token_integer(const GatherPass& g, const Lookups& l, const PassRows& pass, int64_t column,
                                         int32_t* kept, const Output& y) {
   RowSums<CH> acc;
   start_sums(acc, g.first ? nullptr : kept);
-  add_lookups<CH, AHEAD>(g, l, pass, acc);
+  add_lookups<Row, CH, AHEAD>(g, l, pass, acc);
   if (!g.last) {
     NOGEMM_UNROLL
     for (int v = 0; v < acc.kVectors; ++v) store(kept + v * kLanes, acc.sums[v]);
     return;
   }
   order_sums(acc);
-  const I excess = set1(l.excess()[pass.token]);
+  // Unsigned: the total of a broken token is any number.
+  const I excess = set1(static_cast<int32_t>(static_cast<uint32_t>(l.total()[pass.token]) << (kNibbles<Row> ? 3 : 7)));
   const F step = set1(l.step[pass.token]);
   NOGEMM_UNROLL
   for (int v = 0; v < acc.kVectors; ++v)
@@ -137,11 +152,11 @@ NOGEMM_INLINE void gather_token_integer(const GatherPass& g, const Lookups& l, c
 template <class Row, int CH, bool AHEAD>
 NOGEMM_INLINE void gather_token(const GatherPass& g, const Lookups& l, int64_t token, int64_t chunk, float* sums,
                                 const Output& y, const char* next_rows, int64_t next_token) {
-  const int64_t column = chunk * kChunk, offset = column * static_cast<int64_t>(sizeof(Row));
+  const int64_t column = chunk * kChunk, offset = bytes_of<Row>(column);
   const PassRows pass = {g.rows + offset, next_rows + offset, token, next_token};
   float* kept = sums + column;
   if constexpr (sizeof(Row) == 1) {
-    return gather_token_integer<CH, AHEAD>(g, l, pass, column, reinterpret_cast<int32_t*>(kept), y);
+    return gather_token_integer<Row, CH, AHEAD>(g, l, pass, column, reinterpret_cast<int32_t*>(kept), y);
   } else {
     constexpr int kVectors = CH * kChunk / kLanes;
     F acc[kVectors];

@@ -91,7 +91,7 @@ NOGEMM_INLINE void row_finish(const Layer& l, int64_t repeat, int64_t columns, c
 NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, float* scores, const Lookups& out) {
   const LookupHeader& h = *l.h;
   const I lane = lane_index(), step = times(lane, h.bits);
-  float* to = h.mode == NOGEMM_LOOKUP_INT8 ? scores : out.score;
+  float* to = h.integers() ? scores : out.score;
   const int64_t k = h.neighbours;
   for (int64_t table = 0; table < h.tables; table += kLanes) {
     const int64_t left = h.tables - table;
@@ -103,7 +103,7 @@ NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, floa
     for (int f = 0; f < h.neighbours; ++f) {
       const I index = blend(real, e.code[f] | first, set1(int32_t{0}));
       F score = blend(real, e.score[f] + set1(poison), zero());
-      if (h.mode == NOGEMM_LOOKUP_INT8) score = score * gather(Layer::floats(l, h.row_scale), index);
+      if (h.integers()) score = score * gather(Layer::floats(l, h.row_scale), index);
       if (k == 1) {
         store(out.index + table, index);
         store(to + table, score);
@@ -123,7 +123,7 @@ NOGEMM_INLINE void row_encode(const Layer& l, const float* z, float poison, floa
     out.index[i] = 0;
     to[i] = 0.0f;
   }
-  if (h.mode == NOGEMM_LOOKUP_INT8) row_integer_scores(out, scores);
+  if (h.integers()) row_integer_scores(out, scores);
 }
 
 // out[n]: the lookups of token start + n (width 1).

@@ -129,7 +129,7 @@ template <int NV>
 NOGEMM_INLINE void tile_encode(const Layer& l, int64_t table, const float* z, const TileState<NV>& state, float* scores,
                                const Lookups& out) {
   const LookupHeader& h = *l.h;
-  float* to = h.mode == NOGEMM_LOOKUP_INT8 ? scores : out.score;
+  float* to = h.integers() ? scores : out.score;
   for (int v = 0; v < NV; ++v) {
     Encoded e;
     const auto bit = [z, v](int j) { return load(z + (j * NV + v) * kLanes); };
@@ -168,13 +168,13 @@ static void tile_hash(const Layer& l, const Tokens& x, int64_t start, int64_t to
     float* keep = s.scores + padded_lookups(h) * NT;
     for (int64_t i = 0; i < carried * NT; i += kLanes) store(keep + i, load(z + at * NT + i));
   }
-  float* scores = h.mode == NOGEMM_LOOKUP_INT8 ? s.scores : out.score;
+  float* scores = h.integers() ? s.scores : out.score;
   for (int64_t e = h.lookups(); e < out.count; ++e)
     for (int v = 0; v < NV; ++v) {
       store(out.index + e * NT + v * kLanes, set1(int32_t{0}));
       store(scores + e * NT + v * kLanes, zero());
     }
-  if (h.mode == NOGEMM_LOOKUP_INT8)
+  if (h.integers())
     for (int v = 0; v < NV; ++v)
       tile_integer_scores(out, h.lookups(), Layer::floats(l, h.row_scale), scores, v * kLanes);
 }

@@ -3,9 +3,9 @@
 // A piece of `width` tokens keeps [lookup][token]: row indices (table * R + code) and scores. With int8 rows the score times
 // the row's scale becomes a 16-bit integer q in the token's own step. Four lookups' q are two 32-bit words: two 16-bit
 // numbers each, or with VNNI, where bytes are multiplied, the high and the low byte of all four (q = 256 high + low, both
-// signed). RowSums (vec_bytes.h) adds four rows at a time, exactly. Rows are stored plus 128, so 128 sum q must be taken off
-// again: `excess`. The scale of q keeps 127 sum |q| below 2^31, so the whole sum is exact in 32 bits, in any order and on
-// every instruction set.
+// signed). RowSums (vec_bytes.h) adds four rows at a time, exactly. Rows are stored plus 128, those of int4 plus 8, so that
+// often `total`, the sum of q, must be taken off again. The scale of q keeps 127 sum |q| below 2^31, so the whole sum is
+// exact in 32 bits, in any order and on every instruction set.
 #pragma once
 #include "lookup_codes.h"
 #include "vec_bytes.h"
@@ -19,14 +19,14 @@ NOGEMM_INLINE float score_max(int64_t lookups) {
 
 struct Lookups {
   int32_t* index;  // [lookups][width]
-  float* score;    // [lookups][width]; integer scores reuse the space: words, excess
-  float* step;     // [width]: y = step * (integer sum - excess); NaN for a broken token
+  float* score;    // [lookups][width]; integer scores reuse the space: words, total
+  float* step;     // [width]: y = step * (integer sum - offset * total); NaN for a broken token
   int64_t count;   // lookups per token, padded to a multiple of 4
   int64_t width;
 
   // [count / 2][width]: two words of four lookups behind each other.
   [[gnu::always_inline]] int32_t* words() const { return reinterpret_cast<int32_t*>(score); }
-  [[gnu::always_inline]] int32_t* excess() const { return words() + count / 2 * width; }
+  [[gnu::always_inline]] int32_t* total() const { return words() + count / 2 * width; }
 };
 
 NOGEMM_INLINE int64_t padded_lookups(const LookupHeader& h) { return (h.lookups() + 3) / 4 * 4; }
@@ -72,7 +72,7 @@ NOGEMM_INLINE void tile_integer_scores(const Lookups& l, int64_t lookups, const 
     store(to, words[0]);
     store(to + l.width, words[1]);
   }
-  store(l.excess() + at, shift_left<7>(sum));
+  store(l.total() + at, sum);
 }
 
 // The same for one token (width 1), already scaled; `scores` holds count floats and zeros up to the next multiple of 16.
@@ -94,7 +94,7 @@ NOGEMM_INLINE void row_integer_scores(const Lookups& l, const float* scores) {
   store(lanes, sum);
   uint32_t total = 0;
   for (const int32_t lane : lanes) total += static_cast<uint32_t>(lane);
-  *l.excess() = static_cast<int32_t>(total << 7);
+  *l.total() = static_cast<int32_t>(total);
 }
 
 }  // namespace nogemm::NOGEMM_NS

@@ -218,6 +218,11 @@ NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int
 // Bytes, for vec_bytes_pairs.h.
 using Bytes = __m256i;
 NOGEMM_INLINE Bytes load_bytes(const uint8_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+// Part 0 or 1 of 64 columns in nibbles, as bytes.
+NOGEMM_INLINE Bytes load_nibbles(const uint8_t* p, int part) {
+  const Bytes raw = load_bytes(p);
+  return _mm256_and_si256(part == 0 ? raw : _mm256_srli_epi16(raw, 4), _mm256_set1_epi8(15));
+}
 NOGEMM_INLINE Bytes zero_bytes() { return _mm256_setzero_si256(); }
 NOGEMM_INLINE Bytes set_bytes(int x) { return _mm256_set1_epi8(static_cast<char>(x)); }
 NOGEMM_INLINE Bytes set_words(int x) { return _mm256_set1_epi16(static_cast<short>(x)); }

@@ -205,6 +205,12 @@ NOGEMM_INLINE void transpose(const int32_t* p, int64_t stride, int32_t* out, int
 // Bytes, for vec_bytes_pairs.h.
 using Bytes = __m512i;
 NOGEMM_INLINE Bytes load_bytes(const uint8_t* p) { return _mm512_load_si512(p); }
+// 64 columns in nibbles, as bytes; there is one part.
+NOGEMM_INLINE Bytes load_nibbles(const uint8_t* p, int) {
+  const Bytes twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const Bytes shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+  return _mm512_and_si512(_mm512_srlv_epi16(twice, shift), _mm512_set1_epi8(15));
+}
 NOGEMM_INLINE Bytes zero_bytes() { return _mm512_setzero_si512(); }
 NOGEMM_INLINE Bytes set_bytes(int x) { return _mm512_set1_epi8(static_cast<char>(x)); }
 NOGEMM_INLINE Bytes set_words(int x) { return _mm512_set1_epi16(static_cast<short>(x)); }

@@ -4,9 +4,9 @@
 //   sketch_sums<TOKENS, NIBBLES>(group, steps, q, sums)   codes of a group of kSketchRows rows times tokens rounded to int8;
 //       the sums hold each code plus kByteOffset (plus 8 with NIBBLES), which the caller takes off again
 //   fixed_dots<ROWS>(row, x, ahead, out)   int8 rows times a token in fixed point, as floats; `ahead`: rows to fetch
-//   RowSums<CH>   sums of 64 CH columns of int8 rows, which are stored plus 128 in the order of packed/lookup/format.h,
-//       times integer scores q: start_sums, add_four (rows), finish_sums, and order_sums: columns side by side. Before it,
-//       and between passes, sums lie in the order of the rows' bytes
+//   RowSums<CH>   sums of 64 CH columns of int8 rows, stored plus 128, or of int4 rows, plus 8, in the order of
+//       packed/lookup/format.h, times integer scores q: start_sums, add_four<NIBBLES> (rows), finish_sums, and order_sums:
+//       columns side by side. Before it, and between passes, sums lie in the order of the rows' bytes
 //   join_scores(q, words)    q of four rows, kLanes tokens each, as the two words that add_four takes
 //   store_scores(words, q)   q of kLanes rows of one token as the words of its memory
 #pragma once

@@ -77,7 +77,7 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
   }
 }
 
-template <int CH>
+template <bool NIBBLES, int CH>
 NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t first, int32_t second) {
   const int16_t q[4] = {static_cast<int16_t>(first), static_cast<int16_t>(first >> 16), static_cast<int16_t>(second),
                         static_cast<int16_t>(second >> 16)};
@@ -87,7 +87,13 @@ NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t fir
     I* sums = s.sums + 16 * c + part;
     NOGEMM_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const uint8x16_t bytes = vld1q_u8(p[r] + c * kChunk + 16 * part);
+      uint8x16_t bytes;
+      if constexpr (NIBBLES) {
+        const uint8x16_t pairs = vld1q_u8(p[r] + c * (kChunk / 2) + 16 * (part % 2));
+        bytes = part < 2 ? vandq_u8(pairs, vdupq_n_u8(15)) : vshrq_n_u8(pairs, 4);
+      } else {
+        bytes = vld1q_u8(p[r] + c * kChunk + 16 * part);
+      }
       const int16x8_t low = vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(bytes)));
       const int16x8_t high = vreinterpretq_s16_u16(vmovl_high_u8(bytes));
       sums[0].v = vmlal_n_s16(sums[0].v, vget_low_s16(low), q[r]);

@@ -95,14 +95,19 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
     out[r] = (static_cast<float>(hsum32(high[r])) * 256.0f + static_cast<float>(hsum32(low[r]))) * x.scale;
 }
 
-template <int CH>
+template <bool NIBBLES, int CH>
 NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t first, int32_t second) {
   const I words[2] = {set1(first), set1(second)};
   const Bytes even = set_dwords(0x00ff00ff);
   NOGEMM_UNROLL
   for (int v = 0; v < s.kVectors; v += 4) NOGEMM_UNROLL
   for (int r = 0; r < 2; ++r) {
-    const Bytes a = load_bytes(p[2 * r] + v / 4 * kBytes), b = load_bytes(p[2 * r + 1] + v / 4 * kBytes);
+    constexpr int kParts = kChunk / kBytes;
+    const int block = v / 4, half = block / kParts * (kChunk / 2), part = block % kParts;
+    const auto bytes = [&](const uint8_t* row) {
+      return NIBBLES ? load_nibbles(row + half, part) : load_bytes(row + block * kBytes);
+    };
+    const Bytes a = bytes(p[2 * r]), b = bytes(p[2 * r + 1]);
     const Bytes pairs[2] = {unpack_low16(a, b), unpack_high16(a, b)};
     NOGEMM_UNROLL
     for (int i = 0; i < 2; ++i) {

@@ -39,11 +39,16 @@ NOGEMM_INLINE void fixed_dots(const int8_t* const* row, const FixedToken& x, con
   }
 }
 
-template <int CH>
+template <bool NIBBLES, int CH>
 NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t first, int32_t second) {
   const int32_t q[4] = {low_half(first), first >> 16, low_half(second), second >> 16};
+  const auto byte = [](const uint8_t* row, int b) -> int32_t {
+    if (!NIBBLES) return row[b];
+    const int32_t pair = row[b / kChunk * (kChunk / 2) + b % (kChunk / 2)];
+    return b % kChunk < kChunk / 2 ? pair & 15 : pair >> 4;
+  };
   for (int r = 0; r < 4; ++r)
-    for (int b = 0; b < s.kVectors; ++b) s.sums[b] = s.sums[b] + I{q[r] * p[r][b]};
+    for (int b = 0; b < s.kVectors; ++b) s.sums[b] = s.sums[b] + I{q[r] * byte(p[r], b)};
 }
 
 template <int CH>

@@ -117,13 +117,15 @@ NOGEMM_INLINE I dot_bytes(I acc, __m512i bytes, I weights) {
   return acc;
 }
 
-template <int CH>
+template <bool NIBBLES, int CH>
 NOGEMM_INLINE void add_four(RowSums<CH>& s, const uint8_t* const* p, int32_t highs, int32_t lows) {
   const I h = set1(highs), w = set1(lows);
   NOGEMM_UNROLL
   for (int c = 0; c < CH; ++c) {
-    const __m512i r0 = _mm512_loadu_si512(p[0] + c * 64), r1 = _mm512_loadu_si512(p[1] + c * 64);
-    const __m512i r2 = _mm512_loadu_si512(p[2] + c * 64), r3 = _mm512_loadu_si512(p[3] + c * 64);
+    const auto bytes = [c](const uint8_t* row) {
+      return NIBBLES ? load_nibbles(row + c * 32, 0) : _mm512_loadu_si512(row + c * 64);
+    };
+    const __m512i r0 = bytes(p[0]), r1 = bytes(p[1]), r2 = bytes(p[2]), r3 = bytes(p[3]);
     const __m512i a = _mm512_unpacklo_epi8(r0, r1), b = _mm512_unpackhi_epi8(r0, r1);
     const __m512i d = _mm512_unpacklo_epi8(r2, r3), f = _mm512_unpackhi_epi8(r2, r3);
     const __m512i four[4] = {_mm512_unpacklo_epi16(a, d), _mm512_unpackhi_epi16(a, d), _mm512_unpacklo_epi16(b, f),

@@ -154,10 +154,11 @@ inline std::vector<float> stored_row(const Model& m, int64_t mode, int64_t row) 
       u = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
       std::memcpy(&f, &u, 4);
     }
-  if (mode == NOGEMM_LOOKUP_INT8) {
+  if (mode == NOGEMM_LOOKUP_INT8 || mode == NOGEMM_LOOKUP_INT4) {
+    const float steps = mode == NOGEMM_LOOKUP_INT8 ? 127.0f : 7.0f;
     float most = 0;
     for (float f : out) most = std::max(most, std::fabs(f));
-    for (float& f : out) f = most > 0 ? std::nearbyint(f * (127.0f / most)) * (most / 127.0f) : 0.0f;
+    for (float& f : out) f = most > 0 ? std::nearbyint(f * (steps / most)) * (most / steps) : 0.0f;
   }
   return out;
 }

@@ -93,7 +93,7 @@ std::vector<int64_t> batches(const Shape& s) {
 void against_reference() {
   uint64_t seed = 1;
   for (const Shape& s : kShapes)
-    for (int64_t mode = 0; mode < 3; ++mode) {
+    for (int64_t mode = 0; mode < 4; ++mode) {
       const Model m = make_model(s, ++seed);
       const char* error = nullptr;
       const Buffer packed = pack(m.spec(mode), &error);
@@ -117,7 +117,7 @@ void against_reference() {
     }
 }
 
-// Sums of int8 rows are integers, so they are the same bits on every instruction set. Constant scores and a dense projection
+// Sums of int8 and int4 rows are integers, so they are the same bits on every instruction set. Constant scores and a dense projection
 // in fixed point leave nothing else that could differ.
 void same_integer_sums() {
   const Shape shapes[] = {{37, 200, 600, 2, 0, 1, 1, NOGEMM_LOOKUP_CONSTANT, 1.0, false},
@@ -125,16 +125,17 @@ void same_integer_sums() {
   for (const Shape& s : shapes) {
     const Model m = make_model(s, 17);
     const char* error = nullptr;
-    const Buffer packed = pack(m.spec(NOGEMM_LOOKUP_INT8), &error);
-    for (int64_t tokens : {1, 3, 40, 1100}) {
-      const std::vector<float> x = tokens_of(s, tokens, 23);
-      std::vector<float> first;
-      for (int i = 0; nogemm_isa_supported(i) != nullptr; ++i) {
-        nogemm_set_isa(nogemm_isa_supported(i));
-        const std::vector<float> y = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 2);
-        if (i == 0) first = y;
-        expect(y == first,
-               name_of(s, NOGEMM_LOOKUP_INT8, tokens) + ": integer sums differ from the first instruction set's");
+    for (const int64_t mode : {NOGEMM_LOOKUP_INT8, NOGEMM_LOOKUP_INT4}) {
+      const Buffer packed = pack(m.spec(mode), &error);
+      for (int64_t tokens : {1, 3, 40, 1100}) {
+        const std::vector<float> x = tokens_of(s, tokens, 23);
+        std::vector<float> first;
+        for (int i = 0; nogemm_isa_supported(i) != nullptr; ++i) {
+          nogemm_set_isa(nogemm_isa_supported(i));
+          const std::vector<float> y = forward(packed, s, x.data(), NOGEMM_X_FP32, tokens, 2);
+          if (i == 0) first = y;
+          expect(y == first, name_of(s, mode, tokens) + ": integer sums differ from the first instruction set's");
+        }
       }
     }
   }
@@ -149,7 +150,7 @@ bool all_nan(const float* y, int64_t count) {
 
 void broken_tokens() {
   for (const Shape& s : kShapes)
-    for (int64_t mode = 0; mode < 3; ++mode)
+    for (int64_t mode = 0; mode < 4; ++mode)
       for (int64_t tokens : {1, 3, 40, 1100}) {
         const Model m = make_model(s, 99);
         const char* error = nullptr;
@@ -211,7 +212,7 @@ void other_dtypes() {
   expect(near, "fp16 in and out differs from fp32 rounded");
 }
 
-// Compressed rows pack to what their decompressed values would give.
+// Compressed rows pack to what their decompressed values would give; in int4, steps that fit stay as they are.
 void compressed_rows() {
   const Shape s = kShapes[6];
   const Model m = make_model(s, 21);
@@ -232,7 +233,7 @@ void compressed_rows() {
   spec.row_scale = scale.data();
   const char* error = nullptr;
   const std::vector<float> x = tokens_of(s, 20, 8);
-  for (int64_t mode = 0; mode < 3; ++mode) {
+  for (int64_t mode = 0; mode < 4; ++mode) {
     spec.mode = mode;
     const Buffer packed = pack(spec, &error), other = pack(wide.spec(mode), &error);
     const std::vector<float> a = forward(packed, s, x.data(), NOGEMM_X_FP32, 20, 1);
@@ -241,6 +242,13 @@ void compressed_rows() {
     for (size_t i = 0; i < a.size(); ++i) worst = std::max(worst, static_cast<double>(std::fabs(a[i] - b[i])));
     expect(error == nullptr && worst < 1e-4, "int8 rows pack differently from their values");
   }
+  for (int8_t& step : steps) step = static_cast<int8_t>(step % 7);  // none is 7: made anew, steps would be other ones
+  spec.mode = NOGEMM_LOOKUP_INT8;
+  const Buffer bytes = pack(spec, &error);
+  spec.mode = NOGEMM_LOOKUP_INT4;
+  const Buffer halves = pack(spec, &error);
+  expect(forward(bytes, s, x.data(), NOGEMM_X_FP32, 20, 1) == forward(halves, s, x.data(), NOGEMM_X_FP32, 20, 1),
+         "steps that fit into int4 are changed");
 }
 
 void refused() {
@@ -259,7 +267,7 @@ void refused() {
   using S = NogemmLookupSpec;
   expect(refuses(with(&S::bits, 17)) && refuses(with(&S::bits, 0)) && refuses(with(&S::tables, 0)) &&
              refuses(with(&S::block, 48)) && refuses(with(&S::block, 128)) && refuses(with(&S::neighbours, 3)) &&
-             refuses(with(&S::rounds, 0)) && refuses(with(&S::repeats, 1)) && refuses(with(&S::mode, 3)) &&
+             refuses(with(&S::rounds, 0)) && refuses(with(&S::repeats, 1)) && refuses(with(&S::mode, 4)) &&
              refuses(with(&S::d, 0)) && refuses(with(&S::d_out, -1)) && refuses(with(&S::score, 3)) &&
              refuses(with(&S::score, 2)) && refuses(with(&S::columns, 65)) && refuses(with(&S::columns, -1)) &&
              refuses(with(&S::columns, 60)) && refuses(with(&S::tables, int64_t{1} << 40)) &&
@@ -293,7 +301,7 @@ void negative_controls() {
   const Shape s = kShapes[5];
   const Model m = make_model(s, 77);
   const char* error = nullptr;
-  for (int64_t mode = 0; mode < 3; ++mode) {
+  for (int64_t mode = 0; mode < 4; ++mode) {
     const Buffer packed = pack(m.spec(mode), &error);
     const std::vector<float> x = tokens_of(s, 20, 4);
     std::vector<float> y = forward(packed, s, x.data(), NOGEMM_X_FP32, 20, 1);

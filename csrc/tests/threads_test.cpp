@@ -49,7 +49,7 @@ void compare(const std::string& name, int64_t d, int64_t d_out, const Call& call
 }
 
 void lookups() {
-  for (int64_t mode = 0; mode < 3; ++mode) {
+  for (int64_t mode = 0; mode < 4; ++mode) {
     const char* error = nullptr;
     const lookup_reference::Model m = lookup_reference::make_model({40, 72, 9, 4, 16}, 3);
     const lookup_reference::Buffer packed = lookup_reference::pack(m.spec(mode), &error);
@@ -62,7 +62,7 @@ void lookups() {
 }
 
 void trees() {
-  for (int64_t mode = 0; mode < 3; ++mode) {
+  for (int64_t mode = 0; mode < 4; ++mode) {
     const char* error = nullptr;
     const tree_reference::Model m = tree_reference::make_model({40, 72, 3, 4, 2, NOGEMM_GELU, true, true}, 3);
     const tree_reference::Buffer packed = tree_reference::pack(m.spec(mode), &error);

@@ -13,7 +13,8 @@
 // each 64 columns
 //   bf16  the 32-bit word i of every 32 columns holds column i (low half) and 16 + i (high half): two shifts widen it;
 //   int8  byte 16 L + 4 q + i holds column 16 q + 4 L + i, plus 128: interleaving the bytes of four rows, or the words of
-//         two, inside 128-bit lanes (the only cheap interleave) then leaves sums of neighbouring columns in neighbouring lanes.
+//         two, inside 128-bit lanes (the only cheap interleave) then leaves sums of neighbouring columns in neighbouring lanes;
+//   int4  the bytes of int8, but each column plus 8 in half of one: byte j holds those of j (low half) and 32 + j.
 #pragma once
 #include <cstdint>
 
@@ -23,7 +24,7 @@ namespace nogemm {
 
 inline constexpr uint64_t kLookupMagic = 0x4b4f4f4c4d474e01ull;
 inline constexpr uint32_t kLookupVersion = 3;
-inline constexpr int kChunk = 64;  // columns per int8 interleave group
+inline constexpr int kChunk = 64;  // columns per interleave group of int8 and int4
 
 struct LookupHeader {
   uint64_t magic;
@@ -48,7 +49,7 @@ struct LookupHeader {
   float act_max;
   int64_t gamma, beta;                       // [in_width] fp32, zero behind d
   int64_t weights, weight_scale, proj_bias;  // scale [repeat][round][n out]; bias [T K + 16 K], zero if none
-  int64_t tables_at, row_scale;              // scale [T R], int8 only
+  int64_t tables_at, row_scale;              // scale [T R], int8 and int4 only
   int64_t out_bias;                          // [slices slice()]
   int64_t bytes;
 
@@ -60,6 +61,14 @@ struct LookupHeader {
   // in 64: a group of tables that fits the L2 cache is then twice as many, so sums are kept and fetched half as often.
   [[gnu::always_inline]] int64_t slice() const { return mode == NOGEMM_LOOKUP_FP32 ? kChunk : 2 * kChunk; }
   [[gnu::always_inline]] int64_t slice_width(int64_t s) const { return s + 1 == slices ? last_slice : slice(); }
+  [[gnu::always_inline]] bool integers() const { return mode == NOGEMM_LOOKUP_INT8 || mode == NOGEMM_LOOKUP_INT4; }
+  // Bytes of so many columns of a row, a multiple of 64 of them.
+  [[gnu::always_inline]] int64_t row_bytes(int64_t of_columns) const {
+    return mode == NOGEMM_LOOKUP_FP32   ? 4 * of_columns
+           : mode == NOGEMM_LOOKUP_BF16 ? 2 * of_columns
+           : mode == NOGEMM_LOOKUP_INT8 ? of_columns
+                                        : of_columns / 2;
+  }
   [[gnu::always_inline]] int64_t lookups() const { return static_cast<int64_t>(tables) * neighbours; }
 };
 

@@ -89,13 +89,9 @@ bool is_packed(const LookupHeader& h) {
 
 }  // namespace
 
-int64_t lookup_element_bytes(int64_t mode) {
-  return mode == NOGEMM_LOOKUP_FP32 ? 4 : mode == NOGEMM_LOOKUP_BF16 ? 2 : 1;
-}
-
 const char* lookup_check_spec(const NogemmLookupSpec& s) {
-  if (s.mode < 0 || s.mode > 2)
-    return lookup_say("packed dtype %lld: must be 0 (fp32), 1 (bf16) or 2 (int8)", (long long)s.mode);
+  if (s.mode < 0 || s.mode > 3)
+    return lookup_say("packed dtype %lld: must be 0 (fp32), 1 (bf16), 2 (int8) or 3 (int4)", (long long)s.mode);
   if (s.d < 1 || s.d > (1 << 20)) return lookup_say("d = %lld: must be 1 to %d", (long long)s.d, 1 << 20);
   if (s.d_out < 1 || s.d_out > (1 << 20))
     return lookup_say("d_out = %lld: must be 1 to %d", (long long)s.d_out, 1 << 20);
@@ -181,10 +177,10 @@ LookupHeader lookup_layout(const NogemmLookupSpec& s) {
   h.weights = section(products * h.block_in * h.block_out * (h.fixed_point ? 2 : 4));
   h.weight_scale = section(products * h.block_out * 4);
   h.proj_bias = section((columns + 16 * s.bits) * 4);
-  h.row_scale = section(s.mode == NOGEMM_LOOKUP_INT8 ? s.tables * h.rows() * 4 : 0);
+  h.row_scale = section(h.integers() ? s.tables * h.rows() * 4 : 0);
   h.out_bias = section(h.slices * h.slice() * 4);
   const int64_t stored = (h.slices - 1) * h.slice() + h.last_slice;
-  h.tables_at = section(s.tables * h.rows() * stored * lookup_element_bytes(s.mode));
+  h.tables_at = section(s.tables * h.rows() * h.row_bytes(stored));
   h.bytes = at;
   h.checksum = header_checksum(h);
   return h;

@@ -13,9 +13,6 @@ const char* lookup_check_spec(const NogemmLookupSpec& spec);
 // The header of a valid specification's buffer.
 LookupHeader lookup_layout(const NogemmLookupSpec& spec);
 
-// Bytes of a stored table value.
-int64_t lookup_element_bytes(int64_t mode);
-
 // An error text, valid until the next one of the thread.
 template <class... A>
 const char* lookup_say(const char* format, A... args) {

@@ -109,11 +109,20 @@ void read_row(const NogemmLookupSpec& s, int64_t row, float* out) {
   }
 }
 
-// Quantises a row to steps of its largest value / 127; int8 tables keep their own steps, bit for bit.
+// Whether int8 rows hold nothing beyond -most .. most.
+bool fits(const int8_t* steps, int64_t count, float most) {
+  return std::all_of(steps, steps + count, [most](int8_t step) { return std::abs(static_cast<int>(step)) <= most; });
+}
+
+// Quantises a row to steps of its largest value / most; steps of int8 tables that fit stay as they are, bit for bit.
 float quantise_row(const NogemmLookupSpec& s, int64_t row, const float* values, int8_t* out) {
+  const float most = s.mode == NOGEMM_LOOKUP_INT4 ? 7.0f : 127.0f;
   if (s.tables_dtype == NOGEMM_LOOKUP_INT8) {
-    std::memcpy(out, static_cast<const int8_t*>(s.table_rows) + row * s.d_out, static_cast<size_t>(s.d_out));
-    return s.row_scale[row];
+    const int8_t* steps = static_cast<const int8_t*>(s.table_rows) + row * s.d_out;
+    if (s.mode == NOGEMM_LOOKUP_INT8 || fits(steps, s.d_out, most)) {
+      std::memcpy(out, steps, static_cast<size_t>(s.d_out));
+      return s.row_scale[row];
+    }
   }
   float largest = 0;
   bool finite = true;
@@ -125,18 +134,19 @@ float quantise_row(const NogemmLookupSpec& s, int64_t row, const float* values, 
     std::memset(out, 0, static_cast<size_t>(s.d_out));
     return NAN;
   }
-  const float inverse = largest > 0x1p-119f ? 127.0f / largest : 0.0f;  // below: steps of no normal number
+  const float inverse = largest > 0x1p-119f ? most / largest : 0.0f;  // below: steps of no normal number
   for (int64_t c = 0; c < s.d_out; ++c)
-    out[c] = static_cast<int8_t>(std::clamp(std::nearbyint(values[c] * inverse), -127.0f, 127.0f));
-  return largest / 127.0f;
+    out[c] = static_cast<int8_t>(std::clamp(std::nearbyint(values[c] * inverse), -most, most));
+  return largest / most;
 }
 
 void store_row(const LookupHeader& h, int64_t row, const float* values, const int8_t* steps, char* out) {
-  const int64_t total = h.tables * h.rows(), size = lookup_element_bytes(h.mode);
+  const int64_t total = h.tables * h.rows();
   char* slice = out + h.tables_at;
   for (int64_t s = 0; s < h.slices; ++s) {
     const int64_t width = h.slice_width(s);
-    char* to = slice + row * width * size;
+    char* to = slice + row * h.row_bytes(width);
+    if (h.mode == NOGEMM_LOOKUP_INT4) std::memset(to, 0, static_cast<size_t>(h.row_bytes(width)));
     const int64_t first = s * h.slice(), count = std::min<int64_t>(width, h.d_out - first);
     for (int64_t c = 0; c < width; ++c) {
       const bool real = c < count;
@@ -147,11 +157,14 @@ void store_row(const LookupHeader& h, int64_t row, const float* values, const in
         reinterpret_cast<uint16_t*>(to)[c - in32 + 2 * (in32 % 16) + in32 / 16] = real ? narrow(values[first + c]) : 0;
       } else {
         const int64_t in64 = c % 64, q = in64 / 16, lane = in64 % 16 / 4, i = in64 % 4;
-        reinterpret_cast<uint8_t*>(to)[c - in64 + 16 * lane + 4 * q + i] =
-            static_cast<uint8_t>(128 + (real ? steps[first + c] : 0));
+        const int64_t byte = 16 * lane + 4 * q + i;  // of the chunk, in int8
+        auto* bytes = reinterpret_cast<uint8_t*>(to + h.row_bytes(c - in64));
+        const int step = real ? steps[first + c] : 0;
+        if (h.mode == NOGEMM_LOOKUP_INT8) bytes[byte] = static_cast<uint8_t>(128 + step);
+        if (h.mode == NOGEMM_LOOKUP_INT4) bytes[byte % 32] |= static_cast<uint8_t>((8 + step) << (byte < 32 ? 0 : 4));
       }
     }
-    slice += total * width * size;
+    slice += total * h.row_bytes(width);
   }
 }
 
@@ -161,7 +174,7 @@ void pack_tables(const NogemmLookupSpec& s, const LookupHeader& h, char* out) {
   auto* scales = reinterpret_cast<float*>(out + h.row_scale);
   for (int64_t row = 0; row < s.tables * h.rows(); ++row) {
     read_row(s, row, values.data());
-    if (h.mode == NOGEMM_LOOKUP_INT8) scales[row] = quantise_row(s, row, values.data(), steps.data());
+    if (h.integers()) scales[row] = quantise_row(s, row, values.data(), steps.data());
     store_row(h, row, values.data(), steps.data(), out);
   }
 }

@@ -14,13 +14,13 @@
 extern "C" {
 #endif
 
-enum { NOGEMM_LOOKUP_FP32 = 0, NOGEMM_LOOKUP_BF16 = 1, NOGEMM_LOOKUP_INT8 = 2 };         // mode, and tables_dtype
+enum { NOGEMM_LOOKUP_FP32 = 0, NOGEMM_LOOKUP_BF16 = 1, NOGEMM_LOOKUP_INT8 = 2, NOGEMM_LOOKUP_INT4 = 3 };  // mode
 enum { NOGEMM_LOOKUP_GELU = 0, NOGEMM_LOOKUP_SIGMOID = 1, NOGEMM_LOOKUP_CONSTANT = 2 };  // score
 enum { NOGEMM_LOOKUP_DENSE = 0, NOGEMM_LOOKUP_BH = 1 };                                  // projection
 
 // Every field is 8 bytes, so that ctypes and C agree without thinking about padding. Pointers are to contiguous arrays.
 typedef struct NogemmLookupSpec {
-  int64_t mode;            // NOGEMM_LOOKUP_FP32 | BF16 | INT8: what the buffer stores
+  int64_t mode;            // NOGEMM_LOOKUP_FP32 | BF16 | INT8 | INT4: what the buffer stores
   int64_t d;               // width of x, >= 1
   int64_t d_out;           // width of y, >= 1
   int64_t tables;          // T >= 1, with T 2^K < 2^31

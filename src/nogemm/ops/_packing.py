@@ -50,11 +50,38 @@ def sourced(pack: Callable[ArgumentsP, Tensor]) -> Callable[ArgumentsP, Tensor]:
 
 def quantise_rows(rows: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
     """Round rows [..., D] to bf16, or to int8 with a scale per row: row ~ scale * int8, scale = max|row| / 127."""
-    if dtype == "bf16":
-        return rows.to(torch.bfloat16), None
-    wide = rows.float()
-    scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / 127.0
-    return (wide / scale.unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8), scale
+    return (rows.to(torch.bfloat16), None) if dtype == "bf16" else integer_rows(rows, 8)
+
+
+def integer_rows(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Round rows [..., D] to signed integers of 8 or 4 bits, kept as int8, with a scale each.
+
+        row ~ scale * integer,   scale = max|row| / most,   most = 127 or 7
+
+    Returns:
+        the integers, int8 [..., D], from -most to most, and the scales, float32 [...].
+    """
+    wide, most = rows.float(), 2 ** (bits - 1) - 1
+    scale = wide.abs().amax(-1).clamp_min(torch.finfo(torch.float32).tiny) / most
+    return (wide / scale.unsqueeze(-1)).round().clamp(-most, most).to(torch.int8), scale
+
+
+class _RoundedRows(torch.autograd.Function):
+    """Rows as their integers give them; the gradient goes to the rows themselves, as if nothing was rounded."""
+
+    @staticmethod
+    def forward(ctx: object, rows: Tensor, bits: int) -> Tensor:
+        steps, scale = integer_rows(rows, bits)
+        return (steps * scale.unsqueeze(-1)).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad, None
+
+
+def rounded_rows(rows: Tensor, bits: int) -> Tensor:
+    """Round rows to what `integer_rows` can hold; gradients pass straight through."""
+    return _RoundedRows.apply(rows, bits)  # type: ignore[no-any-return]
 
 
 class Addresses:

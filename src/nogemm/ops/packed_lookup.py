@@ -21,6 +21,7 @@ from nogemm.ops.hash_codes import NATIVE_NEIGHBOURS
 
 _SCORES = ("gelu", "sigmoid", "constant")
 _ROW_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+_INT4 = 3  # NOGEMM_LOOKUP_INT4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class LookupWeights:
         mix: share of the BH product in mix * product + (1 - mix) * x; 1 for none.
         columns: how many outputs of each BH repeat become bits; 0 for all D.
         rows: [T, R, d_out] float32, bfloat16, or int8 with `row_scale` [T, R].
+        row_bits: of a number in dtype "int8", 8 or 4.
         gamma, beta: of the inner LayerNorm [D]; None for no LayerNorm.
     """
 
@@ -50,6 +52,7 @@ class LookupWeights:
     row_scale: Tensor | None
     bias: Tensor | None
     columns: int = 0
+    row_bits: int = 8
 
 
 class _Spec(ctypes.Structure):
@@ -76,7 +79,8 @@ def pack_lookup(weights: LookupWeights, dtype: str) -> Tensor:
     """Lay one layer's weights out for `packed_lookup`.
 
     Args:
-        dtype: "fp32", "bf16" (rows and projection in 16 bits) or "int8" (rows with a scale, projection in 16 bits).
+        dtype: "fp32", "bf16" (rows and projection in 16 bits) or "int8" (rows of `row_bits` with a scale, projection in
+            16 bits).
     Returns:
         one uint8 buffer with a header; valid for the instruction sets of this build, not a file format.
     Raises:
@@ -134,7 +138,7 @@ def _spec(weights: LookupWeights, dtype: str, address: Addresses) -> _Spec:
     is_bh = weight.dim() == 5
     rows = weights.rows if weights.rows.dtype in _ROW_DTYPES else weights.rows.float()
     return _Spec(
-        mode=PACK_MODES[dtype],
+        mode=_INT4 if dtype == "int8" and weights.row_bits == 4 else PACK_MODES[dtype],
         d=weights.d,
         d_out=rows.shape[2],
         tables=rows.shape[0],

@@ -149,7 +149,7 @@ def check_lookup(name: str, layer: LookupFFN, y_ND: Tensor, x_ND: Tensor, *, sla
 def _from_soft_bits(layer: LookupFFN, z_NM: Tensor) -> Tensor:
     config = layer.config
     codes, scores = hash_codes_reference(z_NM, config.bits, config.neighbours, config.score == "gelu")
-    y_ND = gather_accumulate_reference(codes, scores, layer.tables)
+    y_ND = gather_accumulate_reference(codes, scores, layer.stored_rows())
     return y_ND if layer.bias is None else y_ND + layer.bias
 
 

@@ -33,6 +33,9 @@ class LookupConfig(LayerConfig["LookupFFN"]):
         norm_eps: added to its variance.
         bias: add a trainable bias to the output.
         init: "scaled" (output scale independent of tables, bits and projection) or "reference" (as published).
+        row_bits: 8 or 4: the tables' rows are rounded to integers of so many bits with a scale per row, in training too,
+            where gradients pass straight through the rounding; packed in "int8" they take as many bits and lose nothing
+            more. None: rows are rounded when they are packed, to 8 bits.
         storage: how the tables are kept: "fp32" (trainable, in the layer's dtype), or compressed "bf16" or "int8"
             (a scale per row), which `compress` and `decompress` change.
     """
@@ -47,6 +50,7 @@ class LookupConfig(LayerConfig["LookupFFN"]):
     norm_eps: float = 1e-5
     bias: bool = True
     init: Init = "scaled"
+    row_bits: int | None = None
     storage: Storage = "fp32"
 
     def __post_init__(self) -> None:
@@ -54,7 +58,9 @@ class LookupConfig(LayerConfig["LookupFFN"]):
         check_int("LookupConfig", "tables", self.tables, 1)
         check_int("LookupConfig", "bits", self.bits, 1, 16)
         check_int("LookupConfig", "neighbours", self.neighbours, 1, 2**self.bits)
-        if not isinstance(self.norm_eps, (int, float)) or not self.norm_eps >= 0:
+        if self.row_bits is not None and (type(self.row_bits) is not int or self.row_bits not in (4, 8)):
+            raise ConfigError(f"LookupConfig: row_bits must be 8, 4 or none, got row_bits={self.row_bits!r}")
+        if self.norm_eps < 0:
             raise ConfigError(f"LookupConfig: norm_eps must be at least 0, got norm_eps={self.norm_eps!r}")
         if not isinstance(self.projection, ProjectionConfig):
             raise ConfigError(f"LookupConfig: projection must be a projection config, got {self.projection!r}")

@@ -24,7 +24,7 @@ from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.lookup.config import LookupConfig
 from nogemm.layers.lookup.fit import fit_tables
 from nogemm.ops import gather_accumulate, hash_codes, hash_codes_reference
-from nogemm.ops._packing import quantise_rows
+from nogemm.ops._packing import integer_rows, rounded_rows
 from nogemm.shape import FFNShape
 
 
@@ -105,8 +105,26 @@ class LookupFFN(FFN):
 
     def tokens(self, x_ND: Tensor) -> Tensor:
         codes_NTF, scores_NTF = self.codes_and_scores(x_ND)
-        y_ND = gather_accumulate(codes_NTF, scores_NTF, self.tables, self.row_scale)
+        y_ND = gather_accumulate(codes_NTF, scores_NTF, self.stored_rows(), self.row_scale)
         return y_ND if self.bias is None else y_ND + self.bias
+
+    def stored_rows(self) -> Tensor:
+        """Return the tables as tokens read them: float tables are rounded where `config.row_bits` says so."""
+        bits = self.config.row_bits
+        return self.tables if bits is None or self.storage != "fp32" else rounded_rows(self.tables, bits)
+
+    def integer_rows(self) -> tuple[Tensor, Tensor]:
+        """Return the tables as integers of `config.row_bits`, or of 8 bits, int8 [T, R, d_out], and scales [T, R]."""
+        if self.row_scale is not None:
+            return self.tables, self.row_scale
+        return integer_rows(self.tables.detach(), self.config.row_bits or 8)
+
+    def packed_share(self, dtype: str) -> float:
+        if dtype != "int8" or self.config.row_bits != 4:
+            return 1.0
+        rows = self.config.tables * 2**self.config.bits
+        whole = 2.0 * (self.cost().parameters - self.tables.numel()) + rows * (self.d_out + 4.0)
+        return 1.0 - rows * self.d_out / 2 / whole
 
     def compute_dtype(self) -> torch.dtype:
         # Compressed tables and fixed signs are buffers, which keep their own dtype when a model is cast.
@@ -187,7 +205,7 @@ class LookupFFN(FFN):
         check_choice("compress", "tables", tables, ("bf16", "int8"))
         if self.config.storage != "fp32":
             raise ConfigError(f"compress: the tables are stored as {self.config.storage} already; decompress() first")
-        rows, scale = quantise_rows(self.tables.detach(), tables)
+        rows, scale = (self.stored_rows().detach().bfloat16(), None) if tables == "bf16" else self.integer_rows()
         self.config = dataclasses.replace(self.config, storage=tables)
         del self.tables
         self._store_compressed(rows, scale)

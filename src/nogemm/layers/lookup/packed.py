@@ -12,7 +12,6 @@ from nogemm.layers._base import Kernel, PackedFFN, Route, packed_of
 from nogemm.layers.lookup.config import LookupConfig
 from nogemm.layers.lookup.layer import LookupFFN, rows_of
 from nogemm.ops import gather_accumulate, hash_codes, native_available
-from nogemm.ops._packing import quantise_rows
 from nogemm.ops.packed_lookup import LookupWeights, has_packed_kernel, pack_lookup, packed_lookup, packed_lookup_rows
 from nogemm.projections import BHProjection, DenseProjection, DiagonalChain, Projection
 
@@ -21,8 +20,8 @@ from nogemm.projections import BHProjection, DenseProjection, DiagonalChain, Pro
 class PackedLookup(PackedFFN):
     """The evaluation twin of a LookupFFN.
 
-    dtype "fp32": everything float32. "bf16": rows bfloat16, projection in 16 bits. "int8": rows int8 with a scale per
-    row, projection in 16 bits. Accumulation is float32 always; y has x's dtype.
+    dtype "fp32": everything float32. "bf16": rows bfloat16, projection in 16 bits. "int8": rows int8, or of
+    `config.row_bits`, with a scale per row, projection in 16 bits. Accumulation is float32 always; y has x's dtype.
 
     With the native extension the weights live in one buffer laid out for the instruction set in force; it is neither a
     parameter nor saved. Without it, or for a projection or a number of neighbours that the kernel does not know, the
@@ -76,6 +75,8 @@ def _weights(layer: LookupFFN) -> LookupWeights:
     projection, norm = layer.projection, layer.norm
     weight = kernel_weight(projection)
     assert weight is not None
+    exact = layer.config.row_bits is not None  # its integers are packed as they were trained
+    rows, row_scale = layer.integer_rows() if exact else (layer.tables, layer.row_scale)
     return LookupWeights(
         d=layer.d_model,
         bits=layer.config.bits,
@@ -87,9 +88,10 @@ def _weights(layer: LookupFFN) -> LookupWeights:
         gamma=None if norm is None else norm.weight,
         beta=None if norm is None else norm.bias,
         eps=0.0 if norm is None else norm.eps,
-        rows=layer.tables,
-        row_scale=layer.row_scale,
+        rows=rows,
+        row_scale=row_scale,
         bias=layer.bias,
+        row_bits=layer.config.row_bits or 8,
     )
 
 
@@ -106,9 +108,9 @@ class _PortableLookup(nn.Module):
         self.norm = None if layer.norm is None else nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
         self.projection = projection
         wanted = dtype if layer.config.storage == "fp32" else layer.config.storage
-        rows, scale = (layer.tables.detach(), layer.row_scale)
+        rows, scale = layer.stored_rows().detach(), layer.row_scale
         if layer.config.storage == "fp32" and wanted != "fp32":
-            rows, scale = quantise_rows(rows, wanted)
+            rows, scale = (rows.bfloat16(), None) if wanted == "bf16" else layer.integer_rows()
         # The native gather widens rows as it reads them; the reference would do so with all of them in every call.
         keep = rows.dtype == torch.int8 or native_available()
         self.register_buffer("tables", rows if keep else rows.float(), persistent=False)
