@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -204,6 +205,10 @@ def test_states_that_are_not_finite_make_no_token(tmp_path: Path, llama: tuple[A
     assert place >= 0
     data[place : place + 4] = np.frombuffer(np.float32(np.nan).tobytes(), np.uint8)
     data.tofile(file)
+    with pytest.raises(nogemm.CheckpointError, match=r"openvino_model\.bin is damaged"):
+        OpenVINODecoder(tmp_path / "broken")
+    record = json.loads((tmp_path / "broken" / RECORD).read_text())
+    (tmp_path / "broken" / RECORD).write_text(json.dumps(record | {"checksums": {}}))
     prompt = torch.tensor([[3, 4, 7]])
     with pytest.raises(nogemm.NotFiniteError, match="sequence 0 at position 2 is not finite"):
         OpenVINODecoder(tmp_path / "broken").generate(prompt, 3)
@@ -270,6 +275,19 @@ def test_folders_that_are_damaged(llama: tuple[Any, Path], tmp_path: Path) -> No
         (copy / name).unlink()
         with pytest.raises(nogemm.CheckpointError, match=f"{name} is missing"):
             OpenVINODecoder(copy)
+    for name in ("openvino_model.bin", "openvino_model.xml", "libnogemm_openvino.so"):
+        copy = tmp_path / f"cut {name}"
+        shutil.copytree(llama[1], copy)
+        os.truncate(copy / name, (copy / name).stat().st_size // 2)
+        with pytest.raises(nogemm.CheckpointError, match=f"{name} is damaged"):
+            OpenVINODecoder(copy)
+    flipped = tmp_path / "flipped"
+    shutil.copytree(llama[1], flipped)
+    weights = bytearray((flipped / "openvino_model.bin").read_bytes())
+    weights[len(weights) // 2] ^= 1
+    (flipped / "openvino_model.bin").write_bytes(weights)
+    with pytest.raises(nogemm.CheckpointError, match=r"openvino_model\.bin is damaged"):
+        OpenVINODecoder(flipped)
     with pytest.raises(nogemm.ConfigError, match="threads"):
         OpenVINODecoder(llama[1], threads=-1)
     with pytest.raises(nogemm.ConfigError, match="precision"):

@@ -42,7 +42,7 @@ def naive(layer: LookupFFN, x: list[float]) -> list[float]:
             p = math.prod(1 / (1 + math.exp(-2 * s * value)) for s, value in zip(signs, part, strict=True))
             scored.append((inner, code, inner * p if config.score == "gelu" else p))
         for _, code, score in sorted(scored, reverse=True)[: config.neighbours]:
-            y += score * layer.tables[t, code].double()
+            y += score * layer.stored_rows()[t, code].double()
     return y.tolist()
 
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
 from transformers import AutoModel
 
+import nogemm
 from nogemm.bench.contenders.model import DenseModelContender, pooled_cosine
+from nogemm.convert.head import find_head
+from nogemm.convert.save import save_like
 from nogemm.errors import CheckpointError
 from nogemm.models.embed import embed, logits
 from nogemm.models.loading import load_encoder, load_model, load_tokenizer
@@ -305,6 +308,9 @@ def test_a_gguf_file_is_an_ordinary_model(
     model.float().save_pretrained(tmp_path / "saved")  # transformers refuses both while a model counts as quantised
     again = load_model(tmp_path / "saved")
     assert torch.equal(again.model.layers[0].mlp.down_proj.weight, down.float())
+    nogemm.convert_head(model)
+    save_like(model, tmp_path / "tiny.gguf", tmp_path / "converted", None)  # as `nogemm convert` does
+    assert find_head(load_model(tmp_path / "converted")) is not None
 
 
 def test_a_gguf_file_that_was_cut_is_named(tmp_path: Path) -> None:

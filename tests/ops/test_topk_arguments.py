@@ -30,6 +30,7 @@ def run(name: str, *args: Any, **kwargs: Any) -> Any:
         ("topk", (X, None), {}, "k must be a whole number, got k=None"),
         ("topk", (X, torch.tensor(2.0)), {}, r"k must be a whole number, got k=tensor\(2\.\)"),
         ("topk", (X, 1), {"dim": 0.5}, r"dim must be a whole number, got dim=0\.5"),
+        ("topk", (X, 1), {"recall": 0.5}, r'recall=0\.5 is of method="approximate"'),
         ("topk", (X, 1), {"method": "approximate", "recall": "high"}, "recall must be a number, got recall='high'"),
         ("topk", (X.tolist(), 1), {}, r"topk: x must be a torch tensor, got list; torch\.as_tensor\(x\) makes one"),
         ("topk", (X.numpy(), 1), {}, r"x must be a torch tensor, got numpy\.ndarray"),

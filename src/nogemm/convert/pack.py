@@ -61,7 +61,7 @@ def pack(
             process's memory, both with a warning. None: no file.
     Raises:
         PackedError: training mode, or packed already.
-        ConfigError: unknown dtype, path or body, the model has no converted FFN, or cache together with keep.
+        ConfigError: unknown dtype, path or body, nothing of the model is converted, or cache together with keep.
     """
     if body not in BODIES:
         raise ConfigError(f'pack: body must be None or "int8", got body={body!r}')
@@ -126,7 +126,9 @@ def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     layers = installed(model)
     check_packing(dtype, path)
     if not layers and head_of(inner_model(model)) is None:
-        raise ConfigError("pack: the model has no converted FFN; run nogemm.convert first")
+        raise ConfigError(
+            "pack: the model has no converted FFN and no converted head; run nogemm.convert or nogemm.convert_head first"
+        )
     if any(isinstance(layer, PackedFFN) for layer in layers.values()) or rounded_parts(model):
         raise PackedError("pack: the model is packed already")
     if inner_model(model).training or any(layer.training for layer in layers.values()):

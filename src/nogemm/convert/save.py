@@ -32,6 +32,7 @@ from nogemm.layers import PackedFFN
 from nogemm.layers._base import is_quantised
 from nogemm.models.directory import copy_modules, model_directory, sentence_modules
 from nogemm.models.inner import inner_model
+from nogemm.models.loading import is_gguf
 
 _WEIGHTS = (
     "model*.safetensors",
@@ -74,6 +75,9 @@ def save_with(model: nn.Module, path: str | Path, tokenizer: Any, extra: Callabl
 
 def save_like(model: Any, source: str | Path, target: str | Path, tokenizer: Any) -> None:
     """Save a model with sentence-transformers' own files of `source`, so that it loads `target` as it loaded that."""
+    if is_gguf(source):  # it holds a model and a tokenizer, and nothing of sentence-transformers
+        save_with(model, target, tokenizer, lambda folder: None)
+        return
     root = model_directory(source)
     sentence_modules(root)  # refuses before anything is written
     save_with(model, target, tokenizer, lambda folder: copy_modules(root, folder))

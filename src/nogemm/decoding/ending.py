@@ -43,6 +43,8 @@ class Ending:
         rows: int,
     ) -> None:
         listed = _tokens(getattr(config, "eos_token_id", None) if ends is None else ends)
+        if ends is not None and (wrong := [end for end in listed if not 0 <= end < rows]):  # a config may say -1
+            raise ConfigError(f"generate: eos_token_id must be tokens from 0 to {rows - 1}, got {wrong[0]}; [] never ends")
         self.ends = torch.tensor(listed, dtype=torch.int64)
         self.pad = torch.tensor(_padding(config, pad, listed, rows))
         given = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings
@@ -80,7 +82,8 @@ def _tokens(given: Any) -> list[int]:
     """Return end tokens as a list, however they are given."""
     listed = given.tolist() if isinstance(given, Tensor) else given
     listed = [] if listed is None else [listed] if isinstance(listed, int) else listed
-    if not isinstance(listed, (list, tuple)) or not all(isinstance(end, int) for end in listed):
+    whole = isinstance(listed, (list, tuple)) and all(type(end) is int for end in listed)
+    if not whole:
         raise ConfigError(f"generate: eos_token_id must be a token or several, got {given!r}")
     return list(listed)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,9 +19,10 @@ from nogemm.models.inner import inner_model
 if TYPE_CHECKING:
     from nogemm.export.export import ExportReport
 
-MODEL = "openvino_model.xml"
+MODEL, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 RECORD = "nogemm_export.json"
 FORMAT = 1  # of the record and what it describes; a record without one has 1
+_PART = 1 << 24  # bytes that are read at once
 
 
 def check_target(path: Path) -> None:
@@ -58,7 +61,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     """Return what an export says of itself; the files that it names are there.
 
     Raises:
-        CheckpointError: there is no export, a later release has written it, or a file of it is missing or elsewhere.
+        CheckpointError: there is no export, a later release has written it, or a file of it is missing, elsewhere or
+            damaged.
+    Cost: graph and weights are read once, for their checksums.
     """
     try:
         record = parse_json((folder / RECORD).read_text(encoding="utf-8"))
@@ -75,7 +80,43 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder}: {RECORD} names {', '.join(elsewhere)}, outside of the folder")
     if absent := [name for name in names if not (folder / name).is_file()]:
         raise CheckpointError(f"{folder}: {', '.join(absent)} is missing")
+    known = record.get("checksums", {})  # an older export has none
+    if not isinstance(known, dict) or not known.keys() <= set(names):
+        raise CheckpointError(f"{folder}: {RECORD} is no record of an export (checksums of other files)")
+    if damaged := [name for name, checksum in known.items() if _checksum(folder / name) != checksum]:
+        raise CheckpointError(f"{folder}: {', '.join(damaged)} is damaged, or of another export: export again")
+    if _is_cut(folder / record["extension"]):
+        raise CheckpointError(f"{folder}: {record['extension']} is damaged, its end is missing: export again")
     return record
+
+
+def write_record(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what an export says of itself, with checksums of its graph and weights, which are in the folder.
+
+    The library has none: users put another one there, for another OpenVINO or processor family.
+    """
+    checksums = {name: _checksum(folder / name) for name in (MODEL, WEIGHTS)}
+    own = {"format": FORMAT, "model": MODEL, "extension": LIBRARY, "checksums": checksums}
+    write_json(folder / RECORD, facts | own)
+
+
+def _checksum(path: Path) -> str:
+    """Return the CRC-32 of a file's bytes, a second for a gigabyte."""
+    found = 0
+    with path.open("rb") as file:
+        while part := file.read(_PART):
+            found = zlib.crc32(part, found)
+    return f"{found:08x}"
+
+
+def _is_cut(library: Path) -> bool:
+    """Say whether an ELF file ends before its table of sections, its last part: loading it would end the process."""
+    with library.open("rb") as file:
+        start = file.read(64)
+    if start[:5] != b"\x7fELF\x02" or len(start) < 64:  # another kind of library, or none: OpenVINO says so
+        return False
+    (at,), (size, count) = struct.unpack_from("<Q", start, 40), struct.unpack_from("<HH", start, 58)
+    return library.stat().st_size < at + size * count
 
 
 def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Path) -> None:
@@ -85,7 +126,7 @@ def describe(model: nn.Module, tokenizer: Any, report: ExportReport, folder: Pat
         config.save_pretrained(str(folder))
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
-    write_json(folder / RECORD, asdict(report) | {"format": FORMAT, "model": MODEL, "extension": LIBRARY})
+    write_record(folder, asdict(report))
     text = _README.format(
         count=len(report.layers),
         dtype=report.dtype,

@@ -26,9 +26,8 @@ from nogemm.export.cached import CachedDecoder
 from nogemm.export.decoder_check import check_decoder, example_prompt
 from nogemm.export.export import HOSTS
 from nogemm.export.extension import LIBRARY, extension_path
-from nogemm.export.folder import FORMAT, MODEL, RECORD, check_target
+from nogemm.export.folder import MODEL, check_target, write_record
 from nogemm.export.traced import check_layers, pack_layers
-from nogemm.files import write_json
 from nogemm.heads import HeadConfig, HireHead, deferred_bytes, make_codes, output_embeddings
 from nogemm.models.inner import inner_model
 from nogemm.ops.packed_head import pack_head
@@ -309,7 +308,7 @@ def _describe(model: Any, report: DecoderExportReport, folder: Path) -> None:
         generation.save_pretrained(str(folder))
         own = generation.eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-    write_json(folder / RECORD, asdict(report) | {"format": FORMAT, "model": MODEL, "extension": LIBRARY, "ends": ends})
+    write_record(folder, asdict(report) | {"ends": ends})
     text = _README.format(
         body=report.body, rows=report.rows, head=report.head, library=LIBRARY, openvino=report.versions["openvino"]
     )

@@ -28,6 +28,7 @@ _STRIP, _MOST_KEPT = 64, 4
 # a number and a winner. From times of the AVX-512 kernels; they choose among plans that reach the recall, nothing else.
 _READ, _RANKED = (1.0, 1.5, 2.0, 2.6), 4.0
 _EXACT, _WINNER = 1.2, 50.0
+_RECALL = 0.99  # of the approximate form, unless it is given
 
 _NATIVE = (torch.float32, torch.bfloat16, torch.float16)
 _DTYPES = (*_NATIVE, torch.float64)
@@ -73,7 +74,7 @@ def topk_approximate_reference(x: Tensor, k: int, buckets: int, kept: int, sorte
     return x.gather(-1, best), best
 
 
-def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: float = 0.99, sorted: bool = True) -> TopK:
+def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: float | None = None, sorted: bool = True) -> TopK:
     """Find the k largest numbers of each row, and where they stand.
 
         values[r, j] = x[r, indices[r, j]],   x[r, indices[r, 0]] >= x[r, indices[r, 1]] >= ...
@@ -91,12 +92,13 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
             few, and the k largest of those are the answer. What is missing is replaced by the next best.
         recall: of "approximate": share of the true winners that is expected to be found when they stand at random
             places; more than 0, at most 1. Buckets are chosen for it (`approximate_plan`). Winners that stand at a
-            common distance from each other may share a bucket; then fewer are found.
+            common distance from each other may share a bucket; then fewer are found. None: 0.99.
         sorted: largest first; else in order of their indices, which is cheaper for large k.
     Returns:
         values [..., k, ...] of x's dtype, whose gradients go to x at the indices, and indices int64 of that shape.
     Raises:
-        ConfigError: x is no tensor; k is no whole number from 0 to n; an unknown method; recall is not in (0, 1].
+        ConfigError: x is no tensor; k is no whole number from 0 to n; an unknown method; recall is not in (0, 1],
+            or is given to the exact one.
         ShapeError: x has no dimension, or not this one. DtypeError: x is of another dtype than float64, float32,
             bfloat16 or float16.
     Cost: reads x once, and about k numbers a second time. A row whose winners stand close together costs up to n reads
@@ -114,8 +116,10 @@ def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: flo
         raise _wrong_count(k, n, f"the numbers along dim {dim}", "topk")
     if method == "exact":
         plan = None
+        if recall is not None:
+            raise ConfigError(f'topk: recall={recall!r} is of method="approximate"; the exact one finds all')
     elif method == "approximate":
-        plan = approximate_plan(n, k, recall)
+        plan = approximate_plan(n, k, _RECALL if recall is None else recall)
     else:
         raise ConfigError(f"topk: method must be one of {', '.join(METHODS)}, got method={method!r}")
     needs_grad = x.requires_grad and torch.is_grad_enabled()
