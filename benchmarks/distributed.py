@@ -216,7 +216,8 @@ def on_rank(rank: int, ranks: int, folder: Path, rounds: int, seconds: float) ->
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=ranks)
-    shared, group = join(transport="auto"), join(transport="group")
+    # Rank 0 first runs the whole head alone on all states, which takes minutes where that is large.
+    shared, group = join(transport="auto", timeout=1800), join(transport="group", timeout=1800)
     stored = load_file(folder / "head.safetensors")
     exchange = [row for size in SIZES for carrier in (shared, group) for row in exchange_rows(carrier, size)]
     contenders = make_contenders(stored, shared, group)
