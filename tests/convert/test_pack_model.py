@@ -94,7 +94,7 @@ def test_saving_a_packed_model_is_refused(converted_bert: Any, tmp_path: Path) -
 def test_packing_again_or_nothing_or_wrongly_is_refused(converted_bert: Any, bert: Family) -> None:
     with pytest.raises(nogemm.ConfigError, match="dtype='fp64'"):
         nogemm.pack(converted_bert, "fp64")
-    with pytest.raises(nogemm.ConfigError, match=r"no converted FFN and no converted head; run nogemm\.convert or nogemm\.convert_head first"):
+    with pytest.raises(nogemm.ConfigError, match=r"no converted FFN and no converted head; run nogemm\.convert or"):
         nogemm.pack(bert.build())
     nogemm.pack(converted_bert)
     for action in (nogemm.pack, nogemm.compress, nogemm.decompress):

@@ -46,7 +46,10 @@ def test_training_reads_what_is_packed(isa: str, bits: int) -> None:
     for twin in (layer, plain):
         twin(x).square().sum().backward()
     for name, parameter in layer.named_parameters():
-        check_equal(name, parameter.grad, plain.get_parameter(name).grad)
+        found, wanted = parameter.grad, plain.get_parameter(name).grad
+        assert found is not None
+        assert wanted is not None
+        check_equal(name, found, wanted)
     layer.eval()
     # Packed, only the hash is rounded: the rows of both are the same numbers.
     check_equal("packed", layer.pack("int8")(x), layer.pack("int8")(x))

@@ -18,7 +18,10 @@ from nogemm.running.partial import Record
 from nogemm.running.progress import progress, training_lines
 
 ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Directory of a model, GGUF file, name in the local cache, or all-MiniLM-L6-v2.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Directory, GGUF file or name in the local cache of a model; all-MiniLM-L6-v2."
+    ),
 ]
 OutputArgument = Annotated[Path, typer.Argument(metavar="OUTPUT", help="Directory to write.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="One choice; may be repeated.")]

@@ -127,7 +127,7 @@ def _check_model(model: nn.Module, dtype: str, path: str) -> None:
     check_packing(dtype, path)
     if not layers and head_of(inner_model(model)) is None:
         raise ConfigError(
-            "pack: the model has no converted FFN and no converted head; run nogemm.convert or nogemm.convert_head first"
+            "pack: the model has no converted FFN and no converted head; run nogemm.convert or convert_head first"
         )
     if any(isinstance(layer, PackedFFN) for layer in layers.values()) or rounded_parts(model):
         raise PackedError("pack: the model is packed already")

@@ -44,7 +44,9 @@ class Ending:
     ) -> None:
         listed = _tokens(getattr(config, "eos_token_id", None) if ends is None else ends)
         if ends is not None and (wrong := [end for end in listed if not 0 <= end < rows]):  # a config may say -1
-            raise ConfigError(f"generate: eos_token_id must be tokens from 0 to {rows - 1}, got {wrong[0]}; [] never ends")
+            raise ConfigError(
+                f"generate: eos_token_id must be tokens from 0 to {rows - 1}, got {wrong[0]}; [] never ends"
+            )
         self.ends = torch.tensor(listed, dtype=torch.int64)
         self.pad = torch.tensor(_padding(config, pad, listed, rows))
         given = getattr(config, "stop_strings", None) if stop_strings is None else stop_strings

@@ -74,7 +74,9 @@ def topk_approximate_reference(x: Tensor, k: int, buckets: int, kept: int, sorte
     return x.gather(-1, best), best
 
 
-def topk(x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: float | None = None, sorted: bool = True) -> TopK:
+def topk(
+    x: Tensor, k: int, *, dim: int = -1, method: str = "exact", recall: float | None = None, sorted: bool = True
+) -> TopK:
     """Find the k largest numbers of each row, and where they stand.
 
         values[r, j] = x[r, indices[r, j]],   x[r, indices[r, 0]] >= x[r, indices[r, 1]] >= ...

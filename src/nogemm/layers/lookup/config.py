@@ -33,9 +33,9 @@ class LookupConfig(LayerConfig["LookupFFN"]):
         norm_eps: added to its variance.
         bias: add a trainable bias to the output.
         init: "scaled" (output scale independent of tables, bits and projection) or "reference" (as published).
-        row_bits: 8 or 4: the tables' rows are rounded to integers of so many bits with a scale per row, in training too,
-            where gradients pass straight through the rounding; packed in "int8" they take as many bits and lose nothing
-            more. None: rows are rounded when they are packed, to 8 bits.
+        row_bits: 8 or 4: the tables' rows are rounded to integers of so many bits with a scale per row, in training
+            too, where gradients pass straight through the rounding; packed in "int8" they take as many bits and lose
+            nothing more. None: rows are rounded when they are packed, to 8 bits.
         storage: how the tables are kept: "fp32" (trainable, in the layer's dtype), or compressed "bf16" or "int8"
             (a scale per row), which `compress` and `decompress` change.
     """
