@@ -15,8 +15,8 @@ extern "C" {
 #endif
 
 enum { NOGEMM_LOOKUP_FP32 = 0, NOGEMM_LOOKUP_BF16 = 1, NOGEMM_LOOKUP_INT8 = 2, NOGEMM_LOOKUP_INT4 = 3 };  // mode
-enum { NOGEMM_LOOKUP_GELU = 0, NOGEMM_LOOKUP_SIGMOID = 1, NOGEMM_LOOKUP_CONSTANT = 2 };  // score
-enum { NOGEMM_LOOKUP_DENSE = 0, NOGEMM_LOOKUP_BH = 1 };                                  // projection
+enum { NOGEMM_LOOKUP_GELU = 0, NOGEMM_LOOKUP_SIGMOID = 1, NOGEMM_LOOKUP_CONSTANT = 2 };                   // score
+enum { NOGEMM_LOOKUP_DENSE = 0, NOGEMM_LOOKUP_BH = 1 };                                                   // projection
 
 // Every field is 8 bytes, so that ctypes and C agree without thinking about padding. Pointers are to contiguous arrays.
 typedef struct NogemmLookupSpec {
