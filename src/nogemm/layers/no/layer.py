@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -35,6 +37,10 @@ class NoFFN(FFN):
 
     def output_parameters(self) -> list[nn.Parameter]:
         return [self.bias]
+
+    def rounded(self, dtype: str) -> NoFFN:
+        """Return a copy: the packed vector is not rounded."""
+        return copy.deepcopy(self)
 
     @torch.no_grad()
     def solve(self, x_ND: Tensor, y_ND: Tensor) -> float:
