@@ -66,9 +66,12 @@ async def main() -> None:
     print(f"two replicas behind http://127.0.0.1:{port}")
     asked = [asyncio.to_thread(ask, port, ["a text", f"text number {i}"]) for i in range(40)]
     asyncio.get_running_loop().call_later(0.05, first.terminate)  # it answers what it took
-    print(f"{sum(await asyncio.gather(*asked))} of 80 embeddings, one replica stopped meanwhile")
-    print(f"{await asyncio.to_thread(ask, port, ['a text'])} of 1 by the other one")
-    second.terminate()
+    try:
+        print(f"{sum(await asyncio.gather(*asked))} of 80 embeddings, one replica stopped meanwhile")
+        print(f"{await asyncio.to_thread(ask, port, ['a text'])} of 1 by the other one")
+    finally:
+        first.terminate()
+        second.terminate()
 
 
 if __name__ == "__main__":

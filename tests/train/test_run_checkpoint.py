@@ -108,7 +108,6 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_run_checkpoint import example
 from nogemm.train import checkpoint as ckpt
-from nogemm.train.errors import TrainingError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
@@ -132,7 +131,6 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 from test_run_checkpoint import example
 from nogemm.train import checkpoint as ckpt
-from nogemm.train.errors import TrainingError
 for step in range(1, 100000):
     ckpt.write_checkpoint(Path(sys.argv[2]), 7 if sys.argv[3] == "same" else step, example(step))
     print(step, flush=True)

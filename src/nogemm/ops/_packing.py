@@ -106,13 +106,6 @@ def aligned_buffer(size: int) -> Tensor:
     return memory[offset : offset + size]
 
 
-def through_int8(rows: Tensor) -> Tensor:
-    """Round to the values that int8 rows with a scale each can hold."""
-    steps, scale = quantise_rows(rows, "int8")
-    assert scale is not None
-    return steps * scale.unsqueeze(-1)
-
-
 def define_packed(name: str, *more: str) -> None:
     """Define a packed layer's op, native alone: (x [..., D], its buffer, d_out, more) -> y [..., d_out]."""
     LIBRARY.define(f"{name}({', '.join(('Tensor x', 'Tensor packed', 'int d_out', *more))}) -> Tensor")

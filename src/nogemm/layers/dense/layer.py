@@ -17,7 +17,7 @@ from nogemm.layers._base import FFN, Route
 from nogemm.layers._tokens import each_alone
 from nogemm.layers.dense.config import DenseConfig
 from nogemm.layers.dense.fit import forward_selection
-from nogemm.ops._packing import through_int8
+from nogemm.ops._packing import rounded_rows
 from nogemm.shape import FFNShape
 
 
@@ -166,8 +166,8 @@ def round_dense(layer: LayerT) -> LayerT:
         if isinstance(dense, DenseFFN):
             for linear in (dense.gate, dense.up):
                 if linear is not None:
-                    linear.weight.copy_(through_int8(linear.weight))
-            dense.down.weight.copy_(through_int8(dense.down.weight.T).T)
+                    linear.weight.copy_(rounded_rows(linear.weight, 8))
+            dense.down.weight.copy_(rounded_rows(dense.down.weight.T, 8).T)
     return layer
 
 

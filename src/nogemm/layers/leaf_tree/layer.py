@@ -22,7 +22,7 @@ from nogemm.layers.dense.layer import DenseFFN
 from nogemm.layers.leaf_tree.config import LeafTreeConfig
 from nogemm.layers.leaf_tree.fit import fit_leaf_tree
 from nogemm.ops import tree_descend
-from nogemm.ops._packing import through_int8
+from nogemm.ops._packing import rounded_rows
 from nogemm.shape import FFNShape
 
 MASTER_START = 0.5  # the master leaf's gate starts at sigmoid(0.5)
@@ -135,7 +135,7 @@ class LeafTreeFFN(FFN):
         twin.node.copy_(twin.node.bfloat16())
         for rows in (twin.leaf_in, twin.leaf_out, twin.master_in, twin.master_out):
             if rows is not None:
-                rows.copy_(through_int8(rows))
+                rows.copy_(rounded_rows(rows, 8))
         return twin
 
     def packed_share(self, dtype: str) -> float:
