@@ -51,8 +51,7 @@ def test_training_reads_what_is_packed(isa: str, bits: int) -> None:
         assert wanted is not None
         check_equal(name, found, wanted)
     layer.eval()
-    # Packed, only the hash is rounded: the rows of both are the same numbers.
-    check_equal("packed", layer.pack("int8")(x), layer.pack("int8")(x))
+    # Packed, only the hash is rounded.
     exact, packed = layer(x), layer.pack("int8")(x)
     assert float((packed - exact).square().mean().sqrt() / exact.square().mean().sqrt()) < 0.01
 

@@ -119,6 +119,15 @@ class LookupFFN(FFN):
             return self.tables, self.row_scale
         return integer_rows(self.tables.detach(), self.config.row_bits or 8)
 
+    def rows_as(self, storage: str) -> tuple[Tensor, Tensor | None]:
+        """Return the rows as "fp32", "bf16" or "int8" tables hold them, and int8's scales; compressed ones as they are."""
+        if self.storage != "fp32":
+            return self.tables, self.row_scale
+        if storage == "int8":
+            return self.integer_rows()
+        rows = self.stored_rows().detach()
+        return (rows.bfloat16() if storage == "bf16" else rows), None
+
     def packed_share(self, dtype: str) -> float:
         if dtype != "int8" or self.config.row_bits != 4:
             return 1.0
@@ -205,7 +214,7 @@ class LookupFFN(FFN):
         check_choice("compress", "tables", tables, ("bf16", "int8"))
         if self.config.storage != "fp32":
             raise ConfigError(f"compress: the tables are stored as {self.config.storage} already; decompress() first")
-        rows, scale = (self.stored_rows().detach().bfloat16(), None) if tables == "bf16" else self.integer_rows()
+        rows, scale = self.rows_as(tables)
         self.config = dataclasses.replace(self.config, storage=tables)
         del self.tables
         self._store_compressed(rows, scale)

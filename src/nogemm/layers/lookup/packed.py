@@ -107,10 +107,7 @@ class _PortableLookup(nn.Module):
         projection = layer.config.projection.build(layer.d_model, layer.config.tables * layer.config.bits)
         self.norm = None if layer.norm is None else nn.LayerNorm(layer.d_model, eps=layer.norm.eps)
         self.projection = projection
-        wanted = dtype if layer.config.storage == "fp32" else layer.config.storage
-        rows, scale = layer.stored_rows().detach(), layer.row_scale
-        if layer.config.storage == "fp32" and wanted != "fp32":
-            rows, scale = (rows.bfloat16(), None) if wanted == "bf16" else layer.integer_rows()
+        rows, scale = layer.rows_as(dtype)
         # The native gather widens rows as it reads them; the reference would do so with all of them in every call.
         keep = rows.dtype == torch.int8 or native_available()
         self.register_buffer("tables", rows if keep else rows.float(), persistent=False)
