@@ -238,16 +238,55 @@ def test_hooks_on_the_head_are_refused() -> None:
         nogemm.generate(model, decoders.prompts())
 
 
+@pytest.mark.parametrize("error", [nogemm.DistributedError("rank 1 has ended"), nogemm.NotFiniteError("a state")])
+def test_own_errors_of_a_model_stay_what_they_are(error: Exception) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    model = converted("llama")
+    model.model.layers[0].register_forward_hook(fail)
+    with pytest.raises(type(error), match=str(error)):
+        nogemm.generate(model, decoders.prompts())
+
+
+def test_a_model_that_does_not_run_is_not_called_one_without_a_cache() -> None:
+    model = converted("llama")
+    model.model.layers[0].register_forward_hook(lambda *_: [][2])
+    with pytest.raises(ConfigError, match="LlamaForCausalLM does not run on three tokens of the prompt: list index"):
+        nogemm.generate(model, decoders.prompts())
+
+
+def test_ranks_are_told_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What each rank has to be given alike: `ShardedHead.same_call` compares it."""
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(nogemm.heads.HireHead, "same_call", lambda self, **parts: calls.append(parts))
+    model, ids = converted("llama"), decoders.prompts()
+    for seed in (1, 2):
+        nogemm.generate(model, ids, 2, do_sample=True, seed=seed, temperature=0.5)
+    nogemm.generate(model, ids, 2)
+    assert [call["sampling"] for call in calls[:2]] == [
+        {"temperature": 0.5, "top_k": None, "top_p": None, "seed": seed} for seed in (1, 2)
+    ]
+    assert calls[2] == {"prompt": ids, "max_new_tokens": 2, "sampling": None}
+
+
 def test_bad_input_is_named() -> None:
     dense, model, ids = decoders.make("llama"), converted("llama"), decoders.prompts()
     cases: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = [
         ("the model's head is dense; call nogemm.convert_head", dense, (ids,), {}),
         ("the prompt is empty", model, (ids[:, :0],), {}),
-        (r"input_ids must be int64 \[B, L\], got torch.float32 \(1, 5\)", model, (ids.float(),), {}),
+        (r"input_ids must be int64 or int32 \[B, L\], got torch.float32 \(1, 5\)", model, (ids.float(),), {}),
+        ("input_ids holds no sequence", model, (ids[:0],), {}),
+        (
+            "temperature must be a finite number above 0, got inf",
+            model,
+            (ids,),
+            {"do_sample": True, "temperature": math.inf},
+        ),
         (r"input_ids must be from 0 to 306, got .* to 307", model, (torch.tensor([[1, 307]]),), {}),
         ("max_new_tokens must be an integer of at least 0, got -1", model, (ids, -1), {}),
         ("5 tokens and max_new_tokens=60 are more than the model's 64 positions", model, (ids, 60), {}),
-        ("temperature must be above 0, got 0", model, (ids,), {"do_sample": True, "temperature": 0}),
+        ("temperature must be a finite number above 0, got 0", model, (ids,), {"do_sample": True, "temperature": 0}),
         ("top_p must be above 0 and at most 1, got 1.5", model, (ids,), {"do_sample": True, "top_p": 1.5}),
         ("top_k must be an integer at least 0", model, (ids,), {"do_sample": True, "top_k": -1}),
         ("input_ids must be a tensor", model, ([[1, 2]],), {}),

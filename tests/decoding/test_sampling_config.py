@@ -116,7 +116,7 @@ def test_settings_that_turn_nothing_on_leave_the_search() -> None:
 @pytest.mark.parametrize(
     ("name", "value", "words"),
     [
-        ("temperature", 0.0, "temperature must be above 0, got 0.0"),
+        ("temperature", 0.0, "temperature must be a finite number above 0, got 0.0"),
         ("top_p", 1.5, "top_p must be above 0 and at most 1, got 1.5"),
         ("top_k", -3, "top_k must be an integer at least 0, got top_k=-3"),
     ],

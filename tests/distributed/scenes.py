@@ -229,7 +229,19 @@ def disagreement(rank: int, ranks: int) -> Facts:
     other = a_head()
     if last:
         other.weight[9, 0] += 1
+    uneven = an_ffn()  # 101 neurons: drawing weights for 51 and 50 of them would move the ranks' generators apart
+    torch.manual_seed(3)
+    shard_hire(uneven, exchange)
+    drawn = float(torch.rand(()))
+    noise = torch.rand(len(x), V, generator=torch.Generator().manual_seed(rank))
     return {
+        "drawn": drawn,
+        "noise": said(lambda: head.choose(x, noise)),
+        "noise, searched": said(lambda: head.search(x, noise)),
+        "logits": said(lambda: head.logits(states(seed=7 if last else 1))),
+        "called": said(lambda: head(states(seed=7 if last else 1).bfloat16())),
+        "calls": said(lambda: head.same_call(prompt=x, sampling={"seed": rank})),
+        "same calls": said(lambda: head.same_call(prompt=x, sampling={"seed": 0})),
         "weights": said(lambda: shard_head(other, exchange)),
         "settings": said(lambda: shard_head(a_head(), exchange, seed=rank)),
         "rows": said(lambda: shard_head(a_head(rows=V + last), exchange)),

@@ -191,9 +191,14 @@ def test_ranks_that_disagree_are_told_so_on_every_rank(facts: Facts) -> None:
         assert "shard_head's settings: those of rank" in fact["settings"]
         assert fact["rows"].startswith(f"ConfigError: shard_head's settings: those of {others} differ")
         assert fact["ffn"].startswith(f"ConfigError: shard_hire's settings for the FFN: those of {others} differ")
-        for name in ("states", "lists", "not finite on one"):
+        for name in ("states", "lists", "logits", "called", "not finite on one"):
             assert fact[name].startswith(f"ConfigError: {others} got another state at position "), name
         assert "did not get the same token at position" in fact["tokens"]
+        for name in ("noise", "noise, searched"):
+            assert "got other noise than rank 0; all ranks must draw by one seed" in fact[name]
+        assert "ConfigError: sampling: those of rank" in fact["calls"]
+        assert fact["same calls"] == "no error"
+        assert fact["drawn"] == facts[0]["disagreement"]["drawn"], "torch's generator is where it was on every rank"
         assert fact["not finite"] == fact["not finite, lists"]
         assert fact["not finite"].startswith("NotFiniteError: the state at position 5 is not finite")
         assert fact["after all of it"], "none of these errors breaks the exchange"

@@ -169,7 +169,7 @@ def test_bad_arguments_are_named(llama: tuple[Any, Path]) -> None:
         ("attention_mask must be a tensor like input_ids, got list", {"attention_mask": [[1] * 5]}),
         ("temperature=0.5 needs do_sample=True", {"temperature": 0.5}),
         ("seed=1 needs do_sample=True", {"seed": 1}),
-        ("temperature must be above 0, got 'x'", {"do_sample": True, "temperature": "x"}),
+        ("temperature must be a finite number above 0, got 'x'", {"do_sample": True, "temperature": "x"}),
         ("stop_strings need the model's tokenizer", {"stop_strings": "x"}),
         ("eos_token_id must be a token or several, got 'x'", {"eos_token_id": "x"}),
         ("streamer must be a function of tokens, or have put and end, got int", {"streamer": 3}),
@@ -281,7 +281,7 @@ def test_what_cannot_be(llama: tuple[Any, Path], tmp_path: Path) -> None:
     with pytest.raises(nogemm.ConfigError, match="mode must be one of exact, deferred, got 'fast'"):
         OpenVINODecoder(llama[1], mode="fast")
     decoder = OpenVINODecoder(llama[1], threads=1)
-    with pytest.raises(nogemm.ConfigError, match="temperature must be above 0"):
+    with pytest.raises(nogemm.ConfigError, match="temperature must be a finite number above 0"):
         decoder.generate(decoders.prompts(), 3, do_sample=True, temperature=0)
     older = tmp_path / "older"
     shutil.copytree(llama[1], older)

@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import write_gguf
-from transformers import AutoModel
+from transformers import AutoModel, OPTConfig, OPTForCausalLM
 
 import nogemm
 from nogemm.bench.contenders.model import DenseModelContender, pooled_cosine
 from nogemm.convert.head import find_head
 from nogemm.convert.save import save_like
-from nogemm.errors import CheckpointError
+from nogemm.errors import CheckpointError, ConfigError
 from nogemm.models.embed import embed, logits
 from nogemm.models.loading import load_encoder, load_model, load_tokenizer
 from nogemm.models.pooling import pooling_of
@@ -321,6 +321,14 @@ def test_a_gguf_file_that_was_cut_is_named(tmp_path: Path) -> None:
     cut = tmp_path / "cut.gguf"
     for kept in (30, header // 2, header - 40, (header + len(whole)) // 2, len(whole) - 4096, len(whole) - 1):
         cut.write_bytes(whole[:kept])
-        said = rf"cut\.gguf: .* this GGUF file: .*It has {kept:,} bytes: was it cut"
+        said = rf"cut\.gguf: .* this GGUF file of {kept:,} bytes, which may be cut short: "
         with pytest.raises(CheckpointError, match=said):
             load_model(cut)
+
+
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    """transformers makes an empty one up for some kinds of models, which cuts every text to nothing."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": 50}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16)).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="there is no tokenizer; save it beside the model"):
+        load_tokenizer(tmp_path)

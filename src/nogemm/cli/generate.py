@@ -72,9 +72,9 @@ def generate(
         head_config_of(mode, "--mode")
     if not sample:
         refuse(context, _OF_SAMPLES, "needs --sample")
-    loaded = load_model(model, dtype=kinds[dtype], trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     ids = _prompt(tokenizer, prompt, chat)
+    loaded = load_model(model, dtype=kinds[dtype], trust_remote_code=trust_remote_code)
     head = _head(loaded, tokenizer, model, mode, data)
     nogemm.pack(loaded)
     sampling = {"do_sample": sample, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}

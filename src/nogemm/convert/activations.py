@@ -69,7 +69,7 @@ def collect_inputs(
         inner.train(was_training)
     empty = [name for name, rows in kept.items() if not sum(r.shape[0] for r in rows)]
     if empty:
-        raise ConfigError(f"convert: the data gave no token to {', '.join(empty)}; is it empty?")
+        raise ConfigError(f"the data gave no token to {', '.join(empty)}; is it empty?")
     return {name: torch.cat(rows) for name, rows in kept.items()}
 
 
@@ -85,7 +85,7 @@ def _noting(inner: nn.Module, chosen: Sequence[Site], ids: object) -> Iterator[d
 
 def _own_ids(noted: Tensor | None, name: str, mask: Tensor | None) -> Tensor:
     if noted is None:
-        raise ConfigError(f"convert: the data gives {name} no token ids (inputs_embeds?), which a token table needs")
+        raise ConfigError(f"the data gives {name} no token ids (inputs_embeds?), which a token table needs")
     return real_tokens(noted.unsqueeze(-1), mask).flatten()
 
 
@@ -93,17 +93,17 @@ def batches_of(model: nn.Module, data: Iterable[Sample], tokenizer: Any) -> Iter
     """Yield the model's keyword arguments for samples, texts in batches; `tokenizer` as in `collect_inputs`."""
     if isinstance(data, (str, Mapping)):
         one = "text" if isinstance(data, str) else "mapping"
-        raise ConfigError(f"convert: data must be a list of {one}s, not one {one}")
+        raise ConfigError(f"data must be a list of {one}s, not one {one}")
     try:
         items = iter(data)
     except TypeError:
-        raise ConfigError(f"convert: data must be texts or mappings of tensors, got {data!r}") from None
+        raise ConfigError(f"data must be texts or mappings of tensors, got {data!r}") from None
     inner = inner_model(model)
     device = next(inner.parameters()).device
     waiting: list[str] = []
     for sample in items:
         if not _is_sample(sample):
-            raise ConfigError(f"convert: data must be texts or mappings of tensors, among them is {sample!r:.60}")
+            raise ConfigError(f"data must be texts or mappings of tensors, among them is {sample!r:.60}")
         if isinstance(sample, str):
             tokenizer = tokenizer or _find_tokenizer(model)
             waiting.append(sample)
@@ -137,11 +137,11 @@ def _find_tokenizer(model: nn.Module) -> Any:
         return own
     path = getattr(getattr(inner_model(model), "config", None), "_name_or_path", "")
     if not path:
-        raise ConfigError("convert: data is text, but the model has no stored tokenizer; pass tokenizer=")
+        raise ConfigError("data is text, but the model has no stored tokenizer; pass tokenizer=")
     try:
         return load_tokenizer(path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"convert: no tokenizer found at {path!r}; pass tokenizer=") from error
+        raise ConfigError(f"no tokenizer found at {path!r}; pass tokenizer=") from error
 
 
 def real_tokens(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -26,8 +26,10 @@ def check_prompt(ids: object, mask: object, count: object, rows: int, limit: int
     """
     if not isinstance(ids, Tensor):
         raise ConfigError(f"generate: input_ids must be a tensor int64 [B, L], got {type(ids).__name__}")
-    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32) or ids.shape[0] < 1:
-        raise ConfigError(f"generate: input_ids must be int64 [B, L], got {ids.dtype} {tuple(ids.shape)}")
+    if ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        raise ConfigError(f"generate: input_ids must be int64 or int32 [B, L], got {ids.dtype} {tuple(ids.shape)}")
+    if ids.shape[0] < 1:
+        raise ConfigError("generate: input_ids holds no sequence")
     if ids.shape[1] < 1:
         raise ConfigError("generate: the prompt is empty; give at least the token that begins a text")
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:

@@ -99,6 +99,9 @@ def generate(
     check_streamers(streamer, draft_streamer)
     check_settings(config)
     ending = Ending(config, eos_token_id, pad_token_id, stop_strings, tokenizer, rows)
+    head.same_call(
+        prompt=input_ids, max_new_tokens=max_new_tokens, sampling=None if sampling is None else vars(sampling)
+    )
     processors = make_processors(inner, input_ids, mask, max_new_tokens, ending, sampling, logits_processor)
     if max_new_tokens == 0:
         with streamed(streamer, input_ids):

@@ -38,8 +38,8 @@ class Sampling:
         for name, value, high in (("temperature", temperature, math.inf), ("top_p", top_p, 1.0)):
             number = isinstance(value, Real) and not isinstance(value, bool)
             if value is not None and not (number and 0 < value <= high and math.isfinite(value)):
-                most = "" if high == math.inf else " and at most 1"
-                raise ConfigError(f"generate: {name} must be above 0{most}, got {value!r}")
+                wanted = "a finite number above 0" if high == math.inf else "above 0 and at most 1"
+                raise ConfigError(f"generate: {name} must be {wanted}, got {value!r}")
         if top_k is not None:
             check_int("generate", "top_k", top_k, 0)
         self.temperature = 1.0 if temperature is None else float(temperature)

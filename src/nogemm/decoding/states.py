@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nogemm.decoding.caches import REWINDABLE, Mark, check_cache, kinds_but, longest_rewind, new_cache, running
-from nogemm.errors import ConfigError, NotFiniteError
+from nogemm.errors import ConfigError, NogemmError, NotFiniteError
 from nogemm.heads import HireHead
 
 # Of the largest number compared: two ways through the same products in this precision.
@@ -105,14 +105,18 @@ def prove(model: Any, base: nn.Module, head: HireHead, ids_BL: Tensor) -> Scalin
     ids = ids_BL[:1, -3:]
     ids = ids.repeat(1, 3)[:, :3]
     name = type(model).__name__
+    doing = "does not run on three tokens of the prompt"
     try:
         states = base(input_ids=ids, use_cache=False).last_hidden_state
         own = model(input_ids=ids, use_cache=False).logits.float()
+        doing = "cannot be decoded with a cache of keys and values"
         cache = new_cache(model)
         for place in range(3):
             last = base(input_ids=ids[:, place : place + 1], past_key_values=cache, use_cache=True).last_hidden_state
+    except NogemmError:  # such as that another rank has ended
+        raise
     except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        raise ConfigError(f"generate: {name} cannot be decoded with a cache of keys and values: {error}") from error
+        raise ConfigError(f"generate: {name} {doing}: {error}") from error
     if not bool(states.isfinite().all()):
         raise NotFiniteError(f"the states of {name} for the tokens {ids[0].tolist()} of the prompt are not finite")
     scaling = _scaling(model)

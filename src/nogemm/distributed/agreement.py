@@ -77,6 +77,17 @@ def check_marks(marks_PN: Tensor) -> None:
         )
 
 
+def check_noise(words_PN: Tensor) -> None:
+    """Raise unless all ranks drew the same noise, of which a number of each state is given.
+
+    Raises:
+        ConfigError: they did not, as with a seed each.
+    """
+    differs_PN = words_PN != words_PN[0]
+    if bool(differs_PN.any()):
+        raise ConfigError(f"{_names(differs_PN.any(1))} got other noise than rank 0; all ranks must draw by one seed")
+
+
 def check_mean_marks(mean_N: Tensor, own_N: Tensor, ranks: int) -> None:
     """Raise, as `check_marks` does, where only the mean of all ranks' marks is known."""
     differs_N = ~((mean_N - own_N).abs() <= _TOLERANCE / ranks)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nogemm.config import check_int
-from nogemm.distributed.agreement import NOT_FINITE, agree, check_marks, direction, marks
+from nogemm.distributed.agreement import NOT_FINITE, agree, check_marks, check_noise, direction, marks
 from nogemm.distributed.deal import deal
 from nogemm.distributed.exchange import Exchange, join
 from nogemm.distributed.merge import best, from_words, to_words
@@ -51,8 +51,8 @@ class ShardedHead(HireHead):
         search   the same over the rows that each rank's codes rank first, its share of `config.rows`
         top_k    the K largest of P lists of `kept` logits, one list of each rank
 
-    Every method is called by all ranks, with the same states: a difference is an error. Whatever asks for all logits
-    (`logits`, or calling the head) gets them by a gather of them all, which is what `choose` and `top_k` spare.
+    Every method is called by all ranks, with the same states and noise: a difference is an error. Whatever asks for all
+    logits (`logits`, or calling the head) gets them by a gather of them all, which is what `choose` and `top_k` spare.
 
     Source: HiRE (2024), DA-TOP-k; the exact merge and the checks are ours.
     """
@@ -88,18 +88,18 @@ class ShardedHead(HireHead):
         if torch.is_grad_enabled() and x.requires_grad:
             raise ConfigError("a sharded head has no gradient; call it under torch.no_grad()")
         flat = self._flat(x)
-        return self._gathered(F.linear(flat, self.weight, self.bias)).view(*x.shape[:-1], -1)
+        return self._gathered(flat, F.linear(flat, self.weight, self.bias)).view(*x.shape[:-1], -1)
 
     def logits(self, x: Tensor) -> Tensor:
         """Return all logits [N, V] of states [N, D], accumulated in float32, gathered from all ranks."""
-        return self._gathered(super().logits(x))
+        return self._gathered(self._flat(x), super().logits(x))
 
     def estimate(self, x: Tensor, rows: int | None = None) -> Tensor:
         """Return all logits [N, V] as `HireHead.estimate` does, gathered; each rank computes its share of `rows`."""
         if self.weight.device.type != "cpu":  # codes are read by CPU kernels
             return self.logits(x)
         rows = max(self.searched_rows, self.out_features // EXACT_ONE_IN) if rows is None else rows
-        return self._gathered(super().estimate(self._flat(x), self._share(rows)))
+        return self._gathered(self._flat(x), super().estimate(self._flat(x), self._share(rows)))
 
     def choose(self, x: Tensor, noise: Tensor | None = None) -> Choice:
         """Find the largest logit of each state, on all ranks; ties to the lowest token.
@@ -111,19 +111,24 @@ class ShardedHead(HireHead):
             the same on all ranks; `rows` counts those that all ranks computed exactly.
         Raises:
             NotFiniteError: on all ranks, if a state is not finite; the message names its place.
-            ConfigError: the ranks got different states. DistributedError: see `Exchange.total`.
-        Cost: `head_argmax` of V / P rows, and one exchange of 16 bytes a state.
+            ConfigError: the ranks got different states or noise. DistributedError: see `Exchange.total`.
+        Cost: `head_argmax` of V / P rows, and one exchange of 16 bytes a state, 20 with noise.
         """
         x_ND = self._flat(x)
-        return self._first_of_all(x_ND, *shard_argmax(x_ND, self, self._own(noise)))
+        return self._first_of_all(x_ND, noise, *shard_argmax(x_ND, self, self._own(noise)))
 
     def search(self, x: Tensor, noise: Tensor | None = None) -> Choice:
         """Find what is most likely the largest logit of each state: as `choose`, by a search on every rank.
 
-        Cost: `head_search` of V / P rows, and one exchange of 16 bytes a state.
+        Cost: `head_search` of V / P rows, and one exchange of 16 bytes a state, 20 with noise.
         """
         x_ND = self._flat(x)
-        return self._first_of_all(x_ND, *shard_argmax(x_ND, self, self._own(noise), self._share(self.searched_rows)))
+        found = shard_argmax(x_ND, self, self._own(noise), self._share(self.searched_rows))
+        return self._first_of_all(x_ND, noise, *found)
+
+    def same_call(self, **parts: object) -> None:
+        """Raise ConfigError on every rank where a part of a call, such as its prompt or its seed, is not rank 0's."""
+        agree(self.exchange, self.weight.device, parts)
 
     def _share(self, rows: int) -> int:
         """Return how many of so many rows of the whole head a search computes here, the same on all ranks."""
@@ -132,24 +137,27 @@ class ShardedHead(HireHead):
     def _own(self, noise_NV: Tensor | None) -> Tensor | None:
         return None if noise_NV is None else noise_NV[:, self.token]
 
-    def _first_of_all(self, x_ND: Tensor, index_N: Tensor, logit_N: Tensor, rows_N: Tensor) -> Choice:
+    def _first_of_all(
+        self, x_ND: Tensor, noise_NV: Tensor | None, index_N: Tensor, logit_N: Tensor, rows_N: Tensor
+    ) -> Choice:
         """Exchange what each rank found among its rows, and name the largest; ties to the lowest token."""
         numbers_N = torch.where(index_N < 0, -1, self.token[index_N.clamp_min(0)]).to(torch.int32)
-        words = torch.stack(
-            (
-                marks(x_ND, self.direction).view(torch.int32),
-                logit_N.view(torch.int32),
-                numbers_N,
-                rows_N.to(torch.int32),
-            ),
-            dim=1,
-        )
-        words_PN4 = self._exchanged(words)
-        logits_PN, numbers_PN = words_PN4[..., 1].view(torch.float32), words_PN4[..., 2]
-        self._check(words_PN4[..., 0].view(torch.float32), (numbers_PN < 0).any(0))
+        words = [
+            marks(x_ND, self.direction).view(torch.int32),
+            logit_N.view(torch.int32),
+            numbers_N,
+            rows_N.to(torch.int32),
+        ]
+        if noise_NV is not None:
+            words.append(noise_NV[:, -1].float().view(torch.int32))
+        words_PNW = self._exchanged(torch.stack(words, 1))
+        logits_PN, numbers_PN = words_PNW[..., 1].view(torch.float32), words_PNW[..., 2]
+        self._check(words_PNW[..., 0].view(torch.float32), (numbers_PN < 0).any(0))
+        if noise_NV is not None:
+            check_noise(words_PNW[..., 4])
         top_N = logits_PN.amax(0)
         token_N = numbers_PN.masked_fill(logits_PN < top_N, torch.iinfo(torch.int32).max).amin(0)
-        return Choice(token_N.long(), top_N, words_PN4[..., 3].sum(0))
+        return Choice(token_N.long(), top_N, words_PNW[..., 3].sum(0))
 
     def top_k(self, x: Tensor, k: int, *, kept: int | None = None, recall: float | None = None) -> TopTokens:
         """Find the k largest logits of each state from a short list of each rank.
@@ -219,10 +227,13 @@ class ShardedHead(HireHead):
             place = int(broken_N.int().argmax())
             raise NotFiniteError(f"the state at position {place} is not finite: it has no most likely token")
 
-    def _gathered(self, logits_NV: Tensor) -> Tensor:
+    def _gathered(self, x_ND: Tensor, logits_NV: Tensor) -> Tensor:
+        """Return the logits of all ranks in the order of tokens; a number made from each state travels with them."""
         padded = F.pad(logits_NV.detach(), (0, self.sizes[0] - logits_NV.shape[1]))
-        parts_PNV = self.exchange.gather(padded, self.traffic)
+        marks_N1 = marks(x_ND, self.direction).to(padded.dtype).unsqueeze(1)
+        parts_PNV = self.exchange.gather(torch.cat((padded, marks_N1), 1), self.traffic)
         self.traffic.naive_bytes += padded.numel() * padded.element_size()
+        check_marks(parts_PNV[..., -1].float())
         side_by_side = torch.cat([part[:, :size] for part, size in zip(parts_PNV, self.sizes, strict=True)], 1)
         order = self.get_buffer("order")
         return torch.empty_like(side_by_side).index_copy_(1, order, side_by_side)

@@ -184,7 +184,9 @@ def _shard(layer: HireFFN, groups_G: Tensor, neurons: Tensor, kept: int) -> Hire
     shape = FFNShape(
         d_in=layer.d_model, d_out=layer.d_out, hidden=len(neurons), activation=layer.activation, gated=layer.gated
     )
-    shard = HireFFN(replace(layer.config, static=0), shape).to(layer.up.device, layer.up.dtype)
+    with torch.device("meta"):  # weights that are drawn would move each rank's generator by another number of steps
+        shard = HireFFN(replace(layer.config, static=0), shape)
+    shard = shard.to(layer.up.dtype).to_empty(device=layer.up.device)
     with torch.no_grad():
         for name, parameter in shard.named_parameters():
             whole = layer.get_parameter(name)

@@ -193,6 +193,9 @@ class HireHead(nn.Module):
     def _key(self) -> tuple[object, ...]:
         return tuple(_identity(tensor) for tensor in (self.weight, self.bias, self.moment))
 
+    def same_call(self, **parts: object) -> None:
+        """Compare the parts of a call with those of the other ranks, where there are some: here there are none."""
+
     def refresh(self) -> None:
         """Make the codes anew if the weights are not those that they were made of.
 

@@ -159,11 +159,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
         return prepare_tokenizer(_load_gguf(path, "AutoTokenizer"))
     folder = transformer_directory(model_directory(path))
     with _named_trust(path), _refusing(path):
-        return prepare_tokenizer(
-            transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=trust_remote_code
-            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
+    if not getattr(tokenizer, "vocab_size", 1):  # made up by transformers where the model's kind names a class
+        raise ConfigError(f"{path}: there is no tokenizer; save it beside the model (tokenizer.save_pretrained)")
+    return prepare_tokenizer(tokenizer)
 
 
 def is_gguf(path: str | Path) -> bool:
@@ -192,8 +193,8 @@ def _load_gguf(path: str | Path, auto: str, **more: Any) -> Any:
             )
     except Exception as error:  # the reader raises what its parts raise: ValueError, KeyError, struct.error, ...
         raise CheckpointError(
-            f"{path}: transformers cannot read this GGUF file: {error or type(error).__name__}. It has "
-            f"{file.stat().st_size:,} bytes: was it cut short?"
+            f"{path}: transformers cannot read this GGUF file of {file.stat().st_size:,} bytes, which may be cut "
+            f"short: {error or type(error).__name__}"
         ) from error
 
 

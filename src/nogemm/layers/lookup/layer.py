@@ -120,7 +120,7 @@ class LookupFFN(FFN):
         return integer_rows(self.tables.detach(), self.config.row_bits or 8)
 
     def rows_as(self, storage: str) -> tuple[Tensor, Tensor | None]:
-        """Return the rows as "fp32", "bf16" or "int8" tables hold them, and int8's scales; compressed ones as they are."""
+        """Return rows and scales as tables of "fp32", "bf16" or "int8" hold them; compressed ones as they are."""
         if self.storage != "fp32":
             return self.tables, self.row_scale
         if storage == "int8":
