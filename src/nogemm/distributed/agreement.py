@@ -6,8 +6,10 @@ Legend: N states, D width, P ranks.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,7 +60,10 @@ def direction(width: int) -> Tensor:
 def marks(x_ND: Tensor, direction_D: Tensor) -> Tensor:
     """Return a number for each state, float32 [N]: its coordinate along a direction, for a state of length sqrt(D)."""
     wide = x_ND.float()
-    along_N = (wide @ direction_D) / wide.norm(dim=1).clamp_min(torch.finfo(torch.float32).tiny)
+    along_N = (wide @ direction_D) / torch.linalg.vector_norm(wide, dim=1)
+    if math.isfinite(float(along_N.sum())):
+        return along_N
+    # Rare: a state of zeros, one whose length is beyond float32, or one that is not finite.
     return torch.where(wide.isfinite().all(1), along_N.nan_to_num(0.0, 0.0, 0.0), NOT_FINITE)
 
 
@@ -68,9 +73,10 @@ def check_marks(marks_PN: Tensor) -> None:
     Raises:
         ConfigError: they were not, as when each rank reads a prompt of its own.
     """
-    differs_PN = (marks_PN - marks_PN[0]).abs() > _TOLERANCE
-    if bool(differs_PN.any()):
-        ranks, place = differs_PN.any(1), int(differs_PN.any(0).int().argmax())
+    found_PN = marks_PN.cpu().numpy()
+    differs_PN = np.abs(found_PN - found_PN[0]) > _TOLERANCE
+    if differs_PN.any():
+        ranks, place = torch.from_numpy(differs_PN.any(1)), int(differs_PN.any(0).argmax())
         raise ConfigError(
             f"{_names(ranks)} got another state at position {place} than rank 0; all ranks must be given the same "
             "states: the same prompt, the same weights, the same seed"
