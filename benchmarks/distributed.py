@@ -2,10 +2,11 @@
 
     python benchmarks/distributed.py --model MODEL --json $RESULTS/distributed-NAME.json
 
-Ranks are processes of this machine with one thread each. All contenders take turns, round after round, on fresh states
-of the model; a contender first has to name the reference's token at every position (lists: the reference's list). What
-is measured of recall needs no ranks: rows are dealt as ranks would deal them, and the lists of all are compared with
-the true winners, for the head's logits and for the gate activations of one FFN.
+Ranks are processes of this machine with one thread each, kept on a core each where there are enough. All contenders
+take turns, round after round, on fresh states of the model; a contender first has to name the reference's token at
+every position (lists: the reference's list). What is measured of recall needs no ranks: rows are dealt as ranks would
+deal them, and the lists of all are compared with the true winners, for the head's logits and for the gate activations
+of one FFN.
 
 Legend: S states, D width, V vocabulary, P ranks, C copies of the head.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -215,6 +217,9 @@ def on_rank(rank: int, ranks: int, folder: Path, rounds: int, seconds: float) ->
     from safetensors.torch import load_file
 
     torch.set_num_threads(1)
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) >= ranks:  # a rank that the system moves leaves its cache behind, and all wait for the slowest
+        os.sched_setaffinity(0, {cores[rank]})
     dist.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=ranks)
     # Rank 0 first runs the whole head alone on all states, which takes minutes where that is large.
     shared, group = join(transport="auto", timeout=1800), join(transport="group", timeout=1800)
