@@ -203,7 +203,8 @@ def run_ranks(args: argparse.Namespace, folder: Path) -> None:
     """Start the ranks and wait for them."""
     start = multiprocessing.get_context("spawn")
     settings = (args.ranks, folder, args.rounds, args.seconds)
-    ranks = [start.Process(target=on_rank, args=(rank, *settings)) for rank in range(args.ranks)]
+    # Daemons end with this process: ranks that outlive it would be in the way of what is measured next.
+    ranks = [start.Process(target=on_rank, args=(rank, *settings), daemon=True) for rank in range(args.ranks)]
     for rank in ranks:
         rank.start()
     for rank in ranks:
