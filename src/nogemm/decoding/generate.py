@@ -87,8 +87,7 @@ def generate(
             fit the model's positions or the cache.
         NotFiniteError: a state is NaN or infinite; no token is made up.
     Cost: per token the model without its head, and `head_argmax` or `head_search`; with processors, `head_logits`. Per
-        call one pass over the head, which notices weights that were changed behind torch's back; for the first call
-        with a model five short runs.
+        call one pass over the head, which notices changed weights; for the first call with a model five short runs.
     """
     inner, head = _checked_model(model)
     config, rows = getattr(inner, "generation_config", None), inner.get_input_embeddings().weight.shape[0]
@@ -99,9 +98,7 @@ def generate(
     check_streamers(streamer, draft_streamer)
     check_settings(config)
     ending = Ending(config, eos_token_id, pad_token_id, stop_strings, tokenizer, rows)
-    head.same_call(
-        prompt=input_ids, max_new_tokens=max_new_tokens, sampling=None if sampling is None else vars(sampling)
-    )
+    head.same_call(prompt=input_ids, max_new_tokens=max_new_tokens, sampling=sampling and vars(sampling))
     processors = make_processors(inner, input_ids, mask, max_new_tokens, ending, sampling, logits_processor)
     if max_new_tokens == 0:
         with streamed(streamer, input_ids):
