@@ -328,7 +328,13 @@ def test_a_gguf_file_that_was_cut_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     """transformers makes an empty one up for some kinds of models, which cuts every text to nothing."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 32, "vocab_size": 50}
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "ffn_dim": 32,
+        "vocab_size": 50,
+    }
     OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16)).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="there is no tokenizer; save it beside the model"):
         load_tokenizer(tmp_path)

@@ -157,7 +157,7 @@ class ShardedHead(HireHead):
         words_PNW = self._exchanged(torch.from_numpy(words_NW).to(x_ND.device)).cpu().numpy()
         marks_PN, logits_PN = words_PNW[..., 0].view(np.float32), words_PNW[..., 1].view(np.float32)
         numbers_PN = words_PNW[..., 2]
-        self._check(torch.from_numpy(marks_PN), (numbers_PN < 0).any(0))
+        self._check(torch.from_numpy(marks_PN), np.any(numbers_PN < 0, axis=0))
         if noise_NV is not None:
             check_noise(torch.from_numpy(words_PNW[..., 4]))
         top_N = logits_PN.max(0)
