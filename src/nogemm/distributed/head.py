@@ -75,7 +75,6 @@ class ShardedHead(HireHead):
         self.sizes = tuple(map(len, rows))
         self._recall = 1.0
         self.register_buffer("token", own, persistent=False)
-        self._tokens = own.to(torch.int32).cpu().numpy()
         self.register_buffer("order", torch.cat(rows).to(own.device), persistent=False)
         self.register_buffer("direction", direction(self.in_features).to(own.device), persistent=False)
         self.train(head.training)
@@ -150,7 +149,7 @@ class ShardedHead(HireHead):
         words_NW = np.empty((len(x_ND), 4 if noise_NV is None else 5), np.int32)
         words_NW[:, 0] = _bits(marks(x_ND, self.direction))
         words_NW[:, 1] = _bits(logit_N)
-        words_NW[:, 2] = self._token_of(index_N)
+        words_NW[:, 2] = np.where(index_N.cpu().numpy() < 0, -1, self.token[index_N].cpu().numpy())
         words_NW[:, 3] = rows_N.cpu().numpy()
         if noise_NV is not None:
             words_NW[:, 4] = _bits(noise_NV[:, -1].float())
@@ -164,11 +163,6 @@ class ShardedHead(HireHead):
         token_N = np.where(logits_PN < top_N, np.iinfo(np.int32).max, numbers_PN).min(0).astype(np.int64)
         found = (torch.from_numpy(each).to(x_ND.device) for each in (token_N, top_N, words_PNW[..., 3].sum(0)))
         return Choice(*found)
-
-    def _token_of(self, index_N: Tensor) -> np.ndarray:
-        """Return the tokens of rows that lie here, int32 [N]; -1 for none."""
-        index = index_N.cpu().numpy()
-        return np.where(index < 0, -1, self._tokens[index])
 
     def top_k(self, x: Tensor, k: int, *, kept: int | None = None, recall: float | None = None) -> TopTokens:
         """Find the k largest logits of each state from a short list of each rank.
